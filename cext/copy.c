@@ -1,0 +1,168 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include "copy.h"
+
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/sendfile.h>
+#include <sys/xattr.h>
+
+#include "sys.h"
+
+enum { STEP_BYTES = 64 << 20, BUFFER_BYTES = 1 << 20 };
+
+enum method { BY_RANGE, BY_SENDFILE, BY_BUFFER };
+
+static ssize_t copy_step(enum method method, int src, int dst, off_t at, size_t n, char *buffer)
+{
+    off_t in = at, out = at;
+
+    switch (method) {
+    case BY_RANGE:
+        return copy_file_range(src, &in, dst, &out, n, 0);
+    case BY_SENDFILE:
+        if (lseek(dst, at, SEEK_SET) < 0)
+            return -1;
+        return sendfile(dst, src, &in, n);
+    case BY_BUFFER:
+    default:
+        break;
+    }
+    ssize_t got = pread(src, buffer, n < BUFFER_BYTES ? n : BUFFER_BYTES, at);
+    for (ssize_t done = 0; done < got;) {
+        ssize_t put = pwrite(dst, buffer + done, (size_t)(got - done), at + done);
+
+        if (put < 0 && errno == EINTR)
+            continue;
+        if (put < 0)
+            return -1;
+        done += put;
+    }
+    return got;
+}
+
+/* What copy_file_range and sendfile say where they cannot work, rather than fail. */
+static bool try_another(int e)
+{
+    return e == EXDEV || e == EINVAL || e == EOPNOTSUPP || e == ENOSYS || e == EBADF ||
+           e == ETXTBSY || e == EPERM;
+}
+
+static errint_t copy_range(int src, int dst, off_t at, off_t end, enum method *method,
+                           char **buffer)
+{
+    while (at < end) {
+        off_t left = end - at;
+        size_t n = left > STEP_BYTES ? STEP_BYTES : (size_t)left;
+        ssize_t got;
+
+        if (*method == BY_BUFFER && !*buffer && !(*buffer = malloc(BUFFER_BYTES)))
+            return -ENOMEM;
+        got = copy_step(*method, src, dst, at, n, *buffer);
+        if (got > 0) {
+            at += got;
+            continue;
+        }
+        if (got < 0 && errno == EINTR)
+            continue;
+        /* Some file systems answer 0 where they cannot: ask the next method before believing it. */
+        if (*method != BY_BUFFER && (got == 0 || try_another(errno))) {
+            (*method)++;
+            continue;
+        }
+        return got < 0 ? errno_or_eio() : -EIO;
+    }
+    return 0;
+}
+
+errint_t copy_data(int src, int dst, uint64_t size)
+{
+    enum method method = BY_RANGE;
+    cleanup_free char *buffer = NULL;
+    off_t end = (off_t)size, at = 0;
+    struct stat st;
+
+    if (fstat(src, &st) < 0)
+        return errno_or_eio();
+    if ((uint64_t)st.st_size < size)
+        return -EIO;
+    if (size == 0)
+        return 0;
+    if ((uint64_t)st.st_size == size && ioctl(dst, FICLONE, src) == 0)
+        return 0;
+    if (ftruncate(dst, end) < 0)
+        return errno_or_eio();
+    while (at < end) {
+        off_t data = lseek(src, at, SEEK_DATA);
+        off_t hole;
+        errint_t err;
+
+        if (data < 0 && errno == ENXIO)
+            break; /* nothing but a hole from here on */
+        if (data < 0)
+            data = at; /* not supported: all of it is data */
+        hole = lseek(src, data, SEEK_HOLE);
+        if (hole < 0 || hole > end)
+            hole = end;
+        if (data >= end)
+            break;
+        err = copy_range(src, dst, data, hole, &method, &buffer);
+        if (err < 0) {
+            /* What did not fit must not keep the rest of the space from others. */
+            (void)fallocate(dst, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, end);
+            return err;
+        }
+        at = hole;
+    }
+    return 0;
+}
+
+static bool left_out(const char *name, const char *prefix, const char *override)
+{
+    size_t len = strlen(prefix);
+
+    if (override && strcmp(name, override) == 0)
+        return true;
+    if (strncmp(name, "user.fuseoverlayfs.", 19) == 0)
+        return true; /* fuse-overlayfs's marks of that layer */
+    /* Kernel overlayfs escapes marks of a nested overlay as PREFIXoverlay.NAME: they are data. */
+    return strncmp(name, prefix, len) == 0 && strncmp(name + len, "overlay.", 8) != 0;
+}
+
+static bool tolerated(int e, const char *name)
+{
+    if (e == EOPNOTSUPP)
+        return true;
+    if (e == EINVAL && strncmp(name, "system.posix_acl_", 17) == 0)
+        return true; /* names ids that this user namespace does not know: see copy_up.py */
+    return e == EPERM && (strncmp(name, "trusted.", 8) == 0 || strncmp(name, "security.", 9) == 0);
+}
+
+errint_t copy_xattrs(const char *src, const char *dst, const char *prefix, const char *override)
+{
+    cleanup_free char *list = NULL;
+    size_t len;
+    errint_t err = read_xattr(src, false, NULL, &list, &len);
+
+    if (err == -EOPNOTSUPP)
+        return 0;
+    if (err < 0)
+        return err;
+    for (size_t at = 0; at < len; at += strlen(list + at) + 1) {
+        const char *name = list + at;
+        cleanup_free char *value = NULL;
+        size_t size;
+
+        if (left_out(name, prefix, override))
+            continue;
+        err = read_xattr(src, false, name, &value, &size);
+        if (err == -ENODATA || err == -EACCES || err == -EPERM)
+            continue; /* gone meanwhile; or not ours to see, so not the user's either */
+        if (err < 0)
+            return err;
+        if (setxattr(dst, name, value, size, 0) < 0 && !tolerated(errno, name))
+            return errno_or_eio();
+    }
+    return 0;
+}

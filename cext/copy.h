@@ -1,0 +1,19 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Moving the bytes of a copy-up: data with their holes, extended attributes. */
+#ifndef UNIONFS_COPY_H
+#define UNIONFS_COPY_H
+
+#include "util.h"
+
+/* Copies `size` bytes from the start of src to dst, an empty file, whose size is `size` then.
+ * By reflink, else within the kernel, else through a buffer; holes stay holes. A source that ends
+ * early is -EIO: never a short copy. */
+errint_t copy_data(int src, int dst, uint64_t size);
+
+/* Copies every extended attribute but the union's own marks (those beginning with `prefix`), and
+ * `override` (an attribute to leave out as well, or NULL). Paths, as xattr calls know them; links
+ * are followed. Attributes that the target cannot hold for want of privilege or support are left
+ * out (EPERM on trusted.* and security.*, EOPNOTSUPP). */
+errint_t copy_xattrs(const char *src, const char *dst, const char *prefix, const char *override);
+
+#endif

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Shared by the few files that see Python.h: arguments in, one call without the GIL, results out.
+ */
+#ifndef UNIONFS_GLUE_H
+#define UNIONFS_GLUE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "tree.h"
+
+typedef struct {
+    PyObject_HEAD
+    struct tree *tree;
+} TreeObject;
+
+typedef struct {
+    PyObject_HEAD
+    TreeObject *owner;
+    struct rdir *dir;
+    int fd;
+} DirObject;
+
+struct module_state {
+    PyTypeObject *tree_type;
+    PyTypeObject *dir_type;
+};
+
+#define TREE(op) (((TreeObject *)(op))->tree)
+
+/* OSError(errno, text, name). */
+PyObject *raise_errno(errint_t err, const char *name);
+PyObject *none_or_errno(errint_t err, const char *name);
+/* The attributes of _native.pyi's _Attr. */
+PyObject *attr_tuple(const struct stat *st);
+
+extern PyType_Spec tree_spec, dir_spec;
+/* Tree's methods: py_query.c, py_files.c, py_changes.c; copied_up takes keywords. */
+// clang-format off
+#define TREE_METHODS(X) \
+    X(lookup) X(getattr) X(forget) X(entry) X(info) X(name_of) X(name_is_real) X(open_node) \
+    X(readlink) X(getxattr) X(listxattr) X(xattr_stored) X(take_warning) X(counts) X(open) \
+    X(adopt) X(release) X(read) X(write) X(fsync) X(file_info) X(opendir) X(releasedir) \
+    X(dir_ino) X(readdir) X(is_empty) X(upper_dir) X(origin) X(data_copied) \
+    X(prepare_unlink) X(abandon_unlink) X(unlinked) X(name_made_real) X(set_redirect) \
+    X(renamed) X(made_opaque) X(make_impure) X(set_nlink_diff) X(redirect_path)
+// clang-format on
+#define DECLARE(name) PyObject *py_##name(PyObject *op, PyObject *args);
+TREE_METHODS(DECLARE)
+#undef DECLARE
+PyObject *py_copied_up(PyObject *op, PyObject *args, PyObject *kwargs);
+
+#endif

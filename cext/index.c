@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Hard links over copy-up: kernel overlayfs's index, a directory with an entry for each copied-up
+ * file that had several links, named after the lower file's handle. */
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "marks.h"
+#include "resolve.h"
+
+enum { HANDLE_BYTES = 128 };
+
+errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
+                   struct origin *ret_origin)
+{
+    union {
+        struct file_handle handle;
+        char space[sizeof(struct file_handle) + HANDLE_BYTES];
+    } u = {.handle.handle_bytes = HANDLE_BYTES};
+    struct origin o = {.len = 0};
+    int mount_id;
+    bool empty = name[0] == '\0';
+
+    if (name_to_handle_at(dirfd, name, &u.handle, &mount_id, empty ? AT_EMPTY_PATH : 0) == 0 &&
+        u.handle.handle_bytes + 21 <= sizeof o.fb && u.handle.handle_type <= 0xff) {
+        /* struct ovl_fb of fs/overlayfs/overlayfs.h: version 0, magic, length, flags, type, uuid;
+         * flag 1 says big endian. */
+        o.len = 21 + u.handle.handle_bytes;
+        o.fb[1] = 0xfb;
+        o.fb[2] = (unsigned char)o.len;
+        o.fb[3] = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
+        o.fb[4] = (unsigned char)u.handle.handle_type;
+        memcpy(o.fb + 5, t->layers[layer].uuid, 16);
+        memcpy(o.fb + 21, u.handle.f_handle, u.handle.handle_bytes);
+        for (size_t i = 0; i < o.len; i++)
+            (void)snprintf(o.hex + 2 * i, 3, "%02x", o.fb[i]);
+    } else {
+        struct stat st;
+
+        if (fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW | (empty ? AT_EMPTY_PATH : 0)) < 0)
+            return errno_or_eio();
+        (void)snprintf(o.hex, sizeof o.hex, "unionfs-%x-%llx", (unsigned)t->layers[layer].fs,
+                       (unsigned long long)st.st_ino);
+    }
+    *ret_origin = o;
+    return 0;
+}
+
+errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin)
+{
+    struct node *n = node_get(t, ino);
+    errint_t err;
+
+    if (!n)
+        return -ESTALE;
+    cleanup_fd int fd = node_open(t, n, O_PATH | O_NOFOLLOW, false);
+    err = fd < 0 ? fd : origin_at(t, n->layer, fd, "", ret_origin);
+    node_put(t, n);
+    return err;
+}
+
+static void settle_nlink(struct hit *h, nlink_t lower_nlink)
+{
+    if (!h->nlink_of_lower)
+        return;
+    h->nlink_diff += (int64_t)lower_nlink - (int64_t)h->st.st_nlink;
+    h->nlink_of_lower = false;
+}
+
+/* A lower file with several links may have been copied up under another name: the index knows. */
+errint_t index_of_lower(struct tree *t, struct node *parent, const char *name, struct hit *h)
+{
+    struct stat lower = h->st, st;
+    struct rdir *dir;
+    struct origin origin;
+    errint_t err;
+
+    if (!t->index || S_ISDIR(h->type) || lower.st_nlink < 2 || h->layer == 0)
+        return 0;
+    pthread_mutex_lock(&t->lock);
+    dir = node_dir_locked(parent, h->layer);
+    if (dir)
+        rdir_ref_locked(dir);
+    pthread_mutex_unlock(&t->lock);
+    if (!dir)
+        return 0;
+    int dirfd = rdir_pin(t, dir);
+    if (dirfd < 0) {
+        rdir_put(t, dir);
+        return dirfd;
+    }
+    err = origin_at(t, h->layer, dirfd, name, &origin);
+    rdir_unpin(t, dir);
+    rdir_put(t, dir);
+    if (err < 0)
+        return err;
+    if (fstatat(t->index->fd, origin.hex, &st, AT_SYMLINK_NOFOLLOW) < 0)
+        return errno == ENOENT ? 0 : errno_or_eio();
+    if ((st.st_mode & S_IFMT) != h->type)
+        return 0; /* a whiteout in the index, or nonsense: kernel overlayfs ignores it too */
+
+    struct walk *w = calloc(1, sizeof *w);
+    if (!w)
+        return -ENOMEM;
+    w->t = t;
+    w->hit = h;
+    (void)snprintf(w->path, sizeof w->path, "%s", name);
+    uint64_t lower_ino = h->ino;
+    h->st = st;
+    h->layer = 0;
+    h->indexed = true;
+    h->nlink_diff = -1; /* the index's own link */
+    h->index_name = strdup(origin.hex);
+    err = h->index_name ? upper_file_marks(w, t->index, origin.hex, 0) : -ENOMEM;
+    settle_nlink(h, lower.st_nlink);
+    if (err == 0 && h->ino != lower_ino && h->ino == union_ino(0, st.st_ino))
+        h->ino = lower_ino;
+    if (err == 0 && h->metacopy) {
+        w->stop = false;
+        err = walk_down(w, parent, 1);
+    }
+    free(w);
+    return err;
+}
+
+/* An upper file found by its own name says that it is indexed: is it, and with how many links? */
+errint_t index_of_upper(struct tree *t, struct node *parent, const char *name, struct hit *h)
+{
+    struct stat st;
+    errint_t err = 0;
+
+    if (!h->indexed)
+        return 0;
+    if (!t->index || !h->index_name ||
+        fstatat(t->index->fd, h->index_name, &st, AT_SYMLINK_NOFOLLOW) < 0 ||
+        st.st_ino != h->st.st_ino) {
+        free(steal_pointer(&h->index_name));
+        h->indexed = h->nlink_of_lower = false;
+        h->nlink_diff = 0;
+        return 0;
+    }
+    if (h->nlink_of_lower) { /* written by the kernel: relative to the lower file of this name */
+        struct hit *below = calloc(1, sizeof *below);
+        struct walk *w = calloc(1, sizeof *w);
+
+        err = below && w ? 0 : -ENOMEM;
+        if (err == 0) {
+            w->t = t;
+            w->hit = below;
+            (void)snprintf(w->path, sizeof w->path, "%s", name);
+            err = walk_down(w, parent, 1);
+            /* Renamed since: then it has at least the names that the upper has. */
+            settle_nlink(h, below->any ? below->st.st_nlink : h->st.st_nlink - 1);
+            hit_clear(t, below);
+        }
+        free(below);
+        free(w);
+    }
+    return err;
+}

@@ -1,0 +1,191 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Open files. A handle keeps its number while the file behind it is copied up: its descriptor is
+ * then replaced in place, so that a reader sees what is written afterwards. */
+#include <fcntl.h>
+#include <string.h>
+
+#include "tree.h"
+
+static errint_t file_add_locked(struct tree *t, struct file *f, uint64_t *ret_fh)
+{
+    uint32_t at = t->file_hint;
+
+    while (at < t->nfiles && t->files[at])
+        at++;
+    if (at == t->nfiles && t->nfiles == t->files_cap) {
+        uint32_t cap = t->files_cap ? t->files_cap * 2 : 64;
+        struct file **files = realloc(t->files, cap * sizeof(struct file *));
+
+        if (!files)
+            return -ENOMEM;
+        t->files = files;
+        t->files_cap = cap;
+    }
+    if (at == t->nfiles)
+        t->nfiles++;
+    t->files[at] = f;
+    t->file_hint = at + 1;
+    *ret_fh = at + 1ULL;
+    return 0;
+}
+
+static errint_t file_add(struct tree *t, struct node *n, int fd, int flags, bool lower,
+                         uint64_t *ret_fh)
+{
+    struct file *f = calloc(1, sizeof *f);
+    errint_t err;
+
+    if (!f)
+        return -ENOMEM;
+    f->node = n;
+    f->fd = fd;
+    f->flags = flags;
+    f->lower = lower;
+    f->refs = 1;
+    pthread_mutex_lock(&t->lock);
+    err = file_add_locked(t, f, ret_fh);
+    if (err == 0) {
+        n->refs++;
+        f->next = n->files;
+        n->files = f;
+    }
+    pthread_mutex_unlock(&t->lock);
+    if (err < 0)
+        free(f);
+    return err;
+}
+
+/* A write goes to the offset that the kernel names: O_APPEND must not come in between. O_TRUNC and
+ * creation are the operations' business. */
+static int flags_below(int flags)
+{
+    return (flags & (O_ACCMODE | O_SYNC | O_DSYNC | O_NOATIME)) | O_NONBLOCK | O_NOCTTY;
+}
+
+errint_t file_open(struct tree *t, uint64_t ino, int flags, uint64_t *ret_fh)
+{
+    struct node *n = node_get(t, ino);
+    errint_t err = 0;
+
+    if (!n)
+        return -ESTALE;
+    for (;;) {
+        uint32_t generation;
+        bool lower;
+
+        pthread_mutex_lock(&t->lock);
+        generation = n->generation;
+        lower = !n->upper || n->metacopy;
+        pthread_mutex_unlock(&t->lock);
+        if (lower && (flags & O_ACCMODE) != O_RDONLY) {
+            err = -EROFS; /* whoever wants to write copies up first */
+            break;
+        }
+        cleanup_fd int fd = node_open(t, n, flags_below(flags), true);
+        if (fd == -EPERM && (flags & O_NOATIME))
+            fd = node_open(t, n, flags_below(flags & ~O_NOATIME), true);
+        if (fd < 0) {
+            err = fd;
+            fd = -1;
+            break;
+        }
+        err = file_add(t, n, fd, flags, lower, ret_fh);
+        if (err < 0)
+            break;
+        (void)steal_fd(&fd);
+        pthread_mutex_lock(&t->lock);
+        bool same = generation == n->generation;
+        pthread_mutex_unlock(&t->lock);
+        if (same || !lower)
+            break;
+        /* Copied up between the opening and the entry in the node's list: once more. */
+        file_release(t, *ret_fh);
+    }
+    node_put(t, n);
+    return err;
+}
+
+errint_t file_adopt(struct tree *t, uint64_t ino, int fd, int flags, uint64_t *ret_fh)
+{
+    struct node *n = node_get(t, ino);
+    errint_t err;
+
+    if (!n)
+        return -ESTALE;
+    err = file_add(t, n, fd, flags, false, ret_fh);
+    node_put(t, n);
+    return err;
+}
+
+struct file *file_get(struct tree *t, uint64_t fh)
+{
+    struct file *f = NULL;
+
+    pthread_mutex_lock(&t->lock);
+    if (fh >= 1 && fh <= t->nfiles)
+        f = t->files[fh - 1];
+    if (f)
+        f->refs++;
+    pthread_mutex_unlock(&t->lock);
+    return f;
+}
+
+void file_put(struct tree *t, struct file *f)
+{
+    bool last;
+
+    pthread_mutex_lock(&t->lock);
+    last = --f->refs == 0;
+    if (last) {
+        struct file **link = &f->node->files;
+
+        while (*link != f)
+            link = &(*link)->next;
+        *link = f->next;
+        closing_add_locked(t, f->fd);
+        node_put_locked(t, f->node);
+    }
+    unlock_and_close(t);
+    if (last)
+        free(f);
+}
+
+void file_release(struct tree *t, uint64_t fh)
+{
+    struct file *f = NULL;
+
+    pthread_mutex_lock(&t->lock);
+    if (fh >= 1 && fh <= t->nfiles && (f = t->files[fh - 1])) {
+        t->files[fh - 1] = NULL;
+        if (fh - 1 < t->file_hint)
+            t->file_hint = (uint32_t)(fh - 1);
+    }
+    pthread_mutex_unlock(&t->lock);
+    if (f)
+        file_put(t, f);
+}
+
+errint_t file_switch_to_upper(struct tree *t, struct node *n)
+{
+    errint_t err = 0;
+
+    for (;;) {
+        struct file *f;
+
+        pthread_mutex_lock(&t->lock);
+        for (f = n->files; f && !f->lower; f = f->next)
+            ;
+        if (f)
+            f->refs++;
+        pthread_mutex_unlock(&t->lock);
+        if (!f)
+            return err;
+        cleanup_fd int fd = node_open(t, n, flags_below(f->flags), true);
+        if (fd < 0)
+            err = fd; /* the handle stays on the lower file, which is what it was opened on */
+        else if (dup3(fd, f->fd, O_CLOEXEC) < 0)
+            err = errno_or_eio();
+        f->lower = false;
+        file_put(t, f);
+    }
+}

@@ -1,0 +1,177 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* unionfs._native: the module, its functions and its state. The contract stands in
+ * unionfs/_native.pyi. */
+#include "glue.h"
+
+#include <sys/syscall.h>
+
+#include "copy.h"
+
+/* OSError(errno, text, name). */
+PyObject *raise_errno(errint_t err, const char *name)
+{
+    errno = -err;
+    if (!name)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    PyObject *bytes = PyBytes_FromString(name);
+    if (!bytes)
+        return NULL;
+    errno = -err;
+    PyErr_SetFromErrnoWithFilenameObject(PyExc_OSError, bytes);
+    Py_DECREF(bytes);
+    return NULL;
+}
+
+PyObject *none_or_errno(errint_t err, const char *name)
+{
+    if (err < 0)
+        return raise_errno(err, name);
+    Py_RETURN_NONE;
+}
+
+static PyObject *time_ns(const struct timespec *ts)
+{
+    return PyLong_FromLongLong((long long)ts->tv_sec * 1000000000LL + ts->tv_nsec);
+}
+
+PyObject *attr_tuple(const struct stat *st)
+{
+    PyObject *t = PyTuple_New(12);
+    int i = 0;
+
+    if (!t)
+        return NULL;
+    PyTuple_SET_ITEM(t, i++, PyLong_FromUnsignedLongLong(st->st_ino));
+    PyTuple_SET_ITEM(t, i++, PyLong_FromUnsignedLong(st->st_mode));
+    PyTuple_SET_ITEM(t, i++, PyLong_FromUnsignedLong(st->st_nlink));
+    PyTuple_SET_ITEM(t, i++, PyLong_FromUnsignedLong(st->st_uid));
+    PyTuple_SET_ITEM(t, i++, PyLong_FromUnsignedLong(st->st_gid));
+    PyTuple_SET_ITEM(t, i++, PyLong_FromUnsignedLongLong(st->st_rdev));
+    PyTuple_SET_ITEM(t, i++, PyLong_FromLongLong(st->st_size));
+    PyTuple_SET_ITEM(t, i++, PyLong_FromLongLong(st->st_blksize));
+    PyTuple_SET_ITEM(t, i++, PyLong_FromLongLong(st->st_blocks));
+    PyTuple_SET_ITEM(t, i++, time_ns(&st->st_atim));
+    PyTuple_SET_ITEM(t, i++, time_ns(&st->st_mtim));
+    PyTuple_SET_ITEM(t, i++, time_ns(&st->st_ctim));
+    for (i = 0; i < 12; i++) {
+        if (!PyTuple_GET_ITEM(t, i)) {
+            Py_DECREF(t);
+            return NULL;
+        }
+    }
+    return t;
+}
+
+static PyObject *py_copy_data(PyObject *module, PyObject *args)
+{
+    int src, dst;
+    unsigned long long size;
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iiK:copy_data", &src, &dst, &size))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = copy_data(src, dst, size);
+    Py_END_ALLOW_THREADS
+    return none_or_errno(err, NULL);
+}
+
+static PyObject *py_copy_xattrs(PyObject *module, PyObject *args)
+{
+    int src, dst;
+    const char *prefix, *override;
+    char from[PROC_BYTES], to[PROC_BYTES];
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iisz:copy_xattrs", &src, &dst, &prefix, &override))
+        return NULL;
+    proc_path(from, src, NULL);
+    proc_path(to, dst, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    err = copy_xattrs(from, to, prefix, override);
+    Py_END_ALLOW_THREADS
+    return none_or_errno(err, NULL);
+}
+
+static PyObject *py_birth_time(PyObject *module, PyObject *args)
+{
+    int fd;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "i:birth_time", &fd))
+        return NULL;
+    return PyLong_FromLongLong(birth_time(fd, ""));
+}
+
+static PyObject *py_renameat2(PyObject *module, PyObject *args)
+{
+    int olddir, newdir;
+    unsigned flags;
+    const char *old, *new;
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iyiyI:renameat2", &olddir, &old, &newdir, &new, &flags))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = syscall(SYS_renameat2, olddir, old, newdir, new, flags) < 0 ? errno_or_eio() : 0;
+    Py_END_ALLOW_THREADS
+    return none_or_errno(err, old);
+}
+
+static PyMethodDef functions[] = {
+    {"copy_data", py_copy_data, METH_VARARGS, NULL},
+    {"copy_xattrs", py_copy_xattrs, METH_VARARGS, NULL},
+    {"birth_time", py_birth_time, METH_VARARGS, NULL},
+    {"renameat2", py_renameat2, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static int module_exec(PyObject *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+
+    state->tree_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tree_spec, NULL);
+    state->dir_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &dir_spec, NULL);
+    if (!state->tree_type || !state->dir_type || PyModule_AddType(module, state->tree_type) < 0 ||
+        PyModule_AddType(module, state->dir_type) < 0)
+        return -1;
+    return PyModule_AddIntMacro(module, ROOT_INO);
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    struct module_state *state = PyModule_GetState(module);
+
+    Py_VISIT(state->tree_type);
+    Py_VISIT(state->dir_type);
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    struct module_state *state = PyModule_GetState(module);
+
+    Py_CLEAR(state->tree_type);
+    Py_CLEAR(state->dir_type);
+    return 0;
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, module_exec},
+    {0, NULL},
+};
+
+static struct PyModuleDef module_def = {
+    PyModuleDef_HEAD_INIT,   .m_name = "unionfs._native", .m_size = sizeof(struct module_state),
+    .m_methods = functions,  .m_slots = module_slots,     .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC PyInit__native(void);
+PyMODINIT_FUNC PyInit__native(void)
+{
+    return PyModuleDef_Init(&module_def);
+}

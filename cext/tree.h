@@ -1,0 +1,288 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The node table: what the kernel knows of the union, and where each of it really lies.
+ *
+ * Words: a *layer* is a directory tree (layer 0 is the upper if there is one). A *real directory*
+ * (struct rdir) is one directory of one layer, known by its parent and name, its descriptor
+ * cached. A *node* is one inode of the union; an *alias* one of its names. A directory node stacks
+ * real directories, the top-most first; any other node has one *home*: the layer and an alias, or
+ * an entry of the hard link index.
+ *
+ * Locking: one mutex, `lock`, protects every field that is not called immutable here. It is never
+ * held over a system call that can sleep: callers take references, drop it, call, take it again
+ * and verify (a place is verified by the device and inode number found there). Callable from any
+ * thread; needs no interpreter. */
+#ifndef UNIONFS_TREE_H
+#define UNIONFS_TREE_H
+
+#include <pthread.h>
+
+#include "sys.h"
+
+enum { ROOT_INO = 1, MAX_LAYERS = 500 };
+
+struct layer {
+    int fd;        /* immutable: root directory, owned by the caller of tree_new */
+    dev_t dev;     /* immutable */
+    uint16_t fs;   /* immutable: number of its file system among the layers, in inode numbers */
+    bool careful;  /* immutable: mount points lie beneath and must not be crossed */
+    bool wh_files; /* immutable: .wh.NAME is a whiteout here */
+    unsigned char uuid[16]; /* immutable: of the file system, zero if not known */
+    struct rdir *root;      /* immutable */
+};
+
+struct rdir {
+    struct rdir *parent; /* holds a reference; NULL for the root of a layer */
+    char *name;
+    uint32_t refs;
+    uint32_t pins;      /* users of fd just now; a pinned fd is not closed */
+    int fd;             /* -1 when not cached */
+    uint16_t layer;     /* immutable */
+    bool sealed;        /* immutable: a mount point in the layer, shown as an empty directory */
+    bool impure;        /* holds entries that came from a lower layer: their marks are read */
+    bool impure_marked; /* overlay.impure says so on disk */
+    bool xwhiteouts;    /* holds zero-size files marked overlay.whiteout */
+    bool gone;          /* removed: its descriptor must not be opened by name again */
+    dev_t dev;
+    ino_t ino;                  /* what is there, once seen; 0 before */
+    struct rdir *newer, *older; /* least-recently-used list of cached descriptors */
+};
+
+struct alias {
+    struct alias *next; /* of the same node */
+    struct alias *hash_next;
+    struct node *parent; /* holds a reference */
+    struct node *node;
+    bool real; /* the name exists in the layer that is the node's home (not only by the index) */
+    uint32_t hash;
+    char name[];
+};
+
+struct file {
+    struct file *next; /* of the same node */
+    struct node *node; /* holds a reference */
+    int fd;
+    int flags;
+    bool lower; /* fd stands for a lower file: replaced when the node is copied up */
+    uint32_t refs;
+};
+
+struct node {
+    struct node *hash_next;
+    uint64_t ino; /* immutable */
+    uint64_t nlookup;
+    uint32_t refs;
+    mode_t type;    /* immutable: S_IFMT bits */
+    bool upper;     /* lies in the upper */
+    bool metacopy;  /* its data lie in a lower layer still */
+    bool indexed;   /* home is an entry of the index */
+    bool unlinked;  /* has no name any more */
+    uint16_t layer; /* not a directory: layer of its home */
+    uint16_t ndirs;
+    uint32_t generation; /* counts changes of place */
+    struct rdir **dirs;  /* directory: stack, top-most first */
+    struct alias *aliases;
+    char *index_name;
+    struct rdir *data_dir; /* metacopy: where the data are */
+    char *data_name;
+    dev_t data_dev;
+    ino_t data_ino;
+    char *redirect; /* overlay.redirect of the upper part */
+    dev_t dev;
+    ino_t real_ino;     /* identity of the home */
+    int64_t nlink_diff; /* indexed: union's link count less the real one (overlay.nlink) */
+    int pin;            /* descriptor held while unlinked but known, else -1 */
+    struct file *files;
+};
+
+struct dirhandle;
+
+struct tree {
+    pthread_mutex_t lock;
+    uint16_t nlayers;     /* immutable */
+    struct layer *layers; /* immutable */
+    bool has_upper;       /* immutable: layer 0 is the upper */
+    bool live;            /* immutable: lower layers change underneath */
+    bool static_nlink;    /* immutable: directories have one link */
+    bool hide_wh;         /* immutable: .wh. names are the upper's marks, so no layer shows any */
+    const char *prefix;   /* immutable: "trusted.overlay." or "user.overlay." */
+    bool upper_xattrs;    /* immutable: the upper keeps marks in xattrs */
+    int override_mode;    /* immutable: xattr_permissions */
+    int64_t squash_uid, squash_gid; /* immutable: -1 for none */
+    struct idrange *uids, *gids;    /* immutable */
+    uint32_t nuids, ngids;
+    struct rdir *index; /* immutable: the index directory, or NULL */
+    int numbers_fd;     /* immutable: records of numbers that no xattr can hold, or -1 */
+
+    struct node *root;
+    struct node **nodes; /* by inode number */
+    uint64_t node_mask, node_count;
+    struct node *dying;   /* out of the table, waiting to be freed; by hash_next */
+    struct alias **names; /* by parent and name */
+    uint64_t name_mask, name_count;
+    struct rdir lru; /* head: lru.newer is the oldest */
+    uint32_t open_dirs, max_open_dirs;
+    struct file **files; /* handle number - 1 */
+    uint32_t nfiles, files_cap, file_hint;
+    struct dirhandle **dirhandles;
+    uint32_t ndirhandles;
+    int closing[64]; /* descriptors to close once the lock is dropped: it may free a large file */
+    uint32_t nclosing;
+    char warning[512]; /* the newest complaint about what lies on disk */
+};
+
+struct idrange {
+    uint32_t inside, outside, length;
+};
+
+struct tree_options {
+    bool has_upper, live, upper_xattrs, static_nlink;
+    bool user_prefix; /* user.overlay.* instead of trusted.overlay.* */
+    int override_mode;
+    int64_t squash_uid, squash_gid;
+    const struct idrange *uids, *gids;
+    uint32_t nuids, ngids;
+    uint32_t max_open_dirs;
+    int index_fd;   /* -1: none */
+    int numbers_fd; /* -1: none */
+};
+
+/* `layers` and their descriptors are the caller's and outlive the tree. */
+errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tree_options *options,
+                  struct tree **ret_tree);
+void tree_free(struct tree *t);
+void tree_warn(struct tree *t, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+/* Nodes. Those that end in _locked want the lock held. */
+struct node *node_find_locked(struct tree *t, uint64_t ino);
+struct node *node_get(struct tree *t, uint64_t ino); /* NULL if not known; put it back */
+void node_put(struct tree *t, struct node *n);
+void node_put_locked(struct tree *t, struct node *n);
+void closing_add_locked(struct tree *t, int fd);
+/* Drops the lock and closes what has come together. */
+void unlock_and_close(struct tree *t);
+struct node *node_new_locked(struct tree *t, uint64_t ino, mode_t type);
+void node_forget(struct tree *t, uint64_t ino, uint64_t nlookup);
+struct alias *alias_find_locked(struct tree *t, struct node *parent, const char *name);
+errint_t alias_add_locked(struct tree *t, struct node *parent, const char *name, struct node *n,
+                          bool real);
+void alias_drop_locked(struct tree *t, struct alias *a);
+/* The real directory of a stack that lies in `layer`, or NULL. */
+struct rdir *node_dir_locked(const struct node *n, uint16_t layer);
+
+/* Real directories. */
+struct rdir *rdir_new(uint16_t layer, struct rdir *parent,
+                      const char *name); /* takes a ref of parent */
+void rdir_ref_locked(struct rdir *r);
+void rdir_put_locked(struct tree *t, struct rdir *r);
+void rdir_put(struct tree *t, struct rdir *r);
+/* Descriptor (O_PATH) of a directory, kept open until rdir_unpin; or -errno. */
+int rdir_pin(struct tree *t, struct rdir *r);
+void rdir_unpin(struct tree *t, struct rdir *r);
+
+/* Where a node is: a directory to pin, the name in it, what must be found there. */
+struct place {
+    struct rdir
+        *dir; /* holds a reference; NULL: the node is a pinned descriptor or a layer's root */
+    int fd;   /* own duplicate, if dir is NULL; else -1 */
+    uint16_t layer;
+    bool careful;
+    dev_t dev;
+    ino_t ino;
+    uint32_t generation;
+    char name[NAME_BYTES];
+};
+
+/* `data`: where the bytes of a regular file are (the lower file of a metadata-only copy). */
+errint_t node_place(struct tree *t, struct node *n, bool data, struct place *ret_place);
+void place_done(struct tree *t, struct place *p);
+
+/* Opens a node at its place, verified; or -errno. */
+int node_open(struct tree *t, struct node *n, int flags, bool data);
+errint_t node_stat(struct tree *t, struct node *n, struct stat *ret_st);
+/* Calls fn with a /proc path of the node, for the calls that know paths only. */
+errint_t node_with_path(struct tree *t, struct node *n,
+                        errint_t (*fn)(const char *path, bool nofollow, void *arg), void *arg);
+
+/* What is said of an inode: numbers, link count, owner as the union shows them. */
+errint_t node_attr(struct tree *t, struct node *n, struct stat *ret_st);
+void override_stat(int mode, const char *path, bool nofollow, struct stat *st);
+void attr_show(struct tree *t, const char *path, bool nofollow, struct stat *st);
+
+/* Lookup (resolve.c): the attributes as the union shows them, the lookup count raised by one. */
+errint_t tree_lookup(struct tree *t, uint64_t parent, const char *name, struct stat *ret_st);
+
+enum upper_state { UPPER_NONE, UPPER_WHITEOUT, UPPER_ENTRY };
+struct entry {
+    uint64_t ino; /* 0: no such name in the union */
+    mode_t type;
+    enum upper_state upper;
+    bool lower; /* a lower layer would show something here, were the upper's entry away */
+};
+errint_t tree_entry(struct tree *t, uint64_t parent, const char *name, struct entry *ret_entry);
+
+/* What overlay.origin and the hard link index say of a lower file: kernel overlayfs's struct ovl_fb
+ * (its file handle), and the index's name for it, which is that in hexadecimal. Where the lower has
+ * no file handles, `len` is 0 and the name is one of our own. */
+struct origin {
+    unsigned char fb[120];
+    size_t len;
+    char hex[NAME_BYTES];
+};
+errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
+                   struct origin *ret_origin);
+errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin);
+
+/* Told after a change has been committed to disk (change.c). */
+struct copied_up {
+    uint64_t ino;
+    uint64_t parent; /* the alias it was published at; 0: an orphan, unlinked meanwhile */
+    const char *name;
+    bool metacopy;
+    const char *index_name; /* or NULL */
+    int64_t nlink_diff;
+    int orphan_fd;
+};
+errint_t tree_copied_up(struct tree *t, const struct copied_up *c);
+errint_t tree_data_copied(struct tree *t, uint64_t ino);
+/* Holds what is about to lose a name, if the kernel knows it; abandon if the change failed. */
+errint_t tree_prepare_unlink(struct tree *t, uint64_t parent, const char *name);
+void tree_abandon_unlink(struct tree *t, uint64_t parent, const char *name);
+errint_t tree_unlinked(struct tree *t, uint64_t parent, const char *name);
+errint_t tree_renamed(struct tree *t, uint64_t parent, const char *name, uint64_t new_parent,
+                      const char *new_name, bool exchange);
+errint_t tree_made_opaque(struct tree *t, uint64_t ino);
+errint_t tree_alias_made_real(struct tree *t, uint64_t parent, const char *name);
+void tree_set_nlink_diff(struct tree *t, uint64_t ino, int64_t diff);
+/* Marks an upper directory impure, on disk and in the table, if it is not yet. */
+errint_t tree_make_impure(struct tree *t, uint64_t ino);
+errint_t tree_set_redirect(struct tree *t, uint64_t ino, const char *redirect);
+errint_t tree_redirect_path(struct tree *t, uint64_t ino, char **ret_path);
+
+/* Open files (io.c). A handle is a number >= 1. */
+errint_t file_open(struct tree *t, uint64_t ino, int flags, uint64_t *ret_fh);
+errint_t file_adopt(struct tree *t, uint64_t ino, int fd, int flags, uint64_t *ret_fh);
+struct file *file_get(struct tree *t, uint64_t fh);
+void file_put(struct tree *t, struct file *f);
+void file_release(struct tree *t, uint64_t fh);
+errint_t file_switch_to_upper(struct tree *t, struct node *n);
+
+/* Directories (readdir.c). */
+errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh);
+void dir_release(struct tree *t, uint64_t dh);
+struct dirent_out {
+    const char *name;
+    unsigned char type;
+    uint64_t next; /* offset to go on from */
+};
+/* Calls fn for the entries from `offset` on until it returns non-zero. */
+errint_t dir_read(struct tree *t, uint64_t dh, uint64_t offset,
+                  int (*fn)(void *arg, const struct dirent_out *entry), void *arg);
+uint64_t dir_ino(struct tree *t, uint64_t dh);
+errint_t dir_is_empty(struct tree *t, uint64_t ino, bool *ret_empty);
+void dirhandles_free(struct tree *t);
+
+/* resolve.c, for readdir.c and copy: is what was found there a whiteout? */
+bool is_whiteout(struct tree *t, struct rdir *dir, int dirfd, const char *name,
+                 const struct stat *st);
+
+#endif
