@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is said of a file: mode, owner, times, size, extended attributes.
+
+Of a large lower file only the metadata are copied up for it; none of its data for a truncation to
+nothing.
+"""
+
+import dataclasses
+import errno
+import os
+import stat
+from dataclasses import dataclass
+
+from unionfs.acl import ACCESS
+from unionfs.copy_up import (
+    can_override,
+    disk_ids,
+    ensure_upper,
+    give_owner,
+    override_mode,
+    set_override,
+)
+from unionfs.create import Caller
+from unionfs.marks import fd_path, lent
+from unionfs.union import Union
+
+ACL_PREFIX = b"system.posix_acl_"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What to set; None leaves it. Times in nanoseconds."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | None = None) -> None:
+    """Apply a change. `handle_fd`: the writable descriptor it was asked through, if any."""
+    if what.mode is not None and what.mode & stat.S_ISGID:
+        what = _without_foreign_setgid(union, ino, what, ctx)
+    resized = what.size is not None and union.tree.getattr(ino)[6] != what.size
+    ensure_upper(union, ino, data=what.size is not None, truncate=what.size)
+    fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        if what.size is not None:
+            _resize(fd, what.size, handle_fd, resized=resized)
+        if union.override is not None and can_override(os.stat(fd).st_mode):
+            _override(union, ino, fd, what)
+        else:
+            _owner_and_mode(union, fd, what, ctx)
+        if what.atime_ns is not None or what.mtime_ns is not None:
+            now = os.stat(fd)
+            atime = now.st_atime_ns if what.atime_ns is None else what.atime_ns
+            mtime = now.st_mtime_ns if what.mtime_ns is None else what.mtime_ns
+            os.utime(fd_path(fd), ns=(atime, mtime))
+    finally:
+        os.close(fd)
+
+
+def _without_foreign_setgid(union: Union, ino: int, what: Change, ctx: Caller) -> Change:
+    """Nobody gives set-group-ID to a group that he is not in (chmod(2)); nor does it stay when the
+    kernel, before a write, takes set-user-ID away by a mode of its own making."""
+    gid = union.tree.getattr(ino)[4] if what.gid is None else what.gid
+    if what.mode is None or in_group(gid, ctx):
+        return what
+    return dataclasses.replace(what, mode=what.mode & ~stat.S_ISGID)
+
+
+def truncate_at_open(union: Union, ino: int, ctx: Caller) -> None:
+    """O_TRUNC: no data are copied, and the times change even if the file was empty.
+
+    The kernel leaves it to us to take set-ID bits away, as do_truncate of fs/open.c does.
+    """
+    ensure_upper(union, ino, data=True, truncate=0)
+    fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        with lent(fd, stat.S_IWUSR):
+            os.close(os.open(fd_path(fd), os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC))
+    finally:
+        os.close(fd)
+    attr = union.tree.getattr(ino)
+    mode = without_set_id(attr[1], attr[4], ctx)
+    if mode != attr[1]:
+        change(union, ino, Change(mode=mode), ctx)
+
+
+def without_set_id(mode: int, gid: int, ctx: Caller) -> int:
+    """What is left of a file's mode when the caller changes its content
+    (setattr_should_drop_suidgid of fs/attr.c)."""
+    if ctx.uid == 0:
+        return mode
+    mode &= ~stat.S_ISUID
+    if mode & stat.S_IXGRP or not in_group(gid, ctx):
+        mode &= ~stat.S_ISGID
+    return mode
+
+
+def _resize(fd: int, size: int, handle_fd: int | None, *, resized: bool) -> None:
+    """ftruncate(2) always changes the times, truncate(2) only with the size (xfs, btrfs); and the
+    copy-up may have brought no more than `size` bytes already."""
+    if handle_fd is not None:
+        os.ftruncate(handle_fd, size)
+        return
+    with lent(fd, stat.S_IWUSR):
+        if not resized:
+            os.truncate(fd_path(fd), size)
+            return
+        file = os.open(fd_path(fd), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.ftruncate(file, size)
+        finally:
+            os.close(file)
+
+
+def _owner_and_mode(union: Union, fd: int, what: Change, ctx: Caller) -> None:
+    if what.uid is not None or what.gid is not None:
+        now = os.stat(fd)
+        uid, gid = disk_ids(
+            union,
+            now.st_uid if what.uid is None else what.uid,
+            now.st_gid if what.gid is None else what.gid,
+        )
+        if union.options.squash_to_uid is not None or what.uid is None:
+            uid = -1
+        if union.options.squash_to_gid is not None or what.gid is None:
+            gid = -1
+        os.chown(fd_path(fd), uid, gid)
+    if what.mode is not None:
+        os.chmod(fd_path(fd), stat.S_IMODE(what.mode))
+    if what == Change():
+        _settle_privileges(fd, ctx)
+
+
+def _settle_privileges(fd: int, ctx: Caller) -> None:
+    """A change of nothing: the kernel asks it before a write that takes away set-group-ID without
+    group execute, or after it has removed capabilities, and for chown(path, -1, -1).
+
+    The first it leaves to us, with the caller to judge by (setattr_should_drop_sgid of fs/attr.c,
+    which fuse_setattr does not follow). Else only ctime changes, and chown would clear more.
+    """
+    status = os.stat(fd)
+    mode = stat.S_IMODE(status.st_mode)
+    if stat.S_ISLNK(status.st_mode):
+        os.chown(fd_path(fd), -1, -1)
+        return
+    if (
+        stat.S_ISREG(status.st_mode)
+        and not mode & stat.S_IXGRP
+        and not in_group(status.st_gid, ctx)
+    ):
+        mode &= ~stat.S_ISGID
+    os.chmod(fd_path(fd), mode)
+
+
+def _override(union: Union, ino: int, fd: int, what: Change) -> None:
+    """Owner and mode go to the attribute; on disk as far as they can be given."""
+    if what.mode is None and what.uid is None and what.gid is None:
+        return
+    shown = union.tree.getattr(ino)
+    uid, gid = disk_ids(
+        union,
+        shown[3] if what.uid is None else what.uid,
+        shown[4] if what.gid is None else what.gid,
+    )
+    mode = shown[1] if what.mode is None else what.mode
+    if what.mode is None and stat.S_ISREG(shown[1]):
+        # chown(2) clears set-ID bits.
+        mode &= ~stat.S_ISUID
+        if mode & stat.S_IXGRP:
+            mode &= ~stat.S_ISGID
+    set_override(union, fd, uid, gid, mode, shown[1], shown[5])
+    give_owner(union, fd, uid, gid, mode)
+    os.chmod(fd_path(fd), override_mode(mode, directory=stat.S_ISDIR(shown[1])))
+
+
+def set_xattr(union: Union, ino: int, name: bytes, value: bytes, ctx: Caller) -> None:
+    """setxattr(2)."""
+    stored = _stored(union, name)
+    ensure_upper(union, ino)
+    fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        os.setxattr(fd_path(fd), stored, value)
+        if name == ACCESS.encode():
+            _drop_setgid(fd, ctx)
+    finally:
+        os.close(fd)
+
+
+def remove_xattr(union: Union, ino: int, name: bytes) -> None:
+    """removexattr(2)."""
+    stored = _stored(union, name)
+    if not name.startswith(ACL_PREFIX):
+        union.tree.getxattr(ino, name)  # ENODATA before anything is copied up for nothing
+    ensure_upper(union, ino)
+    fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        os.removexattr(fd_path(fd), stored)
+    finally:
+        os.close(fd)
+
+
+def _stored(union: Union, name: bytes) -> bytes:
+    refused = (union.options.noxattrs) or (union.options.noacl and name.startswith(ACL_PREFIX))
+    if refused:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), name)
+    return union.tree.xattr_stored(name)
+
+
+def _drop_setgid(fd: int, ctx: Caller) -> None:
+    """An ACL set by one who is not in the file's group takes set-group-ID away, as the kernel does
+    where it knows who asks (posix_acl_update_mode); here root asked it."""
+    status = os.stat(fd)
+    if status.st_mode & stat.S_ISGID and not in_group(status.st_gid, ctx):
+        os.chmod(fd_path(fd), stat.S_IMODE(status.st_mode) & ~stat.S_ISGID)
+
+
+def in_group(gid: int, ctx: Caller) -> bool:
+    """Whether the caller is in a group, or above such things."""
+    return ctx.uid == 0 or ctx.gid == gid or gid in groups_of(ctx.pid)
+
+
+def groups_of(pid: int) -> set[int]:
+    """Supplementary groups of a process; none if it cannot be seen."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"Groups:"):
+                    return {int(word) for word in line.split()[1:]}
+    except OSError:
+        pass
+    return set()

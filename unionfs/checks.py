@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which directories may be united, and on which mount point: all checks that only look.
+
+Owns the rules below.  Does not own opening layers (layer.py) nor what concerns /dev/fuse and
+fusermount3 (session.py).  Called by daemon.py before anything is made or changed.
+
+Nesting.  An upper (or work directory) must not be visible in a lower, nor a lower in the upper:
+the union would change the layer it reads.  What counts is the place in the file system, not the
+path: `unionfs mount / UPPER MNT` is fine with UPPER on a tmpfs or a disk of its own, since a lower
+is seen without what is mounted beneath it; and it is refused with UPPER on the root file system,
+also through a bind mount, as kernel overlayfs refuses it.
+
+The mount point may lie in a lower (it is not seen there either), not in the upper.  The mount
+point may not be a layer itself.
+"""
+
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from unionfs.errors import UnionfsError
+from unionfs.layer import Layer, layer_error
+from unionfs.mounts import MountEntry, Position, locate, topmost
+from unionfs.options import MountOptions
+
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A directory to compare with others: its identity, and where it lies if that is known."""
+
+    name: str  # as its user is told: "upper /data/up"
+    identity: tuple[int, int]
+    position: Position | None
+    ancestors: frozenset[tuple[int, int]]
+
+    def same(self, other: "Place") -> bool:
+        return self.identity == other.identity
+
+    def inside(self, other: "Place") -> bool:
+        """Whether this lies below `other`, or is it."""
+        if self.position is not None and other.position is not None:
+            return self.position.inside(other.position)
+        return other.identity in self.ancestors
+
+
+def place_of(name: str, fd: int, mounts: Sequence[MountEntry]) -> Place:
+    """Describe the open directory `fd`."""
+    position = locate(fd, mounts)
+    status = os.fstat(fd)
+    # In a chroot that is no mount point of its own the position is not known: walk up instead.
+    ancestors = _ancestors(fd) if position is None else frozenset()
+    return Place(name, (status.st_dev, status.st_ino), position, ancestors)
+
+
+def _ancestors(fd: int) -> frozenset[tuple[int, int]]:
+    found: set[tuple[int, int]] = set()
+    current = os.dup(fd)
+    try:
+        while True:
+            status = os.fstat(current)
+            identity = (status.st_dev, status.st_ino)
+            if identity in found:
+                return frozenset(found)
+            found.add(identity)
+            parent = os.open("..", _DIRECTORY, dir_fd=current)
+            os.close(current)
+            current = parent
+    finally:
+        os.close(current)
+
+
+def _place_of_path(kind: str, path: str, mounts: Sequence[MountEntry]) -> Place:
+    try:
+        fd = os.open(path, _DIRECTORY)
+    except OSError as exc:
+        raise layer_error(kind, path, exc) from exc
+    try:
+        return place_of(f"{kind} {path}", fd, mounts)
+    finally:
+        os.close(fd)
+
+
+def check_layers(options: MountOptions, mounts: Sequence[MountEntry]) -> None:
+    """Refuse layers that are doubled, nested or in use by kernel overlayfs."""
+    lowers = [_place_of_path("lower directory", path, mounts) for path in options.lowers]
+    for number, lower in enumerate(lowers):
+        for earlier in lowers[:number]:
+            if lower.same(earlier):
+                raise UnionfsError(
+                    f"the {lower.name} is named twice", hint="leave one of the two out"
+                )
+    if options.upper is None:
+        return
+    upper = _place_of_path("upper directory", options.upper, mounts)
+    changed = [upper]
+    if options.work is not None and not options.readonly:
+        changed.append(_place_of_path("work directory", options.work, mounts))
+    for lower in lowers:
+        if lower.same(upper):
+            raise UnionfsError(
+                f"the {upper.name} is also a lower", hint="a layer can be only one of the two"
+            )
+        for place in changed:
+            _refuse_nesting(lower, place)
+    if not options.readonly:
+        _check_kernel_overlay(upper, mounts)
+
+
+def _refuse_nesting(lower: Place, changed: Place) -> None:
+    if changed.inside(lower):
+        raise UnionfsError(
+            f"the {changed.name} lies inside the {lower.name}",
+            hint="put it beside the lower, or on another file system (a tmpfs, an image, a disk)",
+        )
+    if lower.inside(changed):
+        raise UnionfsError(
+            f"the {lower.name} lies inside the {changed.name}",
+            hint="choose an upper that does not contain a lower",
+        )
+
+
+def _check_kernel_overlay(upper: Place, mounts: Sequence[MountEntry]) -> None:
+    """The kernel takes no lock that others can see: look at its mounts."""
+    for entry in mounts:
+        if entry.fstype != "overlay":
+            continue
+        for word in entry.options.split(","):
+            key, _, path = word.partition("=")
+            if key != "upperdir":
+                continue
+            try:
+                status = os.stat(path)
+            except OSError:
+                continue  # a path of another root directory or namespace
+            if (status.st_dev, status.st_ino) == upper.identity:
+                raise UnionfsError(
+                    f"the {upper.name} is in use by kernel overlayfs mounted on {entry.point}",
+                    hint="unmount that first, or choose another upper",
+                )
+
+
+def check_mountpoint(options: MountOptions, mounts: Sequence[MountEntry]) -> str:
+    """The mount point's path, free of symlinks; an error if nothing may be mounted there."""
+    path = options.mountpoint
+    real = os.path.realpath(path)
+    entry = topmost(real, mounts)
+    if entry is not None and entry.fstype == "fuse.unionfs" and not _is_dead(real):
+        raise UnionfsError(
+            f"{path} is already the mount point of a union",
+            hint=f"unionfs umount {path} ends it",
+        )
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as exc:
+        raise _mountpoint_error(path, exc) from exc
+    try:
+        if not options.nonempty and os.listdir(fd):
+            raise UnionfsError(
+                f"the mount point {path} is not empty",
+                hint="choose an empty directory, or hide what is there with -o nonempty",
+            )
+        _check_mountpoint_place(options, place_of(f"mount point {path}", fd, mounts), mounts)
+    finally:
+        os.close(fd)
+    return real
+
+
+def _is_dead(path: str) -> bool:
+    """Whether the daemon of the FUSE file system mounted at `path` has died."""
+    try:
+        os.stat(path)
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
+
+
+def _mountpoint_error(path: str, exc: OSError) -> UnionfsError:
+    hints = {
+        errno.ENOENT: f"create it: mkdir -p {path}",
+        errno.ENOTDIR: "a union is mounted on a directory",
+        errno.ENOTCONN: f"a FUSE file system died there: unmount it first (fusermount3 -u {path})",
+        errno.EACCES: "the mount point must be readable by the user who mounts",
+    }
+    code = exc.errno or errno.EIO
+    return UnionfsError(f"cannot mount on {path}: {os.strerror(code)}", hint=hints.get(code))
+
+
+def _check_mountpoint_place(
+    options: MountOptions, point: Place, mounts: Sequence[MountEntry]
+) -> None:
+    hint = "choose another mount point"
+    for path in options.lowers:
+        if point.same(lower := _place_of_path("lower directory", path, mounts)):
+            raise UnionfsError(f"the {point.name} is also the {lower.name}", hint=hint)
+    if options.upper is None:
+        return
+    upper = _place_of_path("upper directory", options.upper, mounts)
+    if point.same(upper):
+        raise UnionfsError(f"the {point.name} is also the {upper.name}", hint=hint)
+    if point.inside(upper):
+        raise UnionfsError(f"the {point.name} lies inside the {upper.name}", hint=hint)
+
+
+def mark_careful(layers: Sequence[Layer], point: str, mounts: Sequence[MountEntry]) -> None:
+    """A lower that could not be detached must not be walked into the union mounted in it."""
+    fd = os.open(point, _DIRECTORY)
+    try:
+        place = locate(fd, mounts)
+    finally:
+        os.close(fd)
+    for layer in layers:
+        if layer.detached:
+            continue
+        if place is None or layer.position is None or place.inside(layer.position):
+            layer.careful = True

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs status`: what is mounted, as the daemons themselves tell it.
+
+Owns the wording for people and the list for programs.  Knows of a union only what mountinfo and
+the attribute user.unionfs.status say.  Called by main.py.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from unionfs.cli.parser import Parser
+from unionfs.cli.unions import FSTYPE, Answer, ask, find, integer, texts
+from unionfs.errors import ExitCode, printable, usage_error
+from unionfs.mounts import MountEntry, read_mounts
+
+USAGE = "unionfs status [MNT...] [--json]"
+
+DESCRIPTION = """\
+Tells of the union at MNT, or of all that are mounted: layers, who and since when, free
+space, what works on this upper and what does not, and why."""
+
+EPILOG = """
+exit codes:
+  0 told    1 MNT is no union, or wrong usage
+"""
+
+WIDTH = 88
+COLUMN = 11
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the status."""
+    parser = Parser(prog="unionfs status", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("places", nargs="*", metavar="MNT", help="where a union is mounted")
+    parser.add_argument("--json", action="store_true", help="a list of objects, one a union")
+    given = parser.read(argv)
+    mounts = read_mounts()
+    entries = [_union_at(path, mounts) for path in given.places]
+    if not given.places:
+        entries = [entry for entry in mounts if entry.fstype == FSTYPE]
+    told = [(entry, ask(entry, mounts)) for entry in entries]
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names need not be UTF-8
+    if given.json:
+        print(json.dumps([_object(entry, answer) for entry, answer in told], indent=2))
+    elif told:
+        print("\n\n".join("\n".join(_lines(entry, answer)) for entry, answer in told))
+    else:
+        print("no union is mounted")
+    return ExitCode.OK
+
+
+def _union_at(path: str, mounts: Sequence[MountEntry]) -> MountEntry:
+    entry = find(path, mounts)
+    if entry is None:
+        what = "is not a mount point" if os.path.lexists(path) else "does not exist"
+        raise usage_error(f"{path} {what}", "unionfs status without MNT lists the unions")
+    if entry.fstype != FSTYPE:
+        raise usage_error(f"{path} is a mount of {entry.fstype}, not a union")
+    return entry
+
+
+def _object(entry: MountEntry, answer: Answer) -> dict[str, object]:
+    told: dict[str, object] = {
+        "mountpoint": entry.point,
+        "source": entry.source,
+        "state": answer.state,
+    }
+    if answer.reason:
+        told["reason"] = answer.reason
+    return told | {key: value for key, value in answer.facts.items() if key not in told}
+
+
+def _lines(entry: MountEntry, answer: Answer) -> Iterator[str]:
+    """What a person reads of one union."""
+    if answer.state != "ok":
+        yield f"{printable(entry.point)}: union of {printable(entry.source)}, {answer.state}"
+        yield from _field("state", [answer.reason])
+        return
+    facts = answer.facts
+    yield f"{printable(entry.point)}: {_kind(facts)} union of {printable(entry.source)}"
+    yield from _field("lower", [printable(path) for path in texts(facts.get("lowers"))])
+    yield from _field("upper", [printable(path) for path in texts(facts.get("upper"))])
+    yield from _field("work", [printable(path) for path in texts(facts.get("work"))])
+    yield from _field("free", _space(facts))
+    yield from _field("since", _since(facts.get("since")))
+    yield from _field("daemon", _daemon(facts))
+    works, lacks = _features(facts)
+    yield from _field("works", _wrapped(works))
+    yield from _field("lacks", lacks)
+
+
+def _field(name: str, values: Sequence[str]) -> Iterator[str]:
+    for number, value in enumerate(values):
+        yield f"  {name if number == 0 else '':<{COLUMN - 2}}{value}"
+
+
+def _kind(facts: dict[str, object]) -> str:
+    if facts.get("ephemeral"):
+        return "ephemeral"
+    return "read-only" if facts.get("readonly") or not facts.get("upper") else "writable"
+
+
+def _space(facts: dict[str, object]) -> list[str]:
+    free, size = integer(facts, "free"), integer(facts, "size")
+    return [] if free is None or size is None else [f"{_bytes(free)} of {_bytes(size)}"]
+
+
+def _bytes(count: int) -> str:
+    amount = float(count)
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount /= 1024
+        units.pop(0)
+    return f"{count} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def _since(value: object) -> list[str]:
+    """ISO 8601, as the daemon says it; as local time, and how long ago that is."""
+    import datetime
+
+    try:
+        start = datetime.datetime.fromisoformat(value if isinstance(value, str) else "").timestamp()
+    except ValueError:
+        return []
+    minutes = max(0, int(time.time() - start)) // 60
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    length = f"{days} d {hours} h" if days else f"{hours} h {minutes} min"
+    if not days and not hours:
+        length = f"{minutes} min" if minutes else "less than a minute"
+    return [f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(start))} ({length})"]
+
+
+def _daemon(facts: dict[str, object]) -> list[str]:
+    parts = []
+    if (pid := integer(facts, "pid")) is not None:
+        parts.append(f"pid {pid}")
+    if (uid := integer(facts, "uid")) is not None:
+        parts.append(f"of {_user(uid)}")
+    text = " ".join(parts)
+    if isinstance(version := facts.get("version"), str):
+        text += f", unionfs {version}"
+    if isinstance(driver := facts.get("driver"), str):
+        text += f", driver {driver}"
+    return [text.removeprefix(", ")] if text else []
+
+
+def _user(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def _features(facts: dict[str, object]) -> tuple[list[str], list[str]]:
+    """What works, with its kind (xattrs: "trusted"); what does not, with the reason."""
+    features, reasons = facts.get("features"), facts.get("reasons")
+    works: list[str] = []
+    lacks: list[str] = []
+    for name, feature in features.items() if isinstance(features, dict) else ():
+        label = str(name).replace("_", " ")
+        reason = reasons.get(name) if isinstance(reasons, dict) else None
+        if feature:
+            works.append(f"{label} ({feature})" if isinstance(feature, str) else label)
+        else:
+            lacks.append(f"{label}: {reason}" if reason else label)
+    return works, lacks
+
+
+def _wrapped(words: Sequence[str]) -> list[str]:
+    """Comma-separated, in lines that leave room for the names of the fields."""
+    lines: list[str] = []
+    for number, word in enumerate(words):
+        piece = word + ("," if number + 1 < len(words) else "")
+        if lines and len(lines[-1]) + 1 + len(piece) <= WIDTH - COLUMN:
+            lines[-1] += f" {piece}"
+        else:
+            lines.append(piece)
+    return lines

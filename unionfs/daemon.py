@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From options to a running union and back: start, ready, signals, stop order.
+
+Owns the order of things and the life of the process.  Does not own layers (layer.py, work.py),
+mounting (session.py), the wire (handshake.py) nor what is answered (operations.py).  Called by
+the verbs of cli/.
+
+    starting process                    daemon (the same process with foreground)
+    fork ------------------------------> check, open layers, lock and open the work area,
+    waits at a pipe                      build the union, mount, answer INIT
+    stat(MNT) <------- "ready" --------- serve
+    exit 0                               ... until unmounted, SIGTERM or SIGINT
+                                         close: device, union, work (unlocks), layers
+
+Signals.  SIGTERM and SIGINT unmount.  If files of the union are in use it is unmounted lazily
+after the kernel has written what it holds: whoever has files open then gets ENOTCONN, the tree
+is whole.  A second signal does not wait for that.  If the loop ends by an error, the mount is
+taken away rather than left to hang.
+
+Locks are taken and threads are started after the fork: neither survives it.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import syslog
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, Protocol
+
+from unionfs.errors import ExitCode, UnionfsError
+from unionfs.options import MountOptions
+
+if TYPE_CHECKING:
+    import pyfuse3
+    import trio
+
+    from unionfs.handshake import Loop
+    from unionfs.layer import Layer
+    from unionfs.session import Mount, Plan
+    from unionfs.work import Work
+
+log = logging.getLogger("unionfs")
+
+_FLUSH_SECONDS: Final = 10
+_DETACH_SECONDS: Final = 2
+_OOM_SCORE: Final = "-500"
+
+
+class Served(Protocol):
+    """What is mounted: the union and its operations."""
+
+    @property
+    def operations(self) -> "pyfuse3.Operations":
+        """What pyfuse3 calls."""
+
+    def set_facts(self, facts: dict[str, object]) -> None:
+        """Take what only the daemon knows, for the status."""
+
+    def close(self) -> None:
+        """Let go of everything but the layers."""
+
+
+Build = Callable[[MountOptions, "list[Layer]", "Layer | None", "Work | None"], Served]
+
+
+class _UnionServed:
+    """The real thing."""
+
+    def __init__(
+        self,
+        options: MountOptions,
+        lowers: "list[Layer]",
+        upper: "Layer | None",
+        work: "Work | None",
+    ) -> None:
+        # Nothing is imported once we are mounted: the mount may hide where it would come from.
+        import unionfs.status  # noqa: F401
+        from unionfs.operations import UnionOperations
+        from unionfs.union import Union
+
+        self._union = Union(options, lowers, upper, work)
+        self.operations = UnionOperations(self._union)
+
+    def set_facts(self, facts: dict[str, object]) -> None:
+        self._union.facts = facts
+
+    def close(self) -> None:
+        self._union.close()
+
+
+def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
+    """Mount; return 0 once the union can be used (foreground: once it has ended).
+
+    Raises UnionfsError if it could not be mounted; then nothing is left behind.
+    """
+    if options.foreground:
+        _log_to(logging.StreamHandler(), options)
+        return _Daemon(options, build, lambda _number: None).run()
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reading)
+            os._exit(_run_in_background(options, build, writing))
+        finally:
+            os._exit(int(ExitCode.INTERNAL))
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        return _await_ready(pipe, child, options)
+
+
+# The starting process
+
+
+def _await_ready(pipe: BinaryIO, child: int, options: MountOptions) -> int:
+    """Wait for the daemon's word: ready, or what was wrong."""
+    try:
+        text = pipe.read()
+        message = json.loads(text) if text else {}
+        if "ready" in message:
+            # The daemon's answer to this proves that the tree can be used.
+            os.stat(options.mountpoint)
+            return int(ExitCode.OK)
+    except OSError as exc:
+        _end_child(child)
+        reason = f"{options.mountpoint} was mounted but does not answer: {exc.strerror}"
+        raise UnionfsError(reason, hint="the system log says more") from exc
+    except KeyboardInterrupt:
+        _end_child(child)
+        raise
+    os.waitpid(child, 0)
+    if "traceback" in message:
+        sys.stderr.write(message["traceback"])
+    raise UnionfsError(
+        message.get("message", "the daemon ended before it was ready"),
+        hint=message.get("hint", "the system log may say more" if not message else None),
+        code=ExitCode(message.get("code", ExitCode.INTERNAL)),
+    )
+
+
+def _end_child(child: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+
+
+# The daemon
+
+
+def _run_in_background(options: MountOptions, build: Build, pipe: int) -> int:
+    """The life of the daemon's process.  What goes wrong before it is ready goes up the pipe."""
+    said = False
+
+    def say(message: dict[str, object]) -> None:
+        nonlocal said
+        if not said:
+            said = True
+            with contextlib.suppress(OSError):  # the starting process may have been killed
+                os.write(pipe, json.dumps(message).encode())
+            os.close(pipe)
+
+    try:
+        _leave_terminal(pipe)
+        _log_to(_SyslogHandler(), options)
+        return _Daemon(options, build, lambda number: say({"ready": number})).run()
+    except UnionfsError as exc:
+        if said:
+            log.error("%s", exc.line())
+        say({"message": exc.message, "hint": exc.hint, "code": int(exc.code)})
+        return int(exc.code)
+    except BaseException as exc:
+        log.exception("the daemon ended by an error")
+        text = traceback.format_exc()
+        say({"message": f"internal error: {exc!r}", "code": 4, "hint": None, "traceback": text})
+        return int(ExitCode.INTERNAL)
+
+
+def _leave_terminal(keep: int) -> None:
+    """A session of its own, no terminal, and none of the descriptors that were inherited."""
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    os.closerange(3, keep)
+    os.closerange(keep + 1, highest if highest != resource.RLIM_INFINITY else 1 << 20)
+
+
+class _SyslogHandler(logging.Handler):
+    """To the system log, as unionfs[PID]."""
+
+    _PRIORITIES: Final = {
+        logging.CRITICAL: syslog.LOG_CRIT,
+        logging.ERROR: syslog.LOG_ERR,
+        logging.WARNING: syslog.LOG_WARNING,
+        logging.INFO: syslog.LOG_INFO,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        syslog.openlog("unionfs", syslog.LOG_PID, syslog.LOG_DAEMON)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        priority = self._PRIORITIES.get(record.levelno, syslog.LOG_DEBUG)
+        text = self.format(record).encode("utf-8", "replace").decode()
+        for line in text.replace("\0", "\\0").splitlines():
+            syslog.syslog(priority, line)
+
+
+def _log_to(handler: logging.Handler, options: MountOptions) -> None:
+    if isinstance(handler, _SyslogHandler):
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("unionfs: %(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if options.debug else logging.INFO, handlers=[handler])
+
+
+def _interrupted(_number: int, _frame: object) -> NoReturn:
+    raise UnionfsError("interrupted before the union was mounted", code=ExitCode.INTERRUPT)
+
+
+def _settle() -> None:
+    """Be in nobody's way, and keep nobody's mode bits from the files we make."""
+    os.chdir("/")
+    os.umask(0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # Killed for want of memory, a union takes all its users with it.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(_OOM_SCORE)
+
+
+@dataclass
+class _Daemon:
+    """One union in this process: the fields are filled in the order of run()."""
+
+    options: MountOptions
+    build: Build
+    ready: Callable[[str], None]
+    _was_live: bool = field(default=False, init=False)
+    _facts: dict[str, object] = field(default_factory=dict, init=False)
+
+    def run(self) -> int:
+        """Mount, serve, clean up; the exit code."""
+        # Only here: the starting process does without them.
+        from unionfs import session
+        from unionfs.handshake import Loop, Wishes
+
+        plan = session.plan_mount(self.options)
+        # Until the loop listens: unwind what was done.  SIGINT is Python's KeyboardInterrupt.
+        signal.signal(signal.SIGTERM, _interrupted)
+        with contextlib.ExitStack() as stack:
+            _settle()
+            point, served = self._open(stack)
+            self._facts = self._describe(point, plan)
+            served.set_facts(self._facts)
+            mount = session.make_mount(plan, self.options, point)
+            stack.callback(session.release_keeper, mount)
+            # After the device is closed: nothing then waits for an answer.
+            stack.callback(session.unmount, mount, lazily=True)
+            words = {"debug"} if self.options.debug else set()
+            if self.options.allow_root:
+                words.add("allow_root")  # libfuse itself refuses the others
+            loop = Loop(mount.device, Wishes.of(self.options), words)
+            stack.callback(loop.close)
+            return self._serve(loop, mount, served)
+
+    def _open(self, stack: contextlib.ExitStack) -> tuple[str, Served]:
+        """Check everything, then open it, in the order that leaves nothing behind on an error."""
+        from unionfs import checks, layer
+        from unionfs.mounts import read_mounts
+        from unionfs.session import is_readonly
+        from unionfs.work import Work, lock_shared
+
+        options = self.options
+        readonly = is_readonly(options)
+        mounts = read_mounts()
+        checks.check_layers(options, mounts)
+        point = checks.check_mountpoint(options, mounts)
+        lowers = []
+        for path in options.lowers:
+            lowers.append(layer.open_lower(path, mounts))
+            stack.callback(lowers[-1].close)
+        upper = None
+        if options.ephemeral and not readonly:
+            upper = layer.open_ephemeral(options.ephemeral_size)
+        elif options.upper is not None:
+            upper = layer.open_upper(options.upper, mounts, work=options.work, readonly=readonly)
+        if upper is not None:
+            stack.callback(upper.close)
+        checks.mark_careful([*lowers, *([upper] if upper is not None else [])], point, mounts)
+        work = None
+        if upper is not None and readonly:
+            stack.callback(os.close, lock_shared(upper, options))
+        elif upper is not None:
+            work = Work.open(upper, options)
+            # Not mounted after all: take away what was made.
+            stack.callback(lambda: work.close() if self._was_live else work.abandon())
+        served = self.build(options, lowers, upper, work)
+        stack.callback(served.close)
+        return point, served
+
+    def _describe(self, point: str, plan: "Plan") -> dict[str, object]:
+        options = self.options
+        now = datetime.datetime.now(datetime.UTC)
+        try:
+            namespace = os.readlink("/proc/self/ns/pid")
+        except OSError:
+            namespace = None
+        return {
+            "mountpoint": point,
+            "fsname": options.fsname or "unionfs",
+            "pid": os.getpid(),
+            "pid_namespace": namespace,
+            "uid": os.geteuid(),
+            "since": now.isoformat(timespec="seconds"),
+            "driver": options.driver,
+            "mounted_by": "mount" if plan.helper is None else "fusermount3",
+        }
+
+    def _serve(self, loop: "Loop", mount: "Mount", served: Served) -> int:
+        import trio
+
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        # A helper thread that has finished sends SIGURG to the loop's thread: should that be in a
+        # read whose request was taken back (its process was killed), it gets EINTR and goes on.
+        signal.signal(signal.SIGURG, lambda _number, _frame: None)
+        try:
+            trio.run(self._live, loop, mount, served)
+        except BaseException as exc:
+            error = _innermost(exc)
+            if not self._was_live or not isinstance(error, Exception):
+                raise error from exc
+            log.error("the loop ended by an error; unmounting %s", mount.point, exc_info=exc)
+            return int(ExitCode.INTERNAL)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)  # we are ending already
+        log.info("%s is unmounted", mount.point)
+        return int(ExitCode.OK)
+
+    async def _live(self, loop: "Loop", mount: "Mount", served: Served) -> None:
+        import trio
+
+        def on_init() -> None:
+            self._was_live = True
+            self._facts["init"] = [flag.name for flag in loop.flags]
+            log.info("mounted on %s", mount.point)
+            self.ready(mount.number)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._watch_signals, loop, mount)
+            await loop.run(served.operations, on_init)
+            nursery.cancel_scope.cancel()
+
+    async def _watch_signals(
+        self, loop: "Loop", mount: "Mount", task_status: "trio.TaskStatus[None]"
+    ) -> None:
+        import trio
+
+        ending = [signal.SIGTERM, signal.SIGINT]
+        if self.options.foreground:
+            ending.append(signal.SIGHUP)  # its terminal is gone
+        with trio.open_signal_receiver(*ending) as signals:
+            task_status.started()
+            async with trio.open_nursery() as nursery:
+                stopping = False
+                async for number in signals:
+                    log.info("%s: ending", signal.Signals(number).name)
+                    if stopping:
+                        loop.stop()
+                    else:
+                        stopping = True
+                        nursery.start_soon(self._stop, loop, mount)
+
+    async def _stop(self, loop: "Loop", mount: "Mount") -> None:
+        """Unmount and let the loop end; see "Signals" above."""
+        import trio
+
+        from unionfs import session
+
+        plainly = functools.partial(session.unmount, mount, lazily=False)
+        if await trio.to_thread.run_sync(plainly):
+            # The loop ends by itself, unless another mount namespace has a copy of the mount.
+            await trio.sleep(_DETACH_SECONDS)
+        else:
+            log.warning("%s is in use: unmounting it lazily", mount.point)
+            with trio.move_on_after(_FLUSH_SECONDS):
+                await _in_thread_of_its_own(functools.partial(session.flush, mount))
+            await trio.to_thread.run_sync(functools.partial(session.unmount, mount, lazily=True))
+        loop.stop()
+
+
+async def _in_thread_of_its_own(action: Callable[[], None]) -> None:
+    """Run what may hang where it holds up neither us, when cancelled, nor the process's end."""
+    import trio
+
+    token = trio.lowlevel.current_trio_token()
+    done = trio.Event()
+
+    def work() -> None:
+        try:
+            action()
+        except OSError as exc:
+            log.warning("flushing: %s, ignoring", exc)
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(done.set)
+
+    threading.Thread(target=work, daemon=True).start()
+    await done.wait()
+
+
+def _innermost(exc: BaseException) -> BaseException:
+    """The one error inside the groups that nurseries make."""
+    while isinstance(exc, BaseExceptionGroup):
+        exc = exc.exceptions[0]
+    return exc

@@ -1,0 +1,453 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One layer of a union: its root descriptor, and what its file system can do.
+
+Owns the opening of layers and the probes.  Does not own what names in it mean (the resolver),
+nor what the union keeps beside the upper (work.py).  Called by daemon.py; read by the union.
+
+A lower is opened, where the kernel lets us, through a private, detached, read-only copy of its
+mount: then the daemon cannot write to it nor change its access times, and does not see what is
+mounted beneath it, as kernel overlayfs does not.  Else it is opened plainly and marked careful
+if there are mount points beneath it.  So is an upper, writable and together with its work
+directory: both must be reached through one mount, or nothing could be renamed from one to the
+other.  A mount of which we hold a copy can be unmounted while the union is mounted, and as soon
+as it is unmounted.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from unionfs import syscalls
+from unionfs.errors import UnionfsError
+from unionfs.mounts import MountEntry, Position, locate, mount_number, mounted_beneath, path_of
+from unionfs.syscalls import MountAttr, RenameFlag
+
+Namespace = Literal["trusted", "user"]
+
+# Set and removed again by the probes; below the name that is ours to write in an upper.
+PROBE_XATTR = "overlay.unionfs_probe"
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the upper's file system can do, and why not (`reasons`, by field name)."""
+
+    xattrs: Namespace | None = None  # where marks can be kept
+    whiteout: bool = False  # a character device 0:0 can be made
+    rename_exchange: bool = False
+    rename_noreplace: bool = False
+    rename_whiteout: bool = False
+    tmpfile: bool = False  # O_TMPFILE, and linkat of it
+    reflink: bool = False
+    device_nodes: bool = False  # others than 0:0
+    file_handles: bool = False
+    acl: bool = False
+    reasons: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+class Layer:
+    """The root of one layer.
+
+    All fields are immutable after the daemon's checks, but for `features`, set by Work.open().
+    """
+
+    __slots__ = (
+        "_cleanup",
+        "_top",
+        "_tree",
+        "careful",
+        "dev",
+        "fd",
+        "features",
+        "ino",
+        "mount",
+        "path",
+        "position",
+        "readonly",
+        "upper",
+    )
+
+    def __init__(
+        self,
+        path: str,
+        base: int,
+        *,
+        upper: bool,
+        mounts: list[MountEntry],
+        detach: Literal["readonly", "writable", "no"],
+        beside: str | None = None,
+    ) -> None:
+        """Take over `base`, a descriptor of the root directory (O_PATH will do).
+
+        `beside`: another directory of the same mount that must be reachable (see open_beside).
+        """
+        self.path = path
+        self.upper = upper
+        self.readonly = not upper or detach == "readonly"
+        self.features = Features()
+        self.mount = mount_number(base)
+        self.position: Position | None = locate(base, mounts)
+        self._cleanup: Callable[[], None] | None = None
+        self._tree, self._top = -1, ""
+        if detach != "no":
+            self._tree, self._top = _detached_copy(base, beside, readonly=self.readonly)
+        try:
+            if self._tree < 0:
+                self.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=base)
+            else:
+                self.fd = self.open_beside(base)
+            self.careful = (
+                self._tree < 0 and bool(mounts) and mounted_beneath(path_of(base), mounts)
+            )
+        except BaseException:
+            if self._tree >= 0:
+                os.close(self._tree)
+            raise
+        finally:
+            os.close(base)
+        status = os.fstat(self.fd)
+        self.dev = status.st_dev
+        self.ino = status.st_ino
+
+    @property
+    def detached(self) -> bool:
+        """Whether nothing mounted beneath the root, now or later, can be seen through `fd`."""
+        return self._tree >= 0
+
+    def open_beside(self, fd: int) -> int:
+        """Open a directory of this layer's mount again, as the layer itself is reached."""
+        if self._tree < 0:
+            return os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+        below = os.path.relpath(path_of(fd), self._top) if self._top else "."
+        again = os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=self._tree)
+        if not os.path.sameopenfile(fd, again):
+            os.close(again)
+            raise OSError(errno.ESTALE, "it was moved while the union was being mounted")
+        return again
+
+    def on_close(self, cleanup: Callable[[], None]) -> None:
+        """What to do when the layer is closed."""
+        self._cleanup = cleanup
+
+    def close(self) -> None:
+        """Close the descriptors; a second call does nothing."""
+        fds = (self.fd, self._tree)
+        self.fd = self._tree = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+        cleanup, self._cleanup = self._cleanup, None
+        if cleanup is not None:
+            cleanup()
+
+
+def _detached_copy(base: int, beside: str | None, *, readonly: bool) -> tuple[int, str]:
+    """A copy of the mount below `base` that nobody else sees; -1 if not allowed.
+
+    With `beside`, below the deepest directory that holds both; its path is given too, since a
+    mount of two directories lies on all that is between them.
+    """
+    try:
+        if beside is None:
+            top, tree = "", syscalls.clone_mount(base)
+        else:
+            top = os.path.commonpath([path_of(base), os.path.realpath(beside)])
+            fd = os.open(top, os.O_PATH | os.O_DIRECTORY)
+            try:
+                if mount_number(fd) != mount_number(base):
+                    return -1, ""  # not on one mount: for the checks to say
+                tree = syscalls.clone_mount(fd)
+            finally:
+                os.close(fd)
+    except OSError as exc:
+        # EPERM: no CAP_SYS_ADMIN.  EINVAL: would uncover what is hidden from this user namespace,
+        # or an unbindable mount.  ENOSYS: a seccomp filter.
+        if exc.errno in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
+            return -1, ""
+        raise
+    try:
+        _make_private(tree, readonly=readonly)
+    except OSError as exc:
+        os.close(tree)
+        if exc.errno in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
+            return -1, ""
+        raise
+    return tree, top
+
+
+def _make_private(tree: int, *, readonly: bool) -> None:
+    """No mounts that others make come into the copy; a lower's is not written to."""
+    if not readonly:
+        syscalls.set_mount_attributes(tree, MountAttr(0), MountAttr(0))
+        return
+    quiet = MountAttr.RDONLY | MountAttr.NODEV | MountAttr.NOATIME
+    try:
+        syscalls.set_mount_attributes(tree, quiet, MountAttr.ATIME_MASK)
+    except PermissionError:
+        # A user namespace may not change atime flags that are locked.
+        syscalls.set_mount_attributes(tree, MountAttr.RDONLY, MountAttr(0))
+
+
+def _open_base(kind: str, path: str) -> int:
+    try:
+        return os.open(path, os.O_PATH | os.O_DIRECTORY)
+    except OSError as exc:
+        raise layer_error(kind, path, exc) from exc
+
+
+def layer_error(kind: str, path: str, exc: OSError) -> UnionfsError:
+    """A layer's directory that cannot be used, as its user is told it."""
+    hints = {
+        errno.ENOENT: f"create the directory, or correct the path of the {kind}",
+        errno.ENOTDIR: "a layer must be a directory; mount an image first and name its mount point",
+        errno.EACCES: f"the {kind} must be readable and searchable by the user who mounts",
+    }
+    code = exc.errno or errno.EIO
+    return UnionfsError(f"cannot open the {kind} {path}: {os.strerror(code)}", hint=hints.get(code))
+
+
+def open_lower(path: str, mounts: list[MountEntry], *, kind: str = "lower directory") -> Layer:
+    """Open a layer that is only read."""
+    base = _open_base(kind, path)
+    try:
+        return Layer(path, base, upper=False, mounts=mounts, detach="readonly")
+    except OSError as exc:
+        raise layer_error(kind, path, exc) from exc
+
+
+def open_upper(
+    path: str, mounts: list[MountEntry], *, work: str | None = None, readonly: bool = False
+) -> Layer:
+    """Open the layer that takes the changes; `readonly` for a union that takes none.
+
+    `work`: the work directory, if it is not in the upper.
+    """
+    kind = "upper directory"
+    base = _open_base(kind, path)
+    try:
+        layer = Layer(
+            path,
+            base,
+            upper=True,
+            mounts=mounts,
+            detach="readonly" if readonly else "writable",
+            beside=None if readonly else work,
+        )
+    except OSError as exc:
+        raise layer_error(kind, path, exc) from exc
+    if readonly:
+        return layer
+    try:
+        _check_writable(layer)
+    except UnionfsError:
+        layer.close()
+        raise
+    return layer
+
+
+def _check_writable(upper: Layer) -> None:
+    hint = "choose another upper, or mount with --ro"
+    if os.fstatvfs(upper.fd).f_flag & os.ST_RDONLY:
+        raise UnionfsError(f"the upper directory {upper.path} is on a read-only mount", hint=hint)
+    # One that its own user has locked (chmod of the union's root) is his to write all the same.
+    mine = os.fstat(upper.fd).st_uid == os.geteuid()
+    if not mine and not os.access(".", os.W_OK | os.X_OK, dir_fd=upper.fd, effective_ids=True):
+        raise UnionfsError(
+            f"the upper directory {upper.path} is not writable by user {os.geteuid()}", hint=hint
+        )
+
+
+def open_ephemeral(size: str | None) -> Layer:
+    """An upper in memory, gone when it is closed.
+
+    A tmpfs that is mounted nowhere; for a user who may not make one, a directory in the
+    session's or the machine's tmpfs, which has no size limit of its own.
+    """
+    options = {"mode": "0755"} | ({"size": size} if size is not None else {})
+    try:
+        base = syscalls.private_tmpfs(options)
+    except OSError as exc:
+        if exc.errno == errno.EINVAL and size is not None:
+            raise UnionfsError(
+                f"ephemeral size {size!r} is not understood by tmpfs",
+                hint="give a number of bytes with K, M or G, or a percentage of memory",
+            ) from exc
+        if exc.errno not in (errno.EPERM, errno.ENOSYS):
+            raise
+    else:
+        keep = os.dup(base)
+        layer = Layer("(memory)", base, upper=True, mounts=[], detach="no")
+        layer.careful = False
+        layer.on_close(lambda: os.close(keep))
+        return layer
+    if size is not None:
+        raise UnionfsError(
+            "an ephemeral upper with a size needs the right to make a tmpfs",
+            hint="leave the size out, or mount as root or in a user namespace (unshare -Urm)",
+        )
+    return _ephemeral_directory()
+
+
+def _ephemeral_directory() -> Layer:
+    for parent in (os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"):
+        if parent and os.access(parent, os.W_OK | os.X_OK):
+            break
+    else:
+        raise UnionfsError(
+            "no tmpfs for an ephemeral upper",
+            hint="set XDG_RUNTIME_DIR to a writable directory, or name an upper",
+        )
+    path = tempfile.mkdtemp(prefix="unionfs-", dir=parent)
+    base = os.open(path, os.O_PATH | os.O_DIRECTORY)
+    layer = Layer(path, base, upper=True, mounts=[], detach="no")
+    os.fchmod(layer.fd, 0o755)
+    layer.on_close(lambda: remove_tree(Path(path)))
+    return layer
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory of ours, also what its user locked himself out of."""
+    for directory, _, _ in os.walk(path, onerror=lambda exc: _unlock(exc.filename)):
+        _unlock(directory)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _unlock(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.chmod(path, 0o700)
+
+
+class _Probe:
+    """Files in a directory of their own inside the work directory, and what was learned."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.reasons: dict[str, str] = {}
+
+    def attempt(self, feature: str, action: Callable[[], object]) -> bool:
+        """Whether `action` works; an error of the file system is the reason why not."""
+        try:
+            action()
+        except OSError as exc:
+            self.reasons[feature] = os.strerror(exc.errno or errno.EIO)
+            return False
+        return True
+
+    def make(self, name: str) -> None:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        os.close(os.open(name, flags, 0o600, dir_fd=self.fd))
+
+    def set_xattr(self, namespace: Namespace) -> None:
+        """On a directory (opaque, redirect) and on a file (metacopy, origin)."""
+        name = f"{namespace}.{PROBE_XATTR}"
+        file = os.open("a", os.O_RDWR, dir_fd=self.fd)
+        try:
+            for fd in (self.fd, file):
+                os.setxattr(fd, name, b"y")
+                if os.getxattr(fd, name) != b"y":
+                    raise OSError(errno.EOPNOTSUPP, "xattr not kept")
+        finally:
+            os.close(file)
+
+    def tmpfile(self) -> None:
+        fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600, dir_fd=self.fd)
+        try:
+            syscalls.link_descriptor(fd, self.fd, "tmpfile")
+        finally:
+            os.close(fd)
+
+    def reflink(self) -> None:
+        source = os.open("a", os.O_RDWR, dir_fd=self.fd)
+        target = os.open("b", os.O_RDWR, dir_fd=self.fd)
+        try:
+            os.pwrite(source, b"x" * 4096, 0)  # some answer for an empty file without trying
+            syscalls.clone_file(source, target)
+        finally:
+            os.close(source)
+            os.close(target)
+
+    def acl(self) -> None:
+        try:
+            os.getxattr(self.fd, "system.posix_acl_access")
+        except OSError as exc:
+            if exc.errno != errno.ENODATA:  # supported, only not set
+                raise
+
+    def handles(self) -> None:
+        if not syscalls.has_file_handles(self.fd):
+            raise OSError(errno.EOPNOTSUPP, "no file handles")
+
+
+@contextlib.contextmanager
+def _probe_directory(work: int) -> Iterator[_Probe]:
+    name = f"probe-{os.getpid()}-{secrets.token_hex(4)}"
+    os.mkdir(name, 0o700, dir_fd=work)
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=work)
+    try:
+        yield _Probe(fd)
+    finally:
+        os.close(fd)
+        # Opened anew: btrfs lists no name that is younger than the descriptor.
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=work)
+        for entry in os.listdir(fd):
+            os.unlink(entry, dir_fd=fd)
+        os.close(fd)
+        os.rmdir(name, dir_fd=work)
+
+
+def _probe_namespace(probe: _Probe, userxattr: bool | None) -> Namespace | None:
+    """trusted.* if we may, else user.*; `userxattr` asks for one and only one of them."""
+    reasons = []
+    candidates: dict[bool | None, tuple[Namespace, ...]] = {
+        None: ("trusted", "user"),
+        True: ("user",),
+        False: ("trusted",),
+    }
+    for namespace in candidates[userxattr]:
+        try:
+            probe.set_xattr(namespace)
+        except OSError as exc:
+            reasons.append(f"{namespace}.*: {os.strerror(exc.errno or errno.EIO)}")
+        else:
+            return namespace
+    probe.reasons["xattrs"] = ", ".join(reasons)
+    return None
+
+
+def probe_features(work: int, userxattr: bool | None = None) -> Features:
+    """Try out, in the directory `work`, what its file system can do; leaves nothing behind."""
+    with _probe_directory(work) as probe:
+        at = probe.fd
+        probe.make("a")
+        probe.make("b")
+
+        def node(name: str, number: int) -> Callable[[], None]:
+            return lambda: os.mknod(name, stat.S_IFCHR | 0o600, number, dir_fd=at)
+
+        def rename(source: str, target: str, flags: RenameFlag) -> Callable[[], None]:
+            return lambda: syscalls.renameat2(at, source, at, target, flags)
+
+        return Features(
+            xattrs=_probe_namespace(probe, userxattr),
+            reflink=probe.attempt("reflink", probe.reflink),
+            whiteout=probe.attempt("whiteout", node("w", os.makedev(0, 0))),
+            device_nodes=probe.attempt("device_nodes", node("d", os.makedev(1, 3))),
+            rename_exchange=probe.attempt("rename_exchange", rename("a", "b", RenameFlag.EXCHANGE)),
+            rename_noreplace=probe.attempt(
+                "rename_noreplace", rename("a", "c", RenameFlag.NOREPLACE)
+            ),
+            rename_whiteout=probe.attempt("rename_whiteout", rename("b", "e", RenameFlag.WHITEOUT)),
+            tmpfile=probe.attempt("tmpfile", probe.tmpfile),
+            file_handles=probe.attempt("file_handles", probe.handles),
+            acl=probe.attempt("acl", probe.acl),
+            reasons=MappingProxyType(probe.reasons),
+        )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What /proc/self/mountinfo says: which mounts there are, and where in its file system a file is.
+
+Owns the reading of mountinfo.  Changes nothing.  Called by layer and work (does one directory
+lie in the other?), session and daemon (what is mounted on the mount point?).
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+
+
+class MountEntry(NamedTuple):
+    """One line of mountinfo."""
+
+    number: int
+    device: str  # "major:minor" of the file system
+    root: str  # what of the file system is mounted: a path within it
+    point: str
+    fstype: str
+    source: str
+    options: str  # of the super block
+
+
+class Position(NamedTuple):
+    """Where a directory lies: its file system and its path within that.
+
+    Bind mounts and mount points do not matter: two directories are nested when one position
+    is inside the other, by whichever way they are reached.
+    """
+
+    device: str
+    path: str
+
+    def inside(self, other: "Position") -> bool:
+        """Whether this is `other` or below it."""
+        if self.device != other.device:
+            return False
+        return self.path == other.path or self.path.startswith(other.path.rstrip("/") + "/")
+
+
+def _unescape(field: bytes) -> str:
+    """Spaces, tabs, newlines and backslashes are written as three octal digits."""
+    return os.fsdecode(_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), field))
+
+
+def parse_mounts(text: bytes) -> list[MountEntry]:
+    """The mounts of a mountinfo file, in its order: what covers comes after what is covered."""
+    entries = []
+    for line in text.splitlines():
+        head, _, tail = line.partition(b" - ")
+        first, last = head.split(b" "), tail.split(b" ")
+        if len(first) < 6 or len(last) < 2:
+            continue
+        entries.append(
+            MountEntry(
+                number=int(first[0]),
+                device=first[2].decode(),
+                root=_unescape(first[3]),
+                point=_unescape(first[4]),
+                fstype=last[0].decode(),
+                source=_unescape(last[1]),
+                options=_unescape(last[2]) if len(last) > 2 else "",
+            )
+        )
+    return entries
+
+
+def read_mounts() -> list[MountEntry]:
+    """The mounts this process sees; none where there is no /proc."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            return parse_mounts(file.read())
+    except FileNotFoundError:
+        return []
+
+
+def mount_number(fd: int) -> int:
+    """The mount that `fd` was opened through, as in the first column of mountinfo; -1 unknown."""
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            for line in file:
+                if line.startswith(b"mnt_id:"):
+                    return int(line[7:])
+    except FileNotFoundError:
+        pass
+    return -1
+
+
+def path_of(fd: int) -> str:
+    """The path of an open directory, free of symlinks, as this process would walk it."""
+    return os.readlink(f"/proc/self/fd/{fd}")
+
+
+def locate(fd: int, mounts: Iterable[MountEntry]) -> Position | None:
+    """Where the directory `fd` lies; None if its mount is not listed (a chroot, no /proc)."""
+    number = mount_number(fd)
+    for entry in mounts:
+        if entry.number != number:
+            continue
+        path = path_of(fd)
+        below = os.path.relpath(path, entry.point)
+        if below.split("/")[0] == "..":
+            return None
+        return Position(entry.device, os.path.normpath(os.path.join(entry.root, below)))
+    return None
+
+
+def mounted_beneath(path: str, mounts: Iterable[MountEntry]) -> bool:
+    """Whether anything is mounted strictly below `path` (absolute, free of symlinks)."""
+    prefix = path.rstrip("/") + "/"
+    return any(entry.point.startswith(prefix) and entry.point != path for entry in mounts)
+
+
+def topmost(path: str, mounts: Iterable[MountEntry]) -> MountEntry | None:
+    """What is seen at `path` if it is a mount point."""
+    found = None
+    for entry in mounts:
+        if entry.point == path:
+            found = entry
+    return found

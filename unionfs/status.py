@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a union tells of itself: user.unionfs.status on its root, and so `unionfs status`."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unionfs.union import Union
+
+FEATURES = (
+    "xattrs",
+    "whiteout",
+    "rename_exchange",
+    "rename_noreplace",
+    "rename_whiteout",
+    "tmpfile",
+    "reflink",
+    "device_nodes",
+    "file_handles",
+    "acl",
+)
+
+
+def describe(union: "Union") -> dict[str, Any]:
+    """JSON-able. Sizes in bytes."""
+    status: dict[str, Any] = dict(union.facts)
+    status["lowers"] = [layer.path for layer in union.lowers]
+    status["upper"] = union.upper.path if union.upper is not None else None
+    status["work"] = union.work.path if union.work is not None else None
+    status["readonly"] = union.readonly
+    status["ephemeral"] = union.options.ephemeral
+    if union.upper is not None:
+        space = os.fstatvfs(union.upper.fd)
+        status["free"] = space.f_bavail * space.f_frsize
+        status["size"] = space.f_blocks * space.f_frsize
+        features = union.upper.features
+        status["features"] = {name: getattr(features, name) for name in FEATURES}
+        status["features"]["passthrough"] = False
+        status["reasons"] = dict(features.reasons)
+        status["reasons"]["passthrough"] = "the pyfuse3 driver has no FUSE passthrough"
+    status["marks"] = {
+        "prefix": union.marks.prefix if union.marks.xattrs else None,
+        "whiteout": "wh" if union.marks.wh else "char",
+        "redirect_dir": union.options.redirect_dir and union.marks.xattrs,
+        "metacopy": union.options.metacopy and union.marks.xattrs,
+        "index": union.work is not None and union.work.index >= 0,
+    }
+    status["table"] = union.tree.counts()
+    return status

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The raw system calls that Python's os module does not offer, spelled once.
+
+Owns numbers, flags and argument types; each function raises OSError with the name of the call.
+Does not own any policy.  Called by layer, work and session at start and stop only: what a
+request needs often is in the C module.
+"""
+
+import ctypes
+import errno
+import fcntl
+import os
+from enum import IntFlag
+from typing import Final
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+# Added after the unified numbering: the same on every architecture (include/uapi/asm-generic).
+_NR_OPEN_TREE: Final = 428
+_NR_FSOPEN: Final = 430
+_NR_FSCONFIG: Final = 431
+_NR_FSMOUNT: Final = 432
+_NR_MOUNT_SETATTR: Final = 442
+
+AT_FDCWD: Final = -100
+AT_SYMLINK_FOLLOW: Final = 0x400
+AT_EMPTY_PATH: Final = 0x1000
+_OPEN_TREE_CLONE: Final = 1
+_FSOPEN_CLOEXEC: Final = 1
+_FSMOUNT_CLOEXEC: Final = 1
+_FSCONFIG_SET_STRING: Final = 1
+_FSCONFIG_CMD_CREATE: Final = 6
+_MS_PRIVATE: Final = 1 << 18
+_FICLONE: Final = 0x40049409
+_MAX_HANDLE: Final = 128
+
+
+class MountAttr(IntFlag):
+    """mount_setattr(2) and fsmount(2)."""
+
+    RDONLY = 0x1
+    NOSUID = 0x2
+    NODEV = 0x4
+    NOATIME = 0x10
+    ATIME_MASK = 0x70
+
+
+class MountFlag(IntFlag):
+    """mount(2)."""
+
+    RDONLY = 1
+    NOSUID = 2
+    NODEV = 4
+    NOEXEC = 8
+    SYNCHRONOUS = 16
+    DIRSYNC = 128
+    NOSYMFOLLOW = 256
+    NOATIME = 1024
+    NODIRATIME = 2048
+    RELATIME = 1 << 21
+    STRICTATIME = 1 << 24
+    LAZYTIME = 1 << 25
+
+
+class UnmountFlag(IntFlag):
+    """umount2(2)."""
+
+    DETACH = 2
+    NOFOLLOW = 8
+
+
+class RenameFlag(IntFlag):
+    """renameat2(2)."""
+
+    NOREPLACE = 1
+    EXCHANGE = 2
+    WHITEOUT = 4
+
+
+class _MountAttrStruct(ctypes.Structure):
+    _fields_ = [
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    ]
+
+
+class _FileHandle(ctypes.Structure):
+    _fields_ = [
+        ("handle_bytes", ctypes.c_uint),
+        ("handle_type", ctypes.c_int),
+        ("f_handle", ctypes.c_ubyte * _MAX_HANDLE),
+    ]
+
+
+def _checked(name: str, result: int, path: str | None = None) -> int:
+    if result >= 0:
+        return result
+    code = ctypes.get_errno()
+    raise OSError(code, f"{name}: {os.strerror(code)}", path)
+
+
+def _call(name: str, number: int, *args: object) -> int:
+    """Run a system call by number.  Integers are widened: a variadic int would leave garbage."""
+    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    return _checked(name, _syscall(ctypes.c_long(number), *words))
+
+
+def clone_mount(fd: int) -> int:
+    """A detached copy of the mount that `fd` (a directory) lies on, rooted at `fd`.
+
+    Without AT_RECURSIVE, so mount points beneath show what they cover.  EPERM without
+    CAP_SYS_ADMIN; EINVAL in a user namespace when that would uncover what its owner hid.
+    """
+    flags = _OPEN_TREE_CLONE | AT_EMPTY_PATH | os.O_CLOEXEC
+    return _call("open_tree", _NR_OPEN_TREE, fd, ctypes.c_char_p(b""), flags)
+
+
+def set_mount_attributes(fd: int, attr_set: MountAttr, attr_clear: MountAttr) -> None:
+    """Change the flags of the mount `fd` is the root of, and make it private."""
+    attr = _MountAttrStruct(int(attr_set), int(attr_clear), _MS_PRIVATE, 0)
+    size = ctypes.sizeof(attr)
+    empty = ctypes.c_char_p(b"")
+    _call("mount_setattr", _NR_MOUNT_SETATTR, fd, empty, AT_EMPTY_PATH, ctypes.byref(attr), size)
+
+
+def private_tmpfs(options: dict[str, str]) -> int:
+    """A tmpfs that is mounted nowhere: gone with the last descriptor on it."""
+    context = _call("fsopen", _NR_FSOPEN, ctypes.c_char_p(b"tmpfs"), _FSOPEN_CLOEXEC)
+    try:
+        for key, value in options.items():
+            _call(
+                "fsconfig",
+                _NR_FSCONFIG,
+                context,
+                _FSCONFIG_SET_STRING,
+                ctypes.c_char_p(key.encode()),
+                ctypes.c_char_p(os.fsencode(value)),
+                0,
+            )
+        _call("fsconfig", _NR_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
+        attributes = MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOATIME
+        return _call("fsmount", _NR_FSMOUNT, context, _FSMOUNT_CLOEXEC, int(attributes))
+    finally:
+        os.close(context)
+
+
+def mount(source: str, target: str, fstype: str, flags: MountFlag, data: str) -> None:
+    """mount(2)."""
+    result = _libc.mount(
+        os.fsencode(source),
+        os.fsencode(target),
+        fstype.encode(),
+        ctypes.c_ulong(int(flags)),
+        os.fsencode(data),
+    )
+    _checked("mount", result, target)
+
+
+def umount(target: str, flags: UnmountFlag) -> None:
+    """umount2(2).  Releases the GIL, so that a loop in this process can go on answering."""
+    _checked("umount", _libc.umount2(os.fsencode(target), ctypes.c_int(int(flags))), target)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2)."""
+    _checked("syncfs", _libc.syncfs(ctypes.c_int(fd)))
+
+
+def renameat2(old_dir: int, old: str, new_dir: int, new: str, flags: RenameFlag) -> None:
+    """renameat2(2)."""
+    args = (old_dir, os.fsencode(old), new_dir, os.fsencode(new), ctypes.c_uint(int(flags)))
+    _checked("renameat2", _libc.renameat2(*args), old)
+
+
+def link_descriptor(fd: int, directory: int, name: str) -> None:
+    """Give a file made by O_TMPFILE its name.  Through /proc: that needs no capability."""
+    source = f"/proc/self/fd/{fd}".encode()
+    args = (AT_FDCWD, source, directory, os.fsencode(name), AT_SYMLINK_FOLLOW)
+    _checked("linkat", _libc.linkat(*args), name)
+
+
+def clone_file(source: int, target: int) -> None:
+    """FICLONE: share the extents of one file with another."""
+    fcntl.ioctl(target, _FICLONE, source)
+
+
+def has_file_handles(fd: int) -> bool:
+    """Whether name_to_handle_at(2) knows the file system of `fd`."""
+    handle = _FileHandle(handle_bytes=_MAX_HANDLE)
+    mount_id = ctypes.c_int()
+    args = (fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), AT_EMPTY_PATH)
+    if _libc.name_to_handle_at(*args) == 0:
+        return True
+    code = ctypes.get_errno()
+    # EOVERFLOW: it has them, only longer ones than we brought room for.
+    if code in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EOVERFLOW):
+        return code == errno.EOVERFLOW
+    raise OSError(code, f"name_to_handle_at: {os.strerror(code)}")

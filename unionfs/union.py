@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""class Union: the layers, the node table, and what all families of changes share.
+
+Glossary. A *layer* is a directory tree; the *upper* is the one that takes changes, the *lowers*
+lie below it, the top-most first. A *whiteout* in a layer hides a name of the layers below; an
+*opaque* directory hides the whole directory of that name. *Copy-up* brings a file of a lower layer
+into the upper; a *metadata-only copy* (metacopy) leaves its data behind. A *redirect* says at which
+path the lower layers have a directory, or the data of a metadata-only copy. The *origin* of a copy
+is the lower file it was made of; an *impure* directory holds such copies. The *index* has an entry
+for each copied-up file with several links, so that they stay links. The *work* directory is where a
+change is prepared before one system call commits it.
+
+Lock order, outermost first:
+    copying(ino)     one copy-up of this inode at a time; held while bytes move, so only where
+                     long work is allowed (a worker thread, or the engine's own). A directory's is
+                     taken inside its child's.
+    committing(...)  the inodes whose names change; in ascending order; held for the commit and
+                     the table's update only
+    the tree's mutex (C)
+No request waits for a stranger's copy-up: only requests that need the copy of the same inode take
+its copying lock.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+from unionfs._native import Tree
+from unionfs.acl import reads_all_ids
+from unionfs.format import AREA_NAME, Record, parse_record
+from unionfs.layer import Layer
+from unionfs.marks import OVERRIDE, Marks, fd_path
+from unionfs.options import MountOptions
+from unionfs.work import Work
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Smaller files are copied whole when their metadata change: that costs about the same, and kernel
+# overlayfs then reads them without metacopy=on.
+METACOPY_BYTES = 64 * 1024
+MAX_OPEN_DIRS = 256
+FS_IOC_GETFSUUID = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), Linux 6.9
+EXT4_IOC_GETFSUUID = 0x8008662C  # fs/ext4/ext4.h
+
+
+class Info(NamedTuple):
+    """What the table knows of a node (Tree.info)."""
+
+    type: int
+    upper: bool
+    metacopy: bool
+    indexed: bool
+    unlinked: bool
+    ndirs: int
+    index_name: bytes
+    redirect: bytes | None
+    nlink_diff: int
+    foreign: bool
+
+
+class Entry(NamedTuple):
+    """What a name means (Tree.entry)."""
+
+    ino: int
+    type: int
+    upper: int  # UPPER_*
+    lower: bool
+
+
+UPPER_NONE, UPPER_WHITEOUT, UPPER_ENTRY = 0, 1, 2
+
+
+class LongWork(Exception):
+    """Raised, before anything has changed, by what must not be done on the event loop's thread."""
+
+
+class KeyedLocks:
+    """A lock for each number, made when it is wanted and gone when nobody wants it."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._locks: dict[int, tuple[threading.Lock, int]] = {}  # protected by _mutex
+
+    @contextlib.contextmanager
+    def __call__(self, *keys: int) -> Iterator[None]:
+        ordered = sorted(set(keys))
+        taken: list[threading.Lock] = []
+        for key in ordered:
+            with self._mutex:
+                lock, users = self._locks.get(key, (None, 0))
+                lock = lock or threading.Lock()
+                self._locks[key] = (lock, users + 1)
+            lock.acquire()
+            taken.append(lock)
+        try:
+            yield
+        finally:
+            for key, lock in zip(reversed(ordered), reversed(taken), strict=True):
+                lock.release()
+                with self._mutex:
+                    held, users = self._locks[key]
+                    if users == 1:
+                        del self._locks[key]
+                    else:
+                        self._locks[key] = (held, users - 1)
+
+
+def fs_uuid(fd: int) -> bytes:
+    """The UUID of a file system as kernel overlayfs writes it into origins; zeros if unknown."""
+    buf = bytearray(17)
+    try:
+        fcntl.ioctl(fd, FS_IOC_GETFSUUID, buf)
+        return bytes(buf[1:17])
+    except OSError:
+        pass
+    try:
+        ext4 = bytearray(struct.pack("II", 16, 0) + bytes(16))
+        fcntl.ioctl(fd, EXT4_IOC_GETFSUUID, ext4)
+        return bytes(ext4[8:24])
+    except OSError:
+        return bytes(16)
+
+
+def number_filesystems(layers: list[Layer], has_upper: bool) -> list[int]:
+    """A number for each layer's file system, for inode numbers: all 0 if there is only one."""
+    devs = [layer.dev for layer in layers]
+    if len(set(devs)) == 1:
+        return [0] * len(layers)
+    lowers = devs[1:] if has_upper else devs
+    order = {dev: i + 1 for i, dev in enumerate(dict.fromkeys(lowers))}
+    numbers = [order[dev] for dev in lowers]
+    return [0, *numbers] if has_upper else numbers
+
+
+class Union:
+    """One mounted union. Immutable after construction but for `facts` and what locks protect."""
+
+    def __init__(
+        self, options: MountOptions, lowers: list[Layer], upper: Layer | None, work: Work | None
+    ) -> None:
+        self.options = options
+        self.lowers = lowers
+        self.upper = upper
+        self.work = work
+        self.readonly = work is None
+        self.facts: dict[str, object] = {}
+        self.euid = os.geteuid()
+        self.egid = os.getegid()
+        self.record = self._read_record()
+        namespace = self._namespace()
+        self.marks = Marks(
+            prefix=f"{namespace or 'user'}.overlay.",
+            xattrs=namespace is not None,
+            wh=work is not None and work.whiteout == "wh",
+        )
+        self.copying = KeyedLocks()
+        self.committing = KeyedLocks()
+        self._allowed = threading.local()
+        self._temp = itertools.count(int.from_bytes(os.urandom(4), "little"))
+        self._incompat = False
+        self.tree = self._make_tree()
+
+    def _namespace(self) -> str | None:
+        if self.upper is not None and self.work is not None:
+            return self.work.xattrs
+        if self.options.userxattr is not None:
+            return "user" if self.options.userxattr else "trusted"
+        if self.record is not None and self.record.xattrs is not None:
+            return self.record.xattrs
+        return "trusted" if self.euid == 0 and reads_all_ids() else "user"
+
+    def _read_record(self) -> Record | None:
+        """In which marks an upper is written that is only read here; None if it does not say."""
+        if self.upper is None or self.work is not None:
+            return None
+        area = self.options.work or f"{fd_path(self.upper.fd)}/{AREA_NAME}"
+        try:
+            with open(f"{area}/format", encoding="utf-8", errors="replace") as file:
+                return parse_record(file.read(65536), f"{area}/format")
+        except OSError:
+            return None  # none, or not ours to read
+
+    def _make_tree(self) -> Tree:
+        layers = ([self.upper] if self.upper is not None else []) + self.lowers
+        numbers = number_filesystems(layers, self.upper is not None)
+        bottom = len(layers) - 1
+        options = self.options
+        return Tree(
+            [
+                (
+                    layer.fd,
+                    number,
+                    layer.careful,
+                    self._reads_wh(i, bottom),
+                    fs_uuid(layer.fd),
+                )
+                for i, (layer, number) in enumerate(zip(layers, numbers, strict=True))
+            ],
+            has_upper=self.upper is not None,
+            live=options.lower_live,
+            static_nlink=options.static_nlink,
+            upper_xattrs=self.marks.xattrs,
+            user_prefix=self.marks.prefix.startswith("user."),
+            override=options.xattr_permissions,
+            squash_uid=-1 if options.squash_to_uid is None else options.squash_to_uid,
+            squash_gid=-1 if options.squash_to_gid is None else options.squash_to_gid,
+            uids=[(r.inside, r.outside, r.length) for r in options.uidmapping],
+            gids=[(r.inside, r.outside, r.length) for r in options.gidmapping],
+            max_open_dirs=MAX_OPEN_DIRS,
+            index_fd=-1 if self.work is None else self.work.index,
+            numbers_fd=-1 if self.work is None else self.work.numbers,
+        )
+
+    def _reads_wh(self, i: int, bottom: int) -> bool:
+        """Whether `.wh.NAME` is a whiteout in layer `i`, or an ordinary name.
+
+        In the upper as its record says; in the lowest layer it could hide nothing; in between
+        it is read, as fuse-overlayfs reads it, unless whiteout=char says otherwise.
+        """
+        if i == 0 and self.upper is not None:
+            if self.work is not None:
+                return self.marks.wh
+            if self.record is not None:
+                return self.record.whiteout == "wh"
+        return i != bottom and self.options.whiteout != "char"
+
+    # ---- shared by the changes ----
+
+    def info(self, ino: int) -> Info:
+        """What the table knows of a node."""
+        return Info(*self.tree.info(ino))
+
+    def info_or_none(self, ino: int) -> Info | None:
+        """The same; None if the table does not know it (any more)."""
+        try:
+            return self.info(ino)
+        except OSError:
+            return None
+
+    def entry(self, parent: int, name: bytes) -> Entry:
+        """What a name means now."""
+        return Entry(*self.tree.entry(parent, name))
+
+    def temp_name(self) -> bytes:
+        """A name for a temporary in the work directory, as kernel overlayfs names its own."""
+        return b"#%x" % next(self._temp)
+
+    @property
+    def work_fd(self) -> int:
+        """The work directory. Only where the union is writable."""
+        if self.work is None:
+            raise AssertionError("a read-only union has no work directory")
+        return self.work.fd
+
+    @property
+    def override(self) -> str | None:
+        """The attribute that keeps owner and mode, with xattr_permissions."""
+        return OVERRIDE.get(self.options.xattr_permissions)
+
+    def note_incompat(self) -> None:
+        """Before a mark is written that kernel overlayfs's userxattr mode would misread."""
+        if self._incompat or not self.marks.prefix.startswith("user.") or self.work is None:
+            return
+        self.work.mark_incompat("unionfs-userxattr-redirect")
+        self._incompat = True
+
+    # ---- long work ----
+
+    def check_long(self) -> None:
+        """Raise LongWork where this thread must not block."""
+        if not getattr(self._allowed, "long", False):
+            raise LongWork
+
+    def long(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run a function on a thread that may block."""
+        self._allowed.long = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._allowed.long = False
+
+    # ---- for the daemon ----
+
+    def status(self) -> dict[str, Any]:
+        """What `unionfs status` tells, JSON-able."""
+        from unionfs.status import describe
+
+        return describe(self)
+
+    def close(self) -> None:
+        """Layers and work area are closed by who opened them (daemon.py)."""

@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a union needs beside its upper: lock, format record, work directory, index.
+
+Owns the area (UPPER/.unionfs, or the directory of workdir=) and decides how marks are written in
+this upper.  Does not own the marks (marks.py) nor what is done in the work directory.  Called by
+daemon.py; the union uses the descriptors.
+
+    AREA/format     in what this upper is written: see format.py
+    AREA/owner      who holds it now; for messages only, the lock itself is flock(2)
+    AREA/work/      temporaries; emptied at every start and stop
+    AREA/work/incompat/NAME/   makes kernel overlayfs refuse what it would misread
+    AREA/index/     kernel overlayfs's hard link index
+    AREA/numbers/   inode numbers of copies that can carry no xattr (a user's symbolic links ...)
+
+The lock is on the open root directory of the upper and on the open area, so it ends with the
+process that holds it, however that ends.  It is taken before anything is read or written.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import select
+from collections.abc import Iterator
+from types import MappingProxyType
+from typing import Final
+
+from unionfs.errors import UnionfsError
+from unionfs.format import (
+    AREA_NAME,
+    OPEN_DIRECTORY,
+    Evidence,
+    Record,
+    Whiteout,
+    examine,
+    parse_record,
+)
+from unionfs.layer import Features, Layer, Namespace, probe_features
+from unionfs.marks import OVERRIDE, fd_path, lent
+from unionfs.mounts import locate, mount_number, read_mounts
+from unionfs.options import MountOptions
+
+__all__ = ["AREA_NAME", "INCOMPAT_USERXATTR", "Work", "empty_directory", "lock_shared"]
+
+INCOMPAT_USERXATTR: Final = "unionfs-userxattr-redirect"
+_INCOMPAT: Final = "incompat"
+_OUR_INCOMPAT: Final = frozenset({INCOMPAT_USERXATTR})
+_ENDING_SECONDS: Final = 10
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+# A file system (NFS, some FUSE ones) on which a directory cannot be locked.
+_NO_DIRECTORY_LOCKS: Final = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def empty_directory(fd: int, keep: frozenset[str] = frozenset()) -> None:
+    """Remove all that is in the directory `fd`, but for `keep`, whatever modes it has."""
+    # Opened anew: btrfs lists no name that is younger than the descriptor.
+    fresh = os.open(".", OPEN_DIRECTORY, dir_fd=fd)
+    try:
+        with os.scandir(fresh) as entries:
+            found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
+    finally:
+        os.close(fresh)
+    for name, is_directory in found:
+        if name in keep:
+            continue
+        if not is_directory:
+            os.unlink(name, dir_fd=fd)
+            continue
+        try:
+            os.rmdir(name, dir_fd=fd)
+            continue
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        # A copy of a directory that its owner may not enter.  By a descriptor: were the name a
+        # symlink by now (the upper may be somebody's), chmod would follow it.
+        held = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+        try:
+            os.chmod(fd_path(held), 0o700)
+            child = os.open(".", OPEN_DIRECTORY, dir_fd=held)
+        finally:
+            os.close(held)
+        try:
+            empty_directory(child)
+        finally:
+            os.close(child)
+        os.rmdir(name, dir_fd=fd)
+
+
+def _holder_pid(fd: int, owner: dict[str, object]) -> int:
+    """Who holds the flock on `fd`, as far as can be known; 0 if not."""
+    status = os.fstat(fd)
+    here = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    pid = 0
+    with contextlib.suppress(OSError), open("/proc/locks") as locks:
+        for words in map(str.split, locks):
+            if len(words) > 5 and words[1] == "FLOCK" and words[5] == here:
+                pid = int(words[4])  # 0 or -1 if it is outside our pid namespace
+    if pid <= 0 and isinstance(told := owner.get("pid"), int):
+        pid = told  # btrfs: /proc/locks has another device number than stat
+    return max(pid, 0)
+
+
+def _describe(pid: int, owner: dict[str, object]) -> str:
+    """The holder for a message: pid, command, mount point."""
+    who = f"process {pid}" if pid > 0 else "a process that cannot be seen from here"
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as comm:
+        who += f" ({comm.read().strip()})"
+    if owner.get("pid") == pid and owner.get("mountpoint"):
+        who += f", mounted on {owner['mountpoint']}"
+    return who
+
+
+def _await_end(pid: int, owner: dict[str, object]) -> None:
+    """Wait a little for a daemon whose union is gone: plain umount(8) returns before it ends."""
+    if owner.get("pid") != pid or any(e.point == owner.get("mountpoint") for e in read_mounts()):
+        return
+    with contextlib.suppress(OSError):
+        fd = os.pidfd_open(pid)
+        try:
+            select.select([fd], [], [], _ENDING_SECONDS)
+        finally:
+            os.close(fd)
+
+
+def _lock(fd: int, how: int, path: str, area: str) -> None:
+    for last in (False, True):
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            owner: dict[str, object] = {}
+            with contextlib.suppress(OSError, ValueError), open(f"{area}/owner") as file:
+                owner = json.load(file)
+            pid = _holder_pid(fd, owner)
+            if last:
+                raise UnionfsError(
+                    f"{path} is in use by {_describe(pid, owner)}",
+                    hint="unmount that union first, or choose another upper",
+                ) from None
+            _await_end(pid, owner)
+
+
+def lock_shared(upper: Layer, options: MountOptions) -> int:
+    """For a read-only union: keep others from writing this upper, writing nothing ourselves."""
+    fd = os.open(".", OPEN_DIRECTORY, dir_fd=upper.fd)
+    try:
+        _lock(fd, fcntl.LOCK_SH, upper.path, options.work or f"{upper.path}/{AREA_NAME}")
+    except OSError as exc:
+        if exc.errno not in _NO_DIRECTORY_LOCKS:
+            raise
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Work:
+    """The area of one upper, locked for the life of this object.
+
+    `fd` (work directory), `index` and `numbers` (-1: none) are immutable until close().
+    `whiteout` and `xattrs` say which marks are written; `upper.features.xattrs` is set to agree
+    with them.
+    """
+
+    def __init__(self, upper: Layer, path: str) -> None:
+        self.path = path
+        self.area = self.fd = self.index = self.numbers = -1
+        self.whiteout: Whiteout = "char"
+        self.xattrs: Namespace | None = None
+        self._upper = upper
+        self._locks: list[int] = []
+        self._owner = False  # AREA/owner is ours
+        self._made: list[tuple[int, str, bool]] = []  # directory, name, is a directory itself
+
+    @classmethod
+    def open(cls, upper: Layer, options: MountOptions) -> "Work":
+        """Lock the upper and make or take over its area; on an error nothing is left behind."""
+        area = options.work if options.work is not None else f"{upper.path}/{AREA_NAME}"
+        work = cls(upper, area)
+        try:
+            work._lock_upper()
+            work._enter(options)
+            work._prepare(options)
+        except OSError as exc:
+            work.abandon()
+            reason = os.strerror(exc.errno or errno.EIO)
+            raise UnionfsError(f"cannot prepare the work directory {area}: {reason}") from exc
+        except BaseException:
+            work.abandon()
+            raise
+        return work
+
+    def mark_incompat(self, name: str) -> None:
+        """From now on kernel overlayfs, which would misread this upper, refuses it."""
+        for parent, child in ((self.fd, _INCOMPAT), (self.fd, f"{_INCOMPAT}/{name}")):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(child, 0o700, dir_fd=parent)
+        fd = os.open(_INCOMPAT, OPEN_DIRECTORY, dir_fd=self.fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.fsync(self.fd)
+
+    def close(self) -> None:
+        """Remove the temporaries and let the upper go; a second call does nothing."""
+        self._tidy()
+        # The locks last: when they are free, so is all else.
+        for fd in (self.index, self.numbers, self.fd, self.area, *self._locks):
+            if fd >= 0:
+                os.close(fd)
+        self.index = self.numbers = self.fd = self.area = -1
+        self._locks.clear()
+
+    def abandon(self) -> None:
+        """close(), and take away what open() made: the union was not mounted after all."""
+        self._tidy()
+        for parent, name, is_directory in reversed(self._made):
+            with contextlib.suppress(OSError), self._times_kept(parent):
+                (os.rmdir if is_directory else os.unlink)(name, dir_fd=parent)
+        self._made.clear()
+        self.close()
+
+    def _tidy(self) -> None:
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                empty_directory(self.fd, keep=frozenset({_INCOMPAT}))
+        if self._owner:
+            self._owner = False
+            with contextlib.suppress(OSError):
+                os.unlink("owner", dir_fd=self.area)
+
+    # Opening: lock, enter, prepare
+
+    def _lock_upper(self) -> None:
+        fd = os.open(".", OPEN_DIRECTORY, dir_fd=self._upper.fd)
+        self._locks.append(fd)
+        try:
+            _lock(fd, fcntl.LOCK_EX, self._upper.path, self.path)
+        except OSError as exc:
+            if exc.errno not in _NO_DIRECTORY_LOCKS:
+                raise  # else the lock of the area must do
+
+    def _lock_area(self) -> None:
+        fd = os.open(".", OPEN_DIRECTORY, dir_fd=self.area)
+        self._locks.append(fd)
+        try:
+            _lock(fd, fcntl.LOCK_EX, self.path, self.path)
+        except OSError as exc:
+            if exc.errno not in _NO_DIRECTORY_LOCKS:
+                raise
+            file = os.open("lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600, dir_fd=self.area)
+            self._locks.append(file)
+            _lock(file, fcntl.LOCK_EX, self.path, self.path)
+
+    def _enter(self, options: MountOptions) -> None:
+        """Open the area; make it if it is ours to make."""
+        if options.work is None:
+            self._make_directory(self._upper.fd, AREA_NAME)
+            self.area = os.open(AREA_NAME, OPEN_DIRECTORY, dir_fd=self._upper.fd)
+        else:
+            found = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self._check_place(found)
+                self.area = self._upper.open_beside(found)
+            finally:
+                os.close(found)
+        self._lock_area()
+
+    def _check_place(self, found: int) -> None:
+        """A work directory of its own must be beside the upper, on the same mount."""
+        upper = self._upper
+        if os.fstat(found).st_dev != upper.dev or mount_number(found) != upper.mount:
+            raise UnionfsError(
+                f"the work directory {self.path} is not on the mount of the upper {upper.path}",
+                hint="both must be on one file system, reached through one mount",
+            )
+        place = locate(found, read_mounts())
+        if place is None or upper.position is None:
+            return
+        if place.inside(upper.position) or upper.position.inside(place):
+            raise UnionfsError(
+                f"the work directory {self.path} and the upper {upper.path} contain each other",
+                hint="choose two separate directories, or leave workdir out",
+            )
+
+    def _prepare(self, options: MountOptions) -> None:
+        text = self._read("format")
+        record = None if text is None else parse_record(text, f"{self.path}/format")
+        self._make_directory(self.area, "work")
+        work = self._open_directory("work")
+        try:
+            self._check_incompat(work)
+        except BaseException:
+            os.close(work)  # nothing in it is ours to remove
+            raise
+        self.fd = work
+        empty_directory(self.fd, keep=frozenset({_INCOMPAT}))
+        if options.index:
+            self._make_directory(self.area, "index")
+            self.index = self._open_directory("index")
+        self._decide(options, record)
+        if self.xattrs != "trusted":
+            self._make_directory(self.area, "numbers")
+            self.numbers = self._open_directory("numbers")
+        decided = Record(self.whiteout, self.xattrs)
+        if record != decided:
+            self._write("format", decided.text())
+        self._owner = True
+        owner = {"pid": os.getpid(), "mountpoint": options.mountpoint}
+        try:
+            self._write("owner", json.dumps(owner))
+        except OSError as exc:
+            if exc.errno not in _FULL:  # it only helps messages
+                raise
+
+    def _open_directory(self, name: str) -> int:
+        """One of the area's; kernel overlayfs leaves them with no mode bits at all."""
+        try:
+            return os.open(name, OPEN_DIRECTORY, dir_fd=self.area)
+        except PermissionError:
+            os.chmod(name, 0o700, dir_fd=self.area)
+            return os.open(name, OPEN_DIRECTORY, dir_fd=self.area)
+
+    def _check_incompat(self, work: int) -> None:
+        """Refuse what another program marked as not to be read by those who do not know it."""
+        try:
+            fd = os.open(_INCOMPAT, OPEN_DIRECTORY, dir_fd=work)
+        except FileNotFoundError:
+            return
+        try:
+            unknown = sorted(set(os.listdir(fd)) - _OUR_INCOMPAT)
+        finally:
+            os.close(fd)
+        if unknown:
+            mark = f"{self.path}/work/{_INCOMPAT}/{unknown[0]}"
+            raise UnionfsError(
+                f"the upper {self._upper.path} is marked with the feature {unknown[0]!r}, "
+                "which this program does not know",
+                hint=f"if its content is known to be good, remove {mark}",
+            )
+
+    # How marks are written
+
+    def _decide(self, options: MountOptions, record: Record | None) -> None:
+        """Set whiteout and xattrs: the record, else what is found in the upper, else the probes."""
+        evidence = examine(self._upper.fd) if record is None else Evidence(*record)
+        if record is not None and self._is_full():
+            features = self._recorded(record)
+        elif record is not None and record.xattrs is None:
+            features = dataclasses.replace(probe_features(self.fd), xattrs=None)
+            features = _with_reason(features, "xattrs", "the upper was first mounted without them")
+        else:
+            features = probe_features(self.fd, self._wanted_namespace(options, evidence))
+        if evidence.xattrs is not None and features.xattrs is None:
+            raise UnionfsError(
+                f"the marks in the upper {self._upper.path} are {evidence.xattrs}.* xattrs, which "
+                f"user {os.geteuid()} cannot write ({features.reasons.get('xattrs', 'refused')})",
+                hint="mount it as the user who made it, or start with an empty upper",
+            )
+        self._check_permissions_kept(options)
+        self.xattrs = features.xattrs
+        self.whiteout = self._chosen_whiteout(options, evidence, features)
+        if features.xattrs is None:
+            reason = "opaque directories need xattrs, so .wh. names are used"
+            features = _with_reason(features, "marks", reason)
+        self._upper.features = features
+
+    def _is_full(self) -> bool:
+        """Whether nothing can be made here, and so nothing probed."""
+        try:
+            os.mkdir("#probe", dir_fd=self.fd)
+        except OSError as exc:
+            if exc.errno in _FULL:
+                return True
+            raise
+        os.rmdir("#probe", dir_fd=self.fd)
+        return False
+
+    def _recorded(self, record: Record) -> Features:
+        """What the record tells of a full file system; things can still be removed from it."""
+        char = record.whiteout == "char"
+        return _with_reason(
+            Features(
+                xattrs=record.xattrs,
+                whiteout=char,
+                rename_exchange=char,
+                rename_noreplace=True,
+                rename_whiteout=char,
+            ),
+            "tmpfile",
+            "not probed: the upper's file system is full",
+        )
+
+    def _check_permissions_kept(self, options: MountOptions) -> None:
+        """xattr_permissions: without its attribute nothing could be made in this union."""
+        attribute = OVERRIDE.get(options.xattr_permissions)
+        if attribute is None:
+            return
+        try:
+            os.setxattr(self.fd, attribute, b"0:0:700")
+            os.removexattr(self.fd, attribute)
+        except OSError as exc:
+            reason = os.strerror(exc.errno or errno.EIO)
+            raise UnionfsError(
+                f"xattr_permissions={options.xattr_permissions}: the upper {self._upper.path} "
+                f"does not take the attribute {attribute} ({reason})",
+                hint="use xattr_permissions=2, or an upper on another file system",
+            ) from exc
+
+    def _wanted_namespace(self, options: MountOptions, evidence: Evidence) -> bool | None:
+        """probe_features()'s userxattr: user.*, trusted.* or whichever works."""
+        found = None if evidence.xattrs is None else evidence.xattrs == "user"
+        if options.userxattr is None or found is None:
+            return options.userxattr if found is None else found
+        if options.userxattr != found:
+            raise UnionfsError(
+                f"the marks in the upper {self._upper.path} are {evidence.xattrs}.* xattrs",
+                hint="leave userxattr out" if options.userxattr else "mount with userxattr",
+            )
+        return found
+
+    def _chosen_whiteout(
+        self, options: MountOptions, evidence: Evidence, features: Features
+    ) -> Whiteout:
+        if options.whiteout == "char" and not features.whiteout:
+            reason = features.reasons.get("whiteout", "refused")
+            raise UnionfsError(
+                f"whiteout=char: no device 0:0 can be made in {self._upper.path} ({reason})",
+                hint="use whiteout=auto",
+            )
+        if options.whiteout != "auto":
+            return options.whiteout
+        # Without RENAME_EXCHANGE a directory could not be replaced by a device at once.
+        lacking = not features.whiteout or not features.rename_exchange
+        if evidence.whiteout == "wh" or features.xattrs is None or lacking:
+            return "wh"
+        return "char"
+
+    # Files of the area
+
+    @contextlib.contextmanager
+    def _times_kept(self, directory: int) -> Iterator[None]:
+        """The upper's root is the union's root: making our area must not change its times."""
+        before = os.fstat(directory)
+        yield
+        if directory == self._upper.fd:
+            with contextlib.suppress(OSError):
+                os.utime(directory, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    def _make_directory(self, parent: int, name: str) -> None:
+        with contextlib.suppress(FileExistsError), self._times_kept(parent):
+            with lent(parent, 0o300):
+                os.mkdir(name, 0o700, dir_fd=parent)
+            self._made.append((parent, name, True))
+
+    def _read(self, name: str) -> str | None:
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.area)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
+            return file.read(65536)
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a small file of the area by rename, so that it is whole at any moment."""
+        temporary = f"{name}.new"
+        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
+        fd = os.open(temporary, flags, 0o600, dir_fd=self.area)
+        with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(text)
+            file.flush()
+            if name == "format":
+                os.fsync(fd)
+        if name == "format" and self._read(name) is None:
+            self._made.append((self.area, name, False))
+        os.rename(temporary, name, src_dir_fd=self.area, dst_dir_fd=self.area)
+
+
+def _with_reason(features: Features, feature: str, reason: str) -> Features:
+    reasons = MappingProxyType({**features.reasons, feature: reason})
+    return dataclasses.replace(features, reasons=reasons)
