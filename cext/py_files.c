@@ -46,17 +46,22 @@ PyObject *py_release(PyObject *op, PyObject *args)
 }
 
 /* One read; with `nowait` only of what is in memory (-EAGAIN), where the file system can tell. */
-static ssize_t read_some(int fd, char *buf, size_t size, off_t offset, bool nowait)
+static ssize_t read_some(const struct file *f, char *buf, size_t size, off_t offset, bool nowait)
 {
     struct iovec iov = {.iov_base = buf, .iov_len = size};
     ssize_t n;
 
     if (nowait) {
-        n = preadv2(fd, &iov, 1, offset, RWF_NOWAIT);
+        n = preadv2(f->fd, &iov, 1, offset, RWF_NOWAIT);
         if (n >= 0 || (errno != EOPNOTSUPP && errno != ENOSYS))
             return n;
+        if (f->lower) {
+            /* a network or a FUSE file system may wait for ever; an upper is a local one */
+            errno = EAGAIN;
+            return -1;
+        }
     }
-    return pread(fd, buf, size, offset);
+    return pread(f->fd, buf, size, offset);
 }
 
 PyObject *py_read(PyObject *op, PyObject *args)
@@ -78,8 +83,7 @@ PyObject *py_read(PyObject *op, PyObject *args)
     if (!f)
         err = -EBADF;
     while (err == 0 && got < size) {
-        ssize_t n =
-            read_some(f->fd, buf + got, (size_t)(size - got), (off_t)offset + got, nowait != 0);
+        ssize_t n = read_some(f, buf + got, (size_t)(size - got), (off_t)offset + got, nowait != 0);
 
         if (n < 0 && errno == EINTR)
             continue;

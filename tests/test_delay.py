@@ -257,7 +257,6 @@ def test_waiting_process_is_killed(slowly: Slowly) -> None:
     assert (slowly.mnt / "big0").read_bytes() == b"later" + content("big0")[5:]
 
 
-@pytest.mark.xfail(reason="pyfuse3 loop: a lower that cannot read without waiting blocks it")
 def test_slow_reads_delay_no_other_file(slowly: Slowly) -> None:
     """Not only copy-ups: a read that waits for a lower."""
     reading = begin((slowly.mnt / "big1").read_bytes)

@@ -12,6 +12,7 @@ read is of the device.  Both ends stay open: epoll holds on to the old one by it
 """
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -148,6 +149,15 @@ def patch_init(request: bytes, reply: bytes, wishes: Wishes) -> tuple[bytes, Ini
     return bytes(patched), flags
 
 
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Not that an answer found nobody: the request was taken back, or the union is unmounted.
+
+    ENOENT of a write to the device (fuse(4)); libfuse itself is silent about it.
+    """
+    message = record.getMessage()
+    return not ("fuse_reply_" in message and message.endswith(os.strerror(errno.ENOENT)))
+
+
 class Loop:
     """One run of pyfuse3's loop over the device of a fresh mount.
 
@@ -161,6 +171,7 @@ class Loop:
         self._options = set(options)
         self._sockets: list[socket.socket] = []
         self._started = False
+        logging.getLogger("pyfuse3").addFilter(_is_worth_logging)
         self.flags = InitFlag(0)
 
     async def run(self, operations: pyfuse3.Operations, on_init: Callable[[], None]) -> None:

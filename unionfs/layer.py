@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Final, Literal
 
 from unionfs import syscalls
 from unionfs.errors import UnionfsError
@@ -32,6 +32,9 @@ from unionfs.mounts import MountEntry, Position, locate, mount_number, mounted_b
 from unionfs.syscalls import MountAttr, RenameFlag
 
 Namespace = Literal["trusted", "user"]
+
+# What a full file system answers, or one whose user has no quota left.
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 # Set and removed again by the probes; below the name that is ours to write in an upper.
 PROBE_XATTR = "overlay.unionfs_probe"
@@ -334,10 +337,15 @@ class _Probe:
         self.reasons: dict[str, str] = {}
 
     def attempt(self, feature: str, action: Callable[[], object]) -> bool:
-        """Whether `action` works; an error of the file system is the reason why not."""
+        """Whether `action` works; an error of the file system is the reason why not.
+
+        Raises OSError where a full file system does not let it be known.
+        """
         try:
             action()
         except OSError as exc:
+            if exc.errno in FULL:
+                raise
             self.reasons[feature] = os.strerror(exc.errno or errno.EIO)
             return False
         return True
@@ -424,7 +432,10 @@ def _probe_namespace(probe: _Probe, userxattr: bool | None) -> Namespace | None:
 
 
 def probe_features(work: int, userxattr: bool | None = None) -> Features:
-    """Try out, in the directory `work`, what its file system can do; leaves nothing behind."""
+    """Try out, in the directory `work`, what its file system can do; leaves nothing behind.
+
+    Raises OSError (of FULL) if there is no space to try it in.
+    """
     with _probe_directory(work) as probe:
         at = probe.fd
         probe.make("a")

@@ -37,7 +37,7 @@ from unionfs.format import (
     examine,
     parse_record,
 )
-from unionfs.layer import Features, Layer, Namespace, probe_features
+from unionfs.layer import FULL, Features, Layer, Namespace, probe_features
 from unionfs.marks import OVERRIDE, fd_path, lent
 from unionfs.mounts import locate, mount_number, read_mounts
 from unionfs.options import MountOptions
@@ -48,7 +48,6 @@ INCOMPAT_USERXATTR: Final = "unionfs-userxattr-redirect"
 _INCOMPAT: Final = "incompat"
 _OUR_INCOMPAT: Final = frozenset({INCOMPAT_USERXATTR})
 _ENDING_SECONDS: Final = 10
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 # A file system (NFS, some FUSE ones) on which a directory cannot be locked.
 _NO_DIRECTORY_LOCKS: Final = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -314,7 +313,7 @@ class Work:
         try:
             self._write("owner", json.dumps(owner))
         except OSError as exc:
-            if exc.errno not in _FULL:  # it only helps messages
+            if exc.errno not in FULL:  # it only helps messages
                 raise
 
     def _open_directory(self, name: str) -> int:
@@ -348,13 +347,7 @@ class Work:
     def _decide(self, options: MountOptions, record: Record | None) -> None:
         """Set whiteout and xattrs: the record, else what is found in the upper, else the probes."""
         evidence = examine(self._upper.fd) if record is None else Evidence(*record)
-        if record is not None and self._is_full():
-            features = self._recorded(record)
-        elif record is not None and record.xattrs is None:
-            features = dataclasses.replace(probe_features(self.fd), xattrs=None)
-            features = _with_reason(features, "xattrs", "the upper was first mounted without them")
-        else:
-            features = probe_features(self.fd, self._wanted_namespace(options, evidence))
+        features = self._probe(options, record, evidence)
         if evidence.xattrs is not None and features.xattrs is None:
             raise UnionfsError(
                 f"the marks in the upper {self._upper.path} are {evidence.xattrs}.* xattrs, which "
@@ -369,16 +362,17 @@ class Work:
             features = _with_reason(features, "marks", reason)
         self._upper.features = features
 
-    def _is_full(self) -> bool:
-        """Whether nothing can be made here, and so nothing probed."""
+    def _probe(self, options: MountOptions, record: Record | None, evidence: Evidence) -> Features:
         try:
-            os.mkdir("#probe", dir_fd=self.fd)
+            if record is None or record.xattrs is not None:
+                return probe_features(self.fd, self._wanted_namespace(options, evidence))
+            features = dataclasses.replace(probe_features(self.fd), xattrs=None)
+            return _with_reason(features, "xattrs", "the upper was first mounted without them")
         except OSError as exc:
-            if exc.errno in _FULL:
-                return True
-            raise
-        os.rmdir("#probe", dir_fd=self.fd)
-        return False
+            # What is full can be mounted again, else nobody could remove anything through it.
+            if record is None or exc.errno not in FULL:
+                raise
+            return self._recorded(record)
 
     def _recorded(self, record: Record) -> Features:
         """What the record tells of a full file system; things can still be removed from it."""
@@ -404,6 +398,8 @@ class Work:
             os.setxattr(self.fd, attribute, b"0:0:700")
             os.removexattr(self.fd, attribute)
         except OSError as exc:
+            if exc.errno in FULL:
+                return
             reason = os.strerror(exc.errno or errno.EIO)
             raise UnionfsError(
                 f"xattr_permissions={options.xattr_permissions}: the upper {self._upper.path} "
