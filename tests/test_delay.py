@@ -123,6 +123,42 @@ def test_metadata_of_the_file_being_copied(slowly: Slowly) -> None:
     assert (slowly.mnt / "big0").read_bytes() == content("big0")
 
 
+def test_metadata_of_a_file_being_completed(slowly: Slowly) -> None:
+    """A metadata-only copy gets its data; what is changed meanwhile is not lost."""
+    path = slowly.mnt / "big0"
+    os.chmod(path, 0o600)
+    opened = slowly.copying("big0")
+    soon(lambda: os.chmod(path, 0o640))
+    soon(lambda: os.setxattr(path, "user.meanwhile", b"kept"))
+    soon(lambda: os.utime(path, ns=(5, 7)))
+    soon(lambda: os.rename(path, slowly.mnt / "moved"))
+    path = slowly.mnt / "moved"
+    assert not opened.done()
+    slowly.source.go()
+    os.close(opened.result(PATIENCE))
+    for _ in range(2):
+        status = path.stat()
+        assert (status.st_mode & 0o777, status.st_mtime_ns) == (0o640, 7)
+        assert os.getxattr(path, "user.meanwhile") == b"kept"
+        assert path.read_bytes() == content("big0")
+        slowly.union.remount()
+
+
+def test_second_name_of_a_file_being_completed(slowly: Slowly) -> None:
+    """Then the data are written into the file that both names have."""
+    os.chmod(slowly.mnt / "big0", 0o600)
+    opened = slowly.copying("big0")
+    soon(lambda: os.link(slowly.mnt / "big0", slowly.mnt / "second"))
+    slowly.source.go()
+    fd = opened.result(PATIENCE)
+    os.pwrite(fd, b"seen", 0)
+    os.close(fd)
+    for _ in range(2):
+        assert (slowly.mnt / "second").read_bytes() == b"seen" + content("big0")[4:]
+        assert (slowly.mnt / "big0").samefile(slowly.mnt / "second")
+        slowly.union.remount()
+
+
 def test_several_copies_at_once(slowly: Slowly) -> None:
     names = [f"big{number}" for number in range(MANY)]
     opened = [

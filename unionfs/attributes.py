@@ -5,10 +5,12 @@ Of a large lower file only the metadata are copied up for it; none of its data f
 nothing.
 """
 
+import contextlib
 import dataclasses
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from unionfs.acl import ACCESS
@@ -45,8 +47,7 @@ def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | N
         what = _without_foreign_setgid(union, ino, what, ctx)
     resized = what.size is not None and union.tree.getattr(ino)[6] != what.size
     ensure_upper(union, ino, data=what.size is not None, truncate=what.size)
-    fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
-    try:
+    with _opened(union, ino) as fd:
         if what.size is not None:
             _resize(fd, what.size, handle_fd, resized=resized)
         if union.override is not None and can_override(os.stat(fd).st_mode):
@@ -58,8 +59,18 @@ def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | N
             atime = now.st_atime_ns if what.atime_ns is None else what.atime_ns
             mtime = now.st_mtime_ns if what.mtime_ns is None else what.mtime_ns
             os.utime(fd_path(fd), ns=(atime, mtime))
-    finally:
-        os.close(fd)
+
+
+@contextlib.contextmanager
+def _opened(union: Union, ino: int) -> Iterator[int]:
+    """A descriptor (O_PATH) of the upper file, which is not replaced meanwhile by its completed
+    copy: the change would be lost."""
+    with union.committing(ino):
+        fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
 
 def _without_foreign_setgid(union: Union, ino: int, what: Change, ctx: Caller) -> Change:
@@ -182,13 +193,10 @@ def set_xattr(union: Union, ino: int, name: bytes, value: bytes, ctx: Caller) ->
     """setxattr(2)."""
     stored = _stored(union, name)
     ensure_upper(union, ino)
-    fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
-    try:
+    with _opened(union, ino) as fd:
         os.setxattr(fd_path(fd), stored, value)
         if name == ACCESS.encode():
             _drop_setgid(fd, ctx)
-    finally:
-        os.close(fd)
 
 
 def remove_xattr(union: Union, ino: int, name: bytes) -> None:
@@ -197,11 +205,8 @@ def remove_xattr(union: Union, ino: int, name: bytes) -> None:
     if not name.startswith(ACL_PREFIX):
         union.tree.getxattr(ino, name)  # ENODATA before anything is copied up for nothing
     ensure_upper(union, ino)
-    fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
-    try:
+    with _opened(union, ino) as fd:
         os.removexattr(fd_path(fd), stored)
-    finally:
-        os.close(fd)
 
 
 def _stored(union: Union, name: bytes) -> bytes:

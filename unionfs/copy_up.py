@@ -2,9 +2,9 @@
 """Copy-up: bringing a file of a lower layer into the upper.
 
 A temporary in the work directory gets data and metadata, is synced, and is published by one rename
-or link; a cut at any point leaves the old file or the new one. The data of a metadata-only copy are
-written into the upper file itself, which nobody reads until the mark is removed (as kernel
-overlayfs does): it keeps its inode, its names and its open descriptors.
+or link; a cut at any point leaves the old file or the new one. So is the whole file that takes the
+place of a metadata-only copy. Only where that has several names, the data are written into the
+upper file itself, which nobody reads until the mark is removed (as kernel overlayfs does).
 
 Called by every family of changes before it changes anything.
 """
@@ -405,39 +405,76 @@ def sync_dir(dirfd: int) -> None:
 
 def _complete(union: Union, ino: int, truncate: int | None) -> None:
     """Give a metadata-only copy its data. Preconditions: copying(ino) is held."""
-    tree, marks = union.tree, union.marks
-    path_fd = tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
+    src = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
     try:
-        before = os.stat(path_fd)
-        caps = _capabilities(path_fd)
-        size = before.st_size if truncate is None else min(truncate, before.st_size)
-        with lent(path_fd, 0o600):
-            fd = os.open(fd_path(path_fd), os.O_RDWR | os.O_CLOEXEC)
+        before = os.stat(src)
+        replaced = before.st_nlink == 1 and not union.info(ino).indexed
+        if not (replaced and _replace(union, ino, src, before, truncate)):
+            with union.committing(ino):  # a change of attributes meanwhile would be undone
+                _fill(union, ino, src, truncate)
+    finally:
+        os.close(src)
+
+
+def _replace(
+    union: Union, ino: int, src: int, before: os.stat_result, truncate: int | None
+) -> bool:
+    """Put a whole file in the place of a metadata-only copy; False if it is at no one place."""
+    temp = union.temp_name()
+    tree, work = union.tree, union.work_fd
+    with temporary(union, temp):
+        fd = _make_temp(union, ino, temp, before, src, metacopy=False, truncate=truncate)
         try:
-            if size < before.st_size:
-                # This is the truncation: the size shown is the upper file's. An enlargement has to
-                # wait for the data.
-                os.ftruncate(fd, size)
-                before = os.stat(path_fd)
-            try:
-                if size:
-                    data = tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
-                    try:
-                        _native.copy_data(data, fd, size)
-                    finally:
-                        os.close(data)
-            finally:
-                # Writing has cleared what writing clears; it was not the user who wrote.
-                _restore_privileges(path_fd, before, caps)
-                os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-            if union.options.fsync != "volatile":
-                os.fsync(fd)
-            marks.remove(path_fd, "metacopy")
+            synced = union.options.fsync != "volatile"
+            if synced:
+                os.fsync(fd)  # what takes long, before the lock
+            with union.committing(ino):
+                now = os.stat(src)  # attributes may have been changed meanwhile
+                place = tree.name_of(ino)
+                if place is None or now.st_nlink != 1:
+                    os.unlink(temp, dir_fd=work)
+                    return False
+                _prepare_metadata(union, ino, src, fd, now, metacopy=False)
+                if synced:
+                    os.fsync(fd)
+                with tree.upper_dir(place[0]) as dirfd, times_kept(dirfd), lent(dirfd, 0o300):
+                    os.rename(temp, place[1], src_dir_fd=work, dst_dir_fd=dirfd)
+                tree.copied_up(ino, place[0], place[1], metacopy=False)
         finally:
             os.close(fd)
-        tree.data_copied(ino)
+    return True
+
+
+def _fill(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
+    """Write the data into a metadata-only copy."""
+    before = os.stat(path_fd)
+    caps = _capabilities(path_fd)
+    size = before.st_size if truncate is None else min(truncate, before.st_size)
+    with lent(path_fd, 0o600):
+        fd = os.open(fd_path(path_fd), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if size < before.st_size:
+            # This is the truncation: the size shown is the upper file's. An enlargement has to
+            # wait for the data.
+            os.ftruncate(fd, size)
+            before = os.stat(path_fd)
+        try:
+            if size:
+                data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
+                try:
+                    _native.copy_data(data, fd, size)
+                finally:
+                    os.close(data)
+        finally:
+            # Writing has cleared what writing clears; it was not the user who wrote.
+            _restore_privileges(path_fd, before, caps)
+            os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
+        if union.options.fsync != "volatile":
+            os.fsync(fd)
+        union.marks.remove(path_fd, "metacopy")
     finally:
-        os.close(path_fd)
+        os.close(fd)
+    union.tree.data_copied(ino)
 
 
 def _capabilities(path_fd: int) -> bytes | None:

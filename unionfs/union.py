@@ -14,8 +14,8 @@ Lock order, outermost first:
     copying(ino)     one copy-up of this inode at a time; held while bytes move, so only where
                      long work is allowed (a worker thread, or the engine's own). A directory's is
                      taken inside its child's.
-    committing(...)  the inodes whose names change; in ascending order; held for the commit and
-                     the table's update only
+    committing(...)  the inodes whose names or attributes change; in ascending order; held for the
+                     commit and the table's update only
     the tree's mutex (C)
 No request waits for a stranger's copy-up: only requests that need the copy of the same inode take
 its copying lock.
