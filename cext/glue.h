@@ -24,6 +24,7 @@ typedef struct {
 struct module_state {
     PyTypeObject *tree_type;
     PyTypeObject *dir_type;
+    PyTypeObject *engine_type;
 };
 
 #define TREE(op) (((TreeObject *)(op))->tree)
@@ -34,7 +35,7 @@ PyObject *none_or_errno(errint_t err, const char *name);
 /* The attributes of _native.pyi's _Attr. */
 PyObject *attr_tuple(const struct stat *st);
 
-extern PyType_Spec tree_spec, dir_spec;
+extern PyType_Spec tree_spec, dir_spec, engine_spec;
 /* Tree's methods: py_query.c, py_files.c, py_changes.c; copied_up takes keywords. */
 // clang-format off
 #define TREE_METHODS(X) \

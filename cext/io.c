@@ -3,6 +3,7 @@
  * then replaced in place, so that a reader sees what is written afterwards. */
 #include <fcntl.h>
 #include <string.h>
+#include <sys/uio.h>
 
 #include "tree.h"
 
@@ -188,4 +189,85 @@ errint_t file_switch_to_upper(struct tree *t, struct node *n)
         f->lower = false;
         file_put(t, f);
     }
+}
+
+/* One read; with `nowait` only of what is in memory (-EAGAIN), where the file system can tell. */
+static ssize_t read_some(const struct file *f, char *buf, size_t size, off_t offset, bool nowait)
+{
+    struct iovec iov = {.iov_base = buf, .iov_len = size};
+    ssize_t n;
+
+    if (nowait) {
+        n = preadv2(f->fd, &iov, 1, offset, RWF_NOWAIT);
+        if (n >= 0 || (errno != EOPNOTSUPP && errno != ENOSYS))
+            return n;
+        if (f->lower) {
+            /* a network or a FUSE file system may wait for ever; an upper is a local one */
+            errno = EAGAIN;
+            return -1;
+        }
+    }
+    return pread(f->fd, buf, size, offset);
+}
+
+ssize_t file_read(struct tree *t, uint64_t fh, char *buf, size_t size, off_t offset, bool nowait)
+{
+    struct file *f = file_get(t, fh);
+    size_t got = 0;
+    errint_t err = 0;
+
+    if (!f)
+        return -EBADF;
+    while (got < size) {
+        ssize_t n = read_some(f, buf + got, size - got, offset + (off_t)got, nowait);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            err = errno_or_eio();
+        if (n <= 0)
+            break;
+        got += (size_t)n;
+    }
+    file_put(t, f);
+    if (err < 0 && (got == 0 || err == -EAGAIN))
+        return err;
+    return (ssize_t)got;
+}
+
+ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, off_t offset)
+{
+    struct file *f = file_get(t, fh);
+    size_t done = 0;
+    errint_t err = 0;
+
+    if (!f)
+        return -EBADF;
+    while (err == 0 && done < size) {
+        ssize_t n = pwrite(f->fd, buf + done, size - done, offset + (off_t)done);
+
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            err = errno_or_eio();
+        else
+            done += (size_t)n;
+    }
+    file_put(t, f);
+    return err < 0 && done == 0 ? err : (ssize_t)done;
+}
+
+errint_t file_sync(struct tree *t, uint64_t fh, bool datasync)
+{
+    struct file *f = file_get(t, fh);
+    errint_t err;
+    int r;
+
+    if (!f)
+        return -EBADF;
+    /* What lies in a lower layer is on disk, and squashfs would refuse. */
+    r = f->lower ? 0 : datasync ? fdatasync(f->fd) : fsync(f->fd);
+    err = r < 0 ? errno_or_eio() : 0;
+    file_put(t, f);
+    return err;
 }

@@ -135,8 +135,11 @@ static int module_exec(PyObject *module)
 
     state->tree_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tree_spec, NULL);
     state->dir_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &dir_spec, NULL);
-    if (!state->tree_type || !state->dir_type || PyModule_AddType(module, state->tree_type) < 0 ||
-        PyModule_AddType(module, state->dir_type) < 0)
+    state->engine_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &engine_spec, NULL);
+    if (!state->tree_type || !state->dir_type || !state->engine_type ||
+        PyModule_AddType(module, state->tree_type) < 0 ||
+        PyModule_AddType(module, state->dir_type) < 0 ||
+        PyModule_AddType(module, state->engine_type) < 0)
         return -1;
     return PyModule_AddIntMacro(module, ROOT_INO);
 }
@@ -147,6 +150,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
 
     Py_VISIT(state->tree_type);
     Py_VISIT(state->dir_type);
+    Py_VISIT(state->engine_type);
     return 0;
 }
 
@@ -156,6 +160,7 @@ static int module_clear(PyObject *module)
 
     Py_CLEAR(state->tree_type);
     Py_CLEAR(state->dir_type);
+    Py_CLEAR(state->engine_type);
     return 0;
 }
 

@@ -395,3 +395,22 @@ errint_t node_attr(struct tree *t, struct node *n, struct stat *ret_st)
     *ret_st = st;
     return 0;
 }
+
+ssize_t tree_readlink(struct tree *t, uint64_t ino, char *target, size_t size)
+{
+    struct node *n = node_get(t, ino);
+    ssize_t len = -ESTALE;
+
+    if (n) {
+        cleanup_fd int fd = node_open(t, n, O_PATH | O_NOFOLLOW, false);
+
+        len = fd;
+        if (fd >= 0) {
+            len = readlinkat(fd, "", target, size);
+            if (len < 0)
+                len = errno_or_eio();
+        }
+        node_put(t, n);
+    }
+    return len;
+}

@@ -3,7 +3,6 @@
 #include "glue.h"
 
 #include <string.h>
-#include <sys/uio.h>
 
 PyObject *py_open(PyObject *op, PyObject *args)
 {
@@ -45,32 +44,13 @@ PyObject *py_release(PyObject *op, PyObject *args)
     Py_RETURN_NONE;
 }
 
-/* One read; with `nowait` only of what is in memory (-EAGAIN), where the file system can tell. */
-static ssize_t read_some(const struct file *f, char *buf, size_t size, off_t offset, bool nowait)
-{
-    struct iovec iov = {.iov_base = buf, .iov_len = size};
-    ssize_t n;
-
-    if (nowait) {
-        n = preadv2(f->fd, &iov, 1, offset, RWF_NOWAIT);
-        if (n >= 0 || (errno != EOPNOTSUPP && errno != ENOSYS))
-            return n;
-        if (f->lower) {
-            /* a network or a FUSE file system may wait for ever; an upper is a local one */
-            errno = EAGAIN;
-            return -1;
-        }
-    }
-    return pread(f->fd, buf, size, offset);
-}
-
 PyObject *py_read(PyObject *op, PyObject *args)
 {
     unsigned long long fh;
     long long offset;
-    Py_ssize_t size, got = 0;
+    Py_ssize_t size;
     int nowait;
-    errint_t err = 0;
+    ssize_t got;
 
     if (!PyArg_ParseTuple(args, "KLnp:read", &fh, &offset, &size, &nowait))
         return NULL;
@@ -79,30 +59,13 @@ PyObject *py_read(PyObject *op, PyObject *args)
         return NULL;
     char *buf = PyBytes_AS_STRING(out);
     Py_BEGIN_ALLOW_THREADS
-    struct file *f = file_get(TREE(op), fh);
-    if (!f)
-        err = -EBADF;
-    while (err == 0 && got < size) {
-        ssize_t n = read_some(f, buf + got, (size_t)(size - got), (off_t)offset + got, nowait != 0);
-
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            err = errno_or_eio();
-        if (n <= 0)
-            break;
-        got += n;
-    }
-    if (f)
-        file_put(TREE(op), f);
+    got = file_read(TREE(op), fh, buf, (size_t)size, (off_t)offset, nowait != 0);
     Py_END_ALLOW_THREADS
-    if (err == -EAGAIN && nowait) {
+    if (got < 0) {
         Py_DECREF(out);
-        Py_RETURN_NONE;
-    }
-    if (err < 0 && got == 0) {
-        Py_DECREF(out);
-        return raise_errno(err, NULL);
+        if (got == -EAGAIN && nowait)
+            Py_RETURN_NONE;
+        return raise_errno((errint_t)got, NULL);
     }
     if (got < size)
         (void)_PyBytes_Resize(&out, got);
@@ -114,53 +77,29 @@ PyObject *py_write(PyObject *op, PyObject *args)
     unsigned long long fh;
     long long offset;
     Py_buffer data;
-    size_t done = 0;
-    errint_t err = 0;
+    ssize_t done;
 
     if (!PyArg_ParseTuple(args, "KLy*:write", &fh, &offset, &data))
         return NULL;
     const char *buf = data.buf;
     size_t size = (size_t)data.len;
     Py_BEGIN_ALLOW_THREADS
-    struct file *f = file_get(TREE(op), fh);
-    if (!f)
-        err = -EBADF;
-    while (err == 0 && done < size) {
-        ssize_t n = pwrite(f->fd, buf + done, size - done, (off_t)offset + (off_t)done);
-
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            err = errno_or_eio();
-        else
-            done += (size_t)n;
-    }
-    if (f)
-        file_put(TREE(op), f);
+    done = file_write(TREE(op), fh, buf, size, (off_t)offset);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&data);
-    if (err < 0 && done == 0)
-        return raise_errno(err, NULL);
-    return PyLong_FromSize_t(done);
+    return done < 0 ? raise_errno((errint_t)done, NULL) : PyLong_FromSsize_t(done);
 }
 
 PyObject *py_fsync(PyObject *op, PyObject *args)
 {
     unsigned long long fh;
     int datasync;
-    errint_t err = -EBADF;
+    errint_t err;
 
     if (!PyArg_ParseTuple(args, "Kp:fsync", &fh, &datasync))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    struct file *f = file_get(TREE(op), fh);
-    if (f) {
-        /* What lies in a lower layer is on disk, and squashfs would refuse. */
-        int r = f->lower ? 0 : datasync ? fdatasync(f->fd) : fsync(f->fd);
-
-        err = r < 0 ? errno_or_eio() : 0;
-        file_put(TREE(op), f);
-    }
+    err = file_sync(TREE(op), fh, datasync != 0);
     Py_END_ALLOW_THREADS
     return none_or_errno(err, NULL);
 }

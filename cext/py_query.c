@@ -164,23 +164,12 @@ PyObject *py_readlink(PyObject *op, PyObject *args)
 {
     unsigned long long ino;
     char target[4097];
-    ssize_t len = -ESTALE;
+    ssize_t len;
 
     if (!PyArg_ParseTuple(args, "K:readlink", &ino))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    struct node *n = node_get(TREE(op), ino);
-    if (n) {
-        cleanup_fd int fd = node_open(TREE(op), n, O_PATH | O_NOFOLLOW, false);
-
-        len = fd;
-        if (fd >= 0) {
-            len = readlinkat(fd, "", target, sizeof target);
-            if (len < 0)
-                len = errno_or_eio();
-        }
-        node_put(TREE(op), n);
-    }
+    len = tree_readlink(TREE(op), ino, target, sizeof target);
     Py_END_ALLOW_THREADS
     return len < 0 ? raise_errno((errint_t)len, NULL) : PyBytes_FromStringAndSize(target, len);
 }
@@ -208,14 +197,15 @@ PyObject *py_getxattr(PyObject *op, PyObject *args)
 PyObject *py_listxattr(PyObject *op, PyObject *args)
 {
     unsigned long long ino;
+    int trusted;
     char *list = NULL;
     size_t len = 0;
     errint_t err;
 
-    if (!PyArg_ParseTuple(args, "K:listxattr", &ino))
+    if (!PyArg_ParseTuple(args, "Kp:listxattr", &ino, &trusted))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    err = xattr_list(TREE(op), ino, &list, &len);
+    err = xattr_list(TREE(op), ino, trusted != 0, &list, &len);
     Py_END_ALLOW_THREADS
     if (err < 0)
         return raise_errno(err, NULL);

@@ -335,6 +335,8 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     t->has_upper = options->has_upper;
     t->live = options->live;
     t->static_nlink = options->static_nlink;
+    t->noxattrs = options->noxattrs;
+    t->noacl = options->noacl;
     t->hide_wh = options->has_upper && layers[0].wh_files;
     t->upper_xattrs = options->upper_xattrs;
     t->prefix = options->user_prefix ? "user.overlay." : "trusted.overlay.";

@@ -103,6 +103,7 @@ struct tree {
     bool has_upper;       /* immutable: layer 0 is the upper */
     bool live;            /* immutable: lower layers change underneath */
     bool static_nlink;    /* immutable: directories have one link */
+    bool noxattrs, noacl; /* immutable: not shown, not even asked for */
     bool hide_wh;         /* immutable: .wh. names are the upper's marks, so no layer shows any */
     const char *prefix;   /* immutable: "trusted.overlay." or "user.overlay." */
     bool upper_xattrs;    /* immutable: the upper keeps marks in xattrs */
@@ -135,7 +136,7 @@ struct idrange {
 };
 
 struct tree_options {
-    bool has_upper, live, upper_xattrs, static_nlink;
+    bool has_upper, live, upper_xattrs, static_nlink, noxattrs, noacl;
     bool user_prefix; /* user.overlay.* instead of trusted.overlay.* */
     int override_mode;
     int64_t squash_uid, squash_gid;
@@ -208,6 +209,9 @@ errint_t node_attr(struct tree *t, struct node *n, struct stat *ret_st);
 void override_stat(int mode, const char *path, bool nofollow, struct stat *st);
 void attr_show(struct tree *t, const char *path, bool nofollow, struct stat *st);
 
+/* Where a symbolic link points: its length, not terminated; or -errno. */
+ssize_t tree_readlink(struct tree *t, uint64_t ino, char *target, size_t size);
+
 /* Lookup (resolve.c): the attributes as the union shows them, the lookup count raised by one. */
 errint_t tree_lookup(struct tree *t, uint64_t parent, const char *name, struct stat *ret_st);
 
@@ -265,6 +269,11 @@ struct file *file_get(struct tree *t, uint64_t fh);
 void file_put(struct tree *t, struct file *f);
 void file_release(struct tree *t, uint64_t fh);
 errint_t file_switch_to_upper(struct tree *t, struct node *n);
+/* As many bytes as there are, up to `size`; or -errno, if there are none. `nowait`: -EAGAIN rather
+ * than wait for a disk. */
+ssize_t file_read(struct tree *t, uint64_t fh, char *buf, size_t size, off_t offset, bool nowait);
+ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, off_t offset);
+errint_t file_sync(struct tree *t, uint64_t fh, bool datasync);
 
 /* Directories (readdir.c). */
 errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh);

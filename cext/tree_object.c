@@ -86,13 +86,14 @@ static int parse_layers(PyObject *list, struct layer **ret_layers, uint16_t *ret
 
 static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {
-        "layers",        "has_upper",  "live",       "upper_xattrs", "user_prefix",
-        "override",      "squash_uid", "squash_gid", "uids",         "gids",
-        "max_open_dirs", "index_fd",   "numbers_fd", "static_nlink", NULL};
+    static char *names[] = {"layers",      "has_upper",    "live",          "upper_xattrs",
+                            "user_prefix", "override",     "squash_uid",    "squash_gid",
+                            "uids",        "gids",         "max_open_dirs", "index_fd",
+                            "numbers_fd",  "static_nlink", "noxattrs",      "noacl",
+                            NULL};
     PyObject *layer_list, *uid_list, *gid_list;
     int has_upper, live, upper_xattrs, user_prefix, override, index_fd, numbers_fd;
-    int static_nlink;
+    int static_nlink, noxattrs, noacl;
     long long squash_uid, squash_gid;
     unsigned max_open_dirs;
     struct layer *layers = NULL;
@@ -102,10 +103,10 @@ static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *k
     TreeObject *self = NULL;
     errint_t err;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O$ppppiLLOOIiip:Tree", names, &layer_list,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O$ppppiLLOOIiippp:Tree", names, &layer_list,
                                      &has_upper, &live, &upper_xattrs, &user_prefix, &override,
                                      &squash_uid, &squash_gid, &uid_list, &gid_list, &max_open_dirs,
-                                     &index_fd, &numbers_fd, &static_nlink))
+                                     &index_fd, &numbers_fd, &static_nlink, &noxattrs, &noacl))
         return NULL;
     if (parse_layers(layer_list, &layers, &nlayers) < 0 ||
         parse_ranges(uid_list, &uids, &o.nuids) < 0 || parse_ranges(gid_list, &gids, &o.ngids) < 0)
@@ -113,6 +114,8 @@ static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *k
     o.has_upper = has_upper != 0;
     o.live = live != 0;
     o.static_nlink = static_nlink != 0;
+    o.noxattrs = noxattrs != 0;
+    o.noacl = noacl != 0;
     o.upper_xattrs = upper_xattrs != 0;
     o.user_prefix = user_prefix != 0;
     o.override_mode = override;

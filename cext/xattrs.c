@@ -7,6 +7,7 @@
 #include "marks.h"
 
 static const char CONTAINERS[] = "user.containers.override_";
+static const char ACL[] = "system.posix_acl_";
 
 static bool starts(const char *name, const char *prefix)
 {
@@ -99,13 +100,14 @@ errint_t xattr_get(struct tree *t, uint64_t ino, const char *name, char **ret_va
     struct query q = {.name = stored};
     errint_t err;
 
+    if (t->noxattrs || (t->noacl && starts(name, ACL)))
+        return -EOPNOTSUPP;
     if (xattr_stored_name(t, name, stored) < 0)
         return -ENODATA;
     err = ask(t, ino, &q);
     /* A layer that has none: the upper could hold it; and of an ACL, the kernel's permission check
      * believes only ENODATA. */
-    if (err == -EOPNOTSUPP &&
-        ((t->has_upper && t->upper_xattrs) || strncmp(name, "system.posix_acl_", 17) == 0))
+    if (err == -EOPNOTSUPP && ((t->has_upper && t->upper_xattrs) || starts(name, ACL)))
         err = -ENODATA;
     if (err == 0) {
         *ret_value = q.value;
@@ -114,12 +116,15 @@ errint_t xattr_get(struct tree *t, uint64_t ino, const char *name, char **ret_va
     return err;
 }
 
-errint_t xattr_list(struct tree *t, uint64_t ino, char **ret_list, size_t *ret_len)
+errint_t xattr_list(struct tree *t, uint64_t ino, bool trusted, char **ret_list, size_t *ret_len)
 {
     struct query q = {0};
-    errint_t err = ask(t, ino, &q);
+    errint_t err;
     size_t len = 0;
 
+    if (t->noxattrs)
+        return -EOPNOTSUPP;
+    err = ask(t, ino, &q);
     if (err == -EOPNOTSUPP) {
         q.len = 0;
         q.value = calloc(1, 1);
@@ -132,7 +137,8 @@ errint_t xattr_list(struct tree *t, uint64_t ino, char **ret_list, size_t *ret_l
         size_t step = strlen(q.value + at) + 1;
         char out[XATTR_STORED_BYTES];
 
-        if (shown_name(t, q.value + at, out)) {
+        if (shown_name(t, q.value + at, out) && (trusted || !starts(out, "trusted.")) &&
+            !(t->noacl && starts(out, ACL))) {
             memcpy(q.value + len, out, strlen(out) + 1);
             len += strlen(out) + 1;
         }

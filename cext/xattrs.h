@@ -15,7 +15,8 @@ errint_t xattr_stored_name(const struct tree *t, const char *name,
                            char stored[static XATTR_STORED_BYTES]);
 errint_t xattr_get(struct tree *t, uint64_t ino, const char *name, char **ret_value,
                    size_t *ret_len);
-/* NUL-separated names. */
-errint_t xattr_list(struct tree *t, uint64_t ino, char **ret_list, size_t *ret_len);
+/* NUL-separated names; those of trusted.* only to who could read them, as every file system does.
+ */
+errint_t xattr_list(struct tree *t, uint64_t ino, bool trusted, char **ret_list, size_t *ret_len);
 
 #endif

@@ -54,6 +54,8 @@ class Stack:
             "index_fd": self.fds[3],
             "numbers_fd": -1,
             "static_nlink": False,
+            "noxattrs": False,
+            "noacl": False,
         }
         described = [(fd, 0, False, False, bytes(16)) for fd in self.fds[:3]]
         return Tree(described, **(words | changed))  # type: ignore[arg-type]
@@ -231,7 +233,7 @@ def test_names_that_are_no_names(stack: Stack) -> None:
 
 def test_unknown_numbers(stack: Stack) -> None:
     tree = stack.tree
-    for call in (tree.getattr, tree.readlink, tree.listxattr, tree.opendir, tree.info):
+    for call in (tree.getattr, tree.readlink, tree.opendir, tree.info):
         assert refused(lambda call=call: call(777)) == errno.ESTALE  # type: ignore[misc]
     assert refused(lambda: tree.read(777, 0, 1, False)) == errno.EBADF
     assert refused(lambda: tree.readdir(777, 0, 1)) == errno.EBADF
@@ -418,6 +420,8 @@ def _tree(stack: Stack) -> None:
                 "index_fd": -1,
                 "numbers_fd": -1,
                 "static_nlink": False,
+                "noxattrs": False,
+                "noacl": False,
             },
         )
 
@@ -459,7 +463,7 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
     "xattrs": (
         lambda s: (
             s.tree.getxattr(s.ino("file"), b"user.name"),
-            s.tree.listxattr(s.ino("file")),
+            s.tree.listxattr(s.ino("file"), True),
             s.tree.xattr_stored(b"user.x"),
         ),
         {"getxattr", "listxattr", "xattr_stored"},

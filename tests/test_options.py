@@ -268,7 +268,7 @@ def test_words_of_fuse() -> None:
         ("fd=3", "fd is not supported"),
         ("remount", "cannot change"),
         ("cow", "an option of unionfs-fuse"),
-        ("driver=fast", "use one of pyfuse3"),
+        ("driver=fast", "use one of engine, pyfuse3"),
     ],
 )
 def test_bad_words_are_named(text: str, told: str) -> None:

@@ -160,6 +160,7 @@ class Standing:
             if user and os.geteuid() == 0:
                 os.chown(place / name, as_user.UID, as_user.GID)
         default = {"lowers": [f"{place}/l"], "upper": f"{place}/u", "mountpoint": f"{place}/m"}
+        default["driver"] = "pyfuse3"  # what the stand-in is written for
         self.fields = default | fields
 
     @property

@@ -6,7 +6,7 @@ kernel. Failures are OSError with errno (and the name, where there is one). Inod
 union's; names are bytes without a slash.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -36,6 +36,8 @@ class Tree:
         has_upper: bool,  # layers[0] is the upper
         live: bool,
         static_nlink: bool,
+        noxattrs: bool,
+        noacl: bool,
         upper_xattrs: bool,
         user_prefix: bool,  # user.overlay.* rather than trusted.overlay.*
         override: int,  # xattr_permissions
@@ -66,7 +68,7 @@ class Tree:
     def name_is_real(self, parent: int, name: bytes, /) -> bool: ...
     def open_node(self, ino: int, flags: int, data: bool = False, /) -> int: ...
     def getxattr(self, ino: int, name: bytes, /) -> bytes: ...
-    def listxattr(self, ino: int, /) -> list[bytes]: ...
+    def listxattr(self, ino: int, trusted: bool, /) -> list[bytes]: ...
     def xattr_stored(self, name: bytes, /) -> bytes: ...
 
     # Open files. read() with nowait gives None where it would have to wait for a disk.
@@ -119,3 +121,27 @@ def copy_data(src: int, dst: int, size: int, /) -> None: ...
 def copy_xattrs(src: int, dst: int, prefix: str, override: str | None, /) -> None: ...
 def birth_time(fd: int, /) -> int: ...
 def renameat2(olddir: int, old: bytes, newdir: int, new: bytes, flags: int, /) -> None: ...
+
+class Engine:
+    """Threads that serve a mounted device; they run from its making to close().
+
+    `call(opcode, ino, uid, gid, pid, body)` answers what changes the union: the bytes of the
+    answer, or a negative errno. It is called on the engine's threads.
+    """
+
+    def __new__(
+        cls,
+        tree: Tree,
+        *,
+        device: int,
+        statfs_fd: int,
+        valid_ns: int,  # how long the kernel may keep names and attributes
+        keep_cache: bool,
+        flush: bool,  # close(2) can fail below
+        only_uid: int,  # -1: everybody whom the kernel lets
+        call: Callable[[int, int, int, int, int, bytes], bytes | int],
+    ) -> Self: ...
+    def fileno(self) -> int: ...  # readable when the last thread has ended
+    def stop(self) -> None: ...
+    def close(self) -> None: ...
+    def counts(self) -> dict[int, tuple[int, int]]: ...  # opcode: by the engine, by `call`

@@ -45,6 +45,8 @@ def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | N
     """Apply a change. `handle_fd`: the writable descriptor it was asked through, if any."""
     if what.mode is not None and what.mode & stat.S_ISGID:
         what = _without_foreign_setgid(union, ino, what, ctx)
+    if what.size is not None:
+        what = _with_set_id_cleared(union, ino, what, ctx)
     resized = what.size is not None and union.tree.getattr(ino)[6] != what.size
     ensure_upper(union, ino, data=what.size is not None, truncate=what.size)
     with _opened(union, ino) as fd:
@@ -82,6 +84,15 @@ def _without_foreign_setgid(union: Union, ino: int, what: Change, ctx: Caller) -
     return dataclasses.replace(what, mode=what.mode & ~stat.S_ISGID)
 
 
+def _with_set_id_cleared(union: Union, ino: int, what: Change, ctx: Caller) -> Change:
+    """truncate(2) by one who is not above such things; the kernel leaves it to us to take away
+    set-group-ID without group execute (fuse_setattr)."""
+    attr = union.tree.getattr(ino)
+    mode = attr[1] if what.mode is None else what.mode
+    kept = without_set_id(mode, attr[4], ctx)
+    return what if kept == mode else dataclasses.replace(what, mode=kept)
+
+
 def truncate_at_open(union: Union, ino: int, ctx: Caller) -> None:
     """O_TRUNC: no data are copied, and the times change even if the file was empty.
 
@@ -94,10 +105,9 @@ def truncate_at_open(union: Union, ino: int, ctx: Caller) -> None:
             os.close(os.open(fd_path(fd), os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC))
     finally:
         os.close(fd)
-    attr = union.tree.getattr(ino)
-    mode = without_set_id(attr[1], attr[4], ctx)
-    if mode != attr[1]:
-        change(union, ino, Change(mode=mode), ctx)
+    what = _with_set_id_cleared(union, ino, Change(), ctx)
+    if what.mode is not None:
+        change(union, ino, what, ctx)
 
 
 def without_set_id(mode: int, gid: int, ctx: Caller) -> int:

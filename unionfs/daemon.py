@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import pyfuse3
     import trio
 
+    from unionfs.engine import EngineLoop
     from unionfs.handshake import Loop
     from unionfs.layer import Layer
     from unionfs.session import Mount, Plan
@@ -60,7 +61,7 @@ class Served(Protocol):
 
     @property
     def operations(self) -> "pyfuse3.Operations":
-        """What pyfuse3 calls."""
+        """What the driver calls."""
 
     def set_facts(self, facts: dict[str, object]) -> None:
         """Take what only the daemon knows, for the status."""
@@ -257,7 +258,6 @@ class _Daemon:
         """Mount, serve, clean up; the exit code."""
         # Only here: the starting process does without them.
         from unionfs import session
-        from unionfs.handshake import Loop, Wishes
 
         plan = session.plan_mount(self.options)
         # Until the loop listens: unwind what was done.  SIGINT is Python's KeyboardInterrupt.
@@ -271,12 +271,24 @@ class _Daemon:
             stack.callback(session.release_keeper, mount)
             # After the device is closed: nothing then waits for an answer.
             stack.callback(session.unmount, mount, lazily=True)
-            words = {"debug"} if self.options.debug else set()
-            if self.options.allow_root:
-                words.add("allow_root")  # libfuse itself refuses the others
-            loop = Loop(mount.device, Wishes.of(self.options), words)
+            loop = self._loop(mount.device)
             stack.callback(loop.close)
             return self._serve(loop, mount, served)
+
+    def _loop(self, device: int) -> "Loop | EngineLoop":
+        """What answers the requests of `device`."""
+        from unionfs.handshake import Loop, Wishes
+
+        options = self.options
+        wishes = Wishes.of(options)
+        if options.driver == "engine":
+            from unionfs.engine import EngineLoop
+
+            return EngineLoop(device, wishes, only_root_and_us=options.allow_root)
+        words = {"debug"} if options.debug else set()
+        if options.allow_root:
+            words.add("allow_root")  # libfuse itself refuses the others
+        return Loop(device, wishes, words)
 
     def _open(self, stack: contextlib.ExitStack) -> tuple[str, Served]:
         """Check everything, then open it, in the order that leaves nothing behind on an error."""
@@ -331,7 +343,7 @@ class _Daemon:
             "mounted_by": "mount" if plan.helper is None else "fusermount3",
         }
 
-    def _serve(self, loop: "Loop", mount: "Mount", served: Served) -> int:
+    def _serve(self, loop: "Loop | EngineLoop", mount: "Mount", served: Served) -> int:
         import trio
 
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -352,7 +364,7 @@ class _Daemon:
         log.info("%s is unmounted", mount.point)
         return int(ExitCode.OK)
 
-    async def _live(self, loop: "Loop", mount: "Mount", served: Served) -> None:
+    async def _live(self, loop: "Loop | EngineLoop", mount: "Mount", served: Served) -> None:
         import trio
 
         def on_init() -> None:
@@ -367,7 +379,7 @@ class _Daemon:
             nursery.cancel_scope.cancel()
 
     async def _watch_signals(
-        self, loop: "Loop", mount: "Mount", task_status: "trio.TaskStatus[None]"
+        self, loop: "Loop | EngineLoop", mount: "Mount", task_status: "trio.TaskStatus[None]"
     ) -> None:
         import trio
 
@@ -386,7 +398,7 @@ class _Daemon:
                         stopping = True
                         nursery.start_soon(self._stop, loop, mount)
 
-    async def _stop(self, loop: "Loop", mount: "Mount") -> None:
+    async def _stop(self, loop: "Loop | EngineLoop", mount: "Mount") -> None:
         """Unmount and let the loop end; see "Signals" above."""
         import trio
 

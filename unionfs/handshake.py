@@ -37,6 +37,7 @@ _INIT_IN: Final = struct.Struct("=IIIII")
 _OUT_HEADER: Final = struct.Struct("=IiQ")
 _INIT_OUT: Final = struct.Struct("=IIIIHHIIHHI")
 _OP_INIT: Final = 26
+_MAJOR: Final = 7
 _READ_SIZE: Final = (1 << 20) + 4096
 _PAGES: Final = 256  # 1 MiB in one request
 
@@ -147,6 +148,46 @@ def patch_init(request: bytes, reply: bytes, wishes: Wishes) -> tuple[bytes, Ini
     patched = bytearray(reply)
     _INIT_OUT.pack_into(patched, _OUT_HEADER.size, *body)
     return bytes(patched), flags
+
+
+# What libfuse asks for by itself, and the engine has to.  No READDIRPLUS_AUTO: the number of an
+# entry is known only once it has been looked up, so the plain form would cost us no less.
+_ENGINE: Final = InitFlag.DO_READDIRPLUS | InitFlag.INIT_EXT | InitFlag.ASYNC_DIO
+_ENGINE_MINOR: Final = 38
+_MAX_WRITE: Final = _PAGES * 4096
+_MAX_BACKGROUND: Final = 64
+_TIME_GRANULARITY: Final = 1  # ns
+_INIT_REPLY: Final = struct.Struct("=IIIIHHIIHHII24x")
+
+
+def answer_init(device: int, wishes: Wishes) -> InitFlag:
+    """Read the INIT that waits in `device` and answer it; the flags that were agreed upon.
+
+    Raises UnionfsError if the kernel speaks another major version.
+    """
+    request = os.read(device, _READ_SIZE)
+    unique = _IN_HEADER.unpack_from(request)[2]
+    flags = (wishes.wanted | _ENGINE) & ~wishes.unwanted & offered_flags(request)
+    major, minor, readahead, _, _ = _INIT_IN.unpack_from(request.ljust(64, b"\0"), _IN_HEADER.size)
+    if major != _MAJOR:
+        raise UnionfsError(f"the kernel speaks FUSE {major}.{minor}, not {_MAJOR}")
+    body = _INIT_REPLY.pack(
+        _MAJOR,
+        min(minor, _ENGINE_MINOR),
+        readahead,
+        int(flags) & 0xFFFFFFFF,
+        _MAX_BACKGROUND,
+        _MAX_BACKGROUND * 3 // 4,
+        _MAX_WRITE,
+        _TIME_GRANULARITY,
+        _PAGES,
+        0,
+        int(flags) >> 32,
+        0,
+    )
+    os.write(device, _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, unique) + body)
+    log.debug("INIT agreed: %r", flags)
+    return flags
 
 
 def _is_worth_logging(record: logging.LogRecord) -> bool:

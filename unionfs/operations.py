@@ -26,7 +26,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
 from unionfs import attributes, copy_up, create, remove, rename
 from unionfs._native import ROOT_INO
-from unionfs.attributes import ACL_PREFIX, Change
+from unionfs.attributes import Change
 from unionfs.create import New
 from unionfs.union import LongWork, Union
 
@@ -83,15 +83,20 @@ class UnionOperations(pyfuse3.Operations):
         self.union = union
         self.enable_acl = not union.options.noacl
         options = union.options
-        self._timeout = FOREVER if options.timeout is None else options.timeout
+        # Seconds that the kernel may keep names and attributes.
+        self.timeout = FOREVER if options.timeout is None else options.timeout
         if options.lower_live and options.timeout is None:
-            self._timeout = 1.0
-        self._flush_matters = _remote(union)
+            self.timeout = 1.0
+        # Somebody else changes the layers: nothing of them may stay in the kernel.
+        self.live = options.lower_live or options.timeout is not None
+        self.flush_matters = _remote(union)
+        # Whoever calls has a thread for it (the engine).
+        self.in_place = False
         self._long_works = 0
         self._limiter = trio.CapacityLimiter(LONG_AT_ONCE)
 
     async def _work(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        if not self._long_works:
+        if not self._long_works and not self.in_place:
             try:
                 return function(*args, **kwargs)
             except LongWork:
@@ -101,6 +106,9 @@ class UnionOperations(pyfuse3.Operations):
         return await self._long(function, *args, **kwargs)
 
     async def _long(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        if self.in_place:
+            return self.union.long(function, *args, **kwargs)
+
         def call() -> R:
             try:
                 return self.union.long(function, *args, **kwargs)
@@ -119,7 +127,7 @@ class UnionOperations(pyfuse3.Operations):
         e = EntryAttributes()
         e.st_ino = attr[0]
         e.generation = 0
-        e.entry_timeout = e.attr_timeout = self._timeout
+        e.entry_timeout = e.attr_timeout = self.timeout
         e.st_mode = attr[1]
         e.st_nlink = attr[2]
         e.st_uid = attr[3]
@@ -148,7 +156,7 @@ class UnionOperations(pyfuse3.Operations):
         except FileNotFoundError:
             missing = EntryAttributes()
             missing.st_ino = 0  # a name that the kernel may remember not to be there
-            missing.entry_timeout = self._timeout
+            missing.entry_timeout = self.timeout
             return missing
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -188,21 +196,11 @@ class UnionOperations(pyfuse3.Operations):
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
         if inode == ROOT_INO and name == STATUS_XATTR:
             return json.dumps(self.union.status()).encode()
-        options = self.union.options
-        if options.noxattrs or (options.noacl and name.startswith(ACL_PREFIX)):
-            raise FUSEError(errno.EOPNOTSUPP)
         return self.union.tree.getxattr(inode, name)
 
     @edge
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        if self.union.options.noxattrs:
-            raise FUSEError(errno.EOPNOTSUPP)
-        names = self.union.tree.listxattr(inode)
-        if self.union.options.noacl:
-            names = [name for name in names if not name.startswith(ACL_PREFIX)]
-        if ctx.uid != 0:  # as every file system: shown to who could read them
-            names = [name for name in names if not name.startswith(b"trusted.")]
-        return names
+        return self.union.tree.listxattr(inode, ctx.uid == 0)
 
     # ---- open files ----
 
@@ -211,11 +209,7 @@ class UnionOperations(pyfuse3.Operations):
         if flags & WRITING or flags & os.O_TRUNC:
             self._check_writable()
             await self._work(self._open_for_writing, inode, flags, ctx)
-        return FileInfo(fh=self.union.tree.open(inode, flags), keep_cache=not self._live)
-
-    @property
-    def _live(self) -> bool:
-        return self.union.options.lower_live or self.union.options.timeout is not None
+        return FileInfo(fh=self.union.tree.open(inode, flags), keep_cache=not self.live)
 
     def _open_for_writing(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> None:
         if flags & os.O_TRUNC:
@@ -256,7 +250,7 @@ class UnionOperations(pyfuse3.Operations):
 
     @edge
     async def flush(self, fh: int) -> None:
-        if not self._flush_matters:
+        if not self.flush_matters:
             raise FUSEError(errno.ENOSYS)  # never asked again
         _, _, fd = self.union.tree.file_info(fh)
         os.close(os.dup(fd))

@@ -185,7 +185,7 @@ OWN_WORDS = {
     "ephemeral": Word("ephemeral_size", flag="", read=read_size),
     "whiteout": Word("whiteout", read=one_of(auto="auto", char="char", wh="wh")),
     "lower": Word("lower_live", read=one_of(live=True, sealed=False)),
-    "driver": Word("driver", read=one_of(pyfuse3="pyfuse3")),
+    "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
     "sloppy": Word("sloppy", flag=True),
 }
 

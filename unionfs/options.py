@@ -72,7 +72,7 @@ class MountOptions:
     noacl: bool = False
     noxattrs: bool = False
     static_nlink: bool = False
-    driver: Literal["pyfuse3"] = "pyfuse3"
+    driver: Literal["engine", "pyfuse3"] = "engine"
 
 
 class _Fields(TypedDict, total=False):
@@ -107,7 +107,7 @@ class _Fields(TypedDict, total=False):
     noacl: bool
     noxattrs: bool
     static_nlink: bool
-    driver: Literal["pyfuse3"]
+    driver: Literal["engine", "pyfuse3"]
 
 
 FIELDS = frozenset(_Fields.__annotations__)

@@ -37,7 +37,9 @@ def describe(union: "Union") -> dict[str, Any]:
         status["features"] = {name: getattr(features, name) for name in FEATURES}
         status["features"]["passthrough"] = False
         status["reasons"] = dict(features.reasons)
-        status["reasons"]["passthrough"] = "the pyfuse3 driver has no FUSE passthrough"
+        status["reasons"]["passthrough"] = (
+            f"the {union.options.driver} driver has no FUSE passthrough"
+        )
     status["marks"] = {
         "prefix": union.marks.prefix if union.marks.xattrs else None,
         "whiteout": "wh" if union.marks.wh else "char",
@@ -46,4 +48,6 @@ def describe(union: "Union") -> dict[str, Any]:
         "index": union.work is not None and union.work.index >= 0,
     }
     status["table"] = union.tree.counts()
+    if union.requests is not None:
+        status["requests"] = union.requests()
     return status

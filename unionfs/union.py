@@ -161,6 +161,7 @@ class Union:
         )
         self.copying = KeyedLocks()
         self.committing = KeyedLocks()
+        self.requests: Callable[[], dict[str, dict[str, int]]] | None = None  # the driver's counts
         self._allowed = threading.local()
         self._temp = itertools.count(int.from_bytes(os.urandom(4), "little"))
         self._incompat = False
@@ -205,6 +206,8 @@ class Union:
             has_upper=self.upper is not None,
             live=options.lower_live,
             static_nlink=options.static_nlink,
+            noxattrs=options.noxattrs,
+            noacl=options.noacl,
             upper_xattrs=self.marks.xattrs,
             user_prefix=self.marks.prefix.startswith("user."),
             override=options.xattr_permissions,

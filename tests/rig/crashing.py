@@ -179,6 +179,10 @@ def _instrument(steps: Steps) -> None:
         if hasattr(module, "renameat2"):
             module.renameat2 = renameat2
     replaced.Tree = lambda *args, **kwargs: _SteppingTree(real_tree(*args, **kwargs), steps)
+    # The engine's threads use the table itself.
+    driver: Any = importlib.import_module("unionfs.engine")
+    real_engine = driver.Engine
+    driver.Engine = lambda tree, **kwargs: real_engine(tree._tree, **kwargs)
 
 
 class Stepping(Unionfs):

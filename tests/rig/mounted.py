@@ -30,6 +30,8 @@ from tests.rig import ground, layers
 Backend = Literal["plain", "overlay", "unionfs"]
 OVERLAY_OPTIONS = "redirect_dir=on,index=on,metacopy=on,xino=on"
 PATIENCE = 30.0
+# Which driver the unions of the tests have, where a test does not say.
+DRIVER_VARIABLE = "UNIONFS_TEST_DRIVER"
 _SUSPICIOUS = re.compile(r"WARNING|ERROR|CRITICAL|Traceback|Exception|runtime error:|Sanitizer")
 
 
@@ -161,6 +163,9 @@ class Unionfs(Mounted):
             str(lower).replace("\\", "\\\\").replace(":", "\\:") for lower in self.lowers
         )
         words = list(self.options)
+        driver = os.environ.get(DRIVER_VARIABLE)
+        if driver and not any(word.startswith("driver=") for word in words):
+            words.append(f"driver={driver}")
         if self.work is not None:
             words.append("workdir=" + str(self.work).replace("\\", "\\\\").replace(",", "\\,"))
         places = [stack, *([str(self.upper)] if self.upper is not None else []), str(self.mnt)]

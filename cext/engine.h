@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The engine: threads that read /dev/fuse (engine.c) and answer (serve.c). What changes the union
+ * is asked of `call`, on the thread that has read the request.
+ *
+ * Callable from any thread; needs no interpreter, but for what `call` may need. */
+#ifndef UNIONFS_ENGINE_H
+#define UNIONFS_ENGINE_H
+
+#include <stdatomic.h>
+
+#include "tree.h"
+#include "wire.h"
+
+struct request {
+    const struct fuse_in_header *head;
+    const char *body;
+    size_t len; /* of the body */
+};
+
+struct engine_options {
+    int device;       /* of the mount, INIT answered; stays the caller's */
+    int statfs_fd;    /* whose file system's space is shown */
+    int64_t valid_ns; /* how long the kernel may keep names and attributes */
+    bool keep_cache;  /* pages and listings stay in the kernel when a file is closed */
+    int64_t only_uid; /* allow_root: others but root are refused; -1: nobody is */
+    bool flush;       /* close(2) can fail below: FLUSH is answered, and is not waved away */
+    /* Answers into `out` (of `cap` bytes): its length, or -errno. */
+    ssize_t (*call)(void *arg, const struct request *r, char *out, size_t cap);
+    /* Told before a thread that has called ends. */
+    void (*leave)(void *arg);
+    void *arg;
+};
+
+struct engine;
+
+errint_t engine_start(struct tree *t, const struct engine_options *options, struct engine **ret_e);
+/* Readable when the last thread has ended: unmounted, or stopped. */
+int engine_ended_fd(const struct engine *e);
+/* Asks the threads to end after the requests that they are at; does not wait. */
+void engine_stop(struct engine *e);
+/* Stops, waits and frees. */
+void engine_free(struct engine *e);
+/* Requests by number (FUSE_*), and how many of them `call` answered. */
+void engine_counts(const struct engine *e, uint64_t all[static WIRE_OPCODES],
+                   uint64_t called[static WIRE_OPCODES]);
+
+/* serve.c. Answers one request into `out`, a struct fuse_out_header and what follows it: its
+ * length, 0 where no answer is due. */
+struct server {
+    struct tree *tree;
+    struct engine_options options;
+    _Atomic uint64_t called[WIRE_OPCODES];
+};
+size_t serve(struct server *s, const struct request *r, char *out);
+/* The answer found nobody: what it gave to the kernel is taken back. */
+void serve_undo(struct server *s, const struct request *r, const char *out);
+
+#endif

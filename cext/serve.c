@@ -1,0 +1,523 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Answers to requests: what asks what is there, and what moves bytes, from the tree; what changes
+ * the union from options.call. */
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
+#include <sys/statvfs.h>
+
+#include <linux/fs.h>
+
+#include "engine.h"
+#include "xattrs.h"
+
+struct answer {
+    struct server *s;
+    const struct request *r;
+    char *data; /* after the header */
+    size_t cap;
+};
+
+/* A handler answers the length of what it has put into a->data, or -errno. */
+typedef ssize_t handler(struct answer *a);
+
+enum { SILENT = -0x10000 }; /* no answer is due */
+
+#define BODY(a, type) ((const struct type *)(const void *)(a)->r->body)
+#define REPLY(a, type) ((struct type *)(void *)(a)->data)
+
+static uint64_t valid_seconds(const struct answer *a)
+{
+    return (uint64_t)(a->s->options.valid_ns / 1000000000);
+}
+
+static uint32_t valid_rest(const struct answer *a)
+{
+    return (uint32_t)(a->s->options.valid_ns % 1000000000);
+}
+
+static void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct stat *st)
+{
+    *out = (struct fuse_entry_out){
+        .nodeid = st ? st->st_ino : 0,
+        .entry_valid = valid_seconds(a),
+        .entry_valid_nsec = valid_rest(a),
+        .attr_valid = valid_seconds(a),
+        .attr_valid_nsec = valid_rest(a),
+    };
+    if (st)
+        wire_attr(&out->attr, st);
+}
+
+static ssize_t by_call(struct answer *a)
+{
+    atomic_fetch_add_explicit(&a->s->called[a->r->head->opcode], 1, memory_order_relaxed);
+    return a->s->options.call(a->s->options.arg, a->r, a->data, a->cap);
+}
+
+/* ---- names and attributes ---- */
+
+static ssize_t on_lookup(struct answer *a)
+{
+    struct stat st;
+    errint_t err = tree_lookup(a->s->tree, a->r->head->nodeid, a->r->body, &st);
+
+    if (err < 0 && err != -ENOENT)
+        return err;
+    /* Number 0: a name that the kernel may remember not to be there. */
+    put_entry(a, REPLY(a, fuse_entry_out), err < 0 ? NULL : &st);
+    return sizeof(struct fuse_entry_out);
+}
+
+static ssize_t on_forget(struct answer *a)
+{
+    node_forget(a->s->tree, a->r->head->nodeid, BODY(a, fuse_forget_in)->nlookup);
+    return SILENT;
+}
+
+static ssize_t on_batch_forget(struct answer *a)
+{
+    const struct fuse_batch_forget_in *in = BODY(a, fuse_batch_forget_in);
+    const struct fuse_forget_one *one = (const void *)(in + 1);
+    size_t fit = (a->r->len - sizeof *in) / sizeof *one;
+
+    for (size_t i = 0; i < in->count && i < fit; i++)
+        node_forget(a->s->tree, one[i].nodeid, one[i].nlookup);
+    return SILENT;
+}
+
+static ssize_t on_getattr(struct answer *a)
+{
+    struct fuse_attr_out *out = REPLY(a, fuse_attr_out);
+    struct node *n = node_get(a->s->tree, a->r->head->nodeid);
+    struct stat st;
+    errint_t err;
+
+    if (!n)
+        return -ESTALE;
+    err = node_attr(a->s->tree, n, &st);
+    node_put(a->s->tree, n);
+    if (err < 0)
+        return err;
+    *out = (struct fuse_attr_out){.attr_valid = valid_seconds(a), .attr_valid_nsec = valid_rest(a)};
+    wire_attr(&out->attr, &st);
+    return sizeof *out;
+}
+
+static ssize_t on_readlink(struct answer *a)
+{
+    return tree_readlink(a->s->tree, a->r->head->nodeid, a->data, a->cap);
+}
+
+static ssize_t on_statfs(struct answer *a)
+{
+    struct fuse_statfs_out *out = REPLY(a, fuse_statfs_out);
+    struct statvfs st;
+
+    if (fstatvfs(a->s->options.statfs_fd, &st) < 0)
+        return errno_or_eio();
+    *out = (struct fuse_statfs_out){
+        .st =
+            {
+                .blocks = st.f_blocks,
+                .bfree = st.f_bfree,
+                .bavail = st.f_bavail,
+                .files = st.f_files,
+                .ffree = st.f_ffree,
+                .bsize = (uint32_t)st.f_bsize,
+                .namelen = (uint32_t)st.f_namemax,
+                .frsize = (uint32_t)st.f_frsize,
+            },
+    };
+    return sizeof *out;
+}
+
+/* ---- extended attributes ---- */
+
+/* `size` of the asker's buffer; 0 asks for the length alone. Frees the value. */
+static ssize_t give_value(struct answer *a, uint32_t size, char *value, size_t len)
+{
+    ssize_t n;
+
+    if (size == 0) {
+        *REPLY(a, fuse_getxattr_out) = (struct fuse_getxattr_out){.size = (uint32_t)len};
+        n = sizeof(struct fuse_getxattr_out);
+    } else if (len > size || len > a->cap) {
+        n = -ERANGE;
+    } else {
+        memcpy(a->data, value, len);
+        n = (ssize_t)len;
+    }
+    free(value);
+    return n;
+}
+
+static ssize_t on_getxattr(struct answer *a)
+{
+    const struct fuse_getxattr_in *in = BODY(a, fuse_getxattr_in);
+    const char *name = (const char *)(in + 1);
+    char *value;
+    size_t len;
+    errint_t err;
+
+    /* The union tells its own status. */
+    if (a->r->head->nodeid == ROOT_INO && strcmp(name, "user.unionfs.status") == 0)
+        return by_call(a);
+    err = xattr_get(a->s->tree, a->r->head->nodeid, name, &value, &len);
+    return err < 0 ? err : give_value(a, in->size, value, len);
+}
+
+static ssize_t on_listxattr(struct answer *a)
+{
+    const struct fuse_getxattr_in *in = BODY(a, fuse_getxattr_in);
+    char *list;
+    size_t len;
+    errint_t err = xattr_list(a->s->tree, a->r->head->nodeid, a->r->head->uid == 0, &list, &len);
+
+    return err < 0 ? err : give_value(a, in->size, list, len);
+}
+
+/* ---- open files ---- */
+
+static ssize_t on_open(struct answer *a)
+{
+    const struct fuse_open_in *in = BODY(a, fuse_open_in);
+    struct fuse_open_out *out = REPLY(a, fuse_open_out);
+    uint64_t fh = 0;
+    errint_t err;
+
+    if (in->flags & O_TRUNC)
+        return by_call(a);
+    err = file_open(a->s->tree, a->r->head->nodeid, (int)in->flags, &fh);
+    if (err == -EROFS)
+        return by_call(a); /* it has to be copied up first */
+    if (err < 0)
+        return err;
+    *out = (struct fuse_open_out){.fh = fh,
+                                  .open_flags = a->s->options.keep_cache ? FOPEN_KEEP_CACHE : 0};
+    return sizeof *out;
+}
+
+static ssize_t on_read(struct answer *a)
+{
+    const struct fuse_read_in *in = BODY(a, fuse_read_in);
+
+    if (in->size > a->cap)
+        return -EINVAL;
+    return file_read(a->s->tree, in->fh, a->data, in->size, (off_t)in->offset, false);
+}
+
+static ssize_t on_write(struct answer *a)
+{
+    const struct fuse_write_in *in = BODY(a, fuse_write_in);
+    ssize_t n;
+
+    if (in->size > a->r->len - sizeof *in)
+        return -EINVAL;
+    n = file_write(a->s->tree, in->fh, (const char *)(in + 1), in->size, (off_t)in->offset);
+    if (n < 0)
+        return n;
+    *REPLY(a, fuse_write_out) = (struct fuse_write_out){.size = (uint32_t)n};
+    return sizeof(struct fuse_write_out);
+}
+
+static ssize_t on_flush(struct answer *a)
+{
+    struct file *f;
+    int r;
+
+    if (!a->s->options.flush)
+        return -ENOSYS; /* never asked again */
+    f = file_get(a->s->tree, BODY(a, fuse_flush_in)->fh);
+    if (!f)
+        return -EBADF;
+    r = dup(f->fd);
+    r = r < 0 ? r : close(r);
+    r = r < 0 ? errno_or_eio() : 0;
+    file_put(a->s->tree, f);
+    return r;
+}
+
+static ssize_t on_release(struct answer *a)
+{
+    file_release(a->s->tree, BODY(a, fuse_release_in)->fh);
+    return 0;
+}
+
+static ssize_t on_lseek(struct answer *a)
+{
+    const struct fuse_lseek_in *in = BODY(a, fuse_lseek_in);
+    struct file *f = file_get(a->s->tree, in->fh);
+    off_t at;
+
+    if (!f)
+        return -EBADF;
+    at = lseek(f->fd, (off_t)in->offset, (int)in->whence);
+    errint_t err = at < 0 ? errno_or_eio() : 0;
+    file_put(a->s->tree, f);
+    if (err < 0)
+        return err;
+    *REPLY(a, fuse_lseek_out) = (struct fuse_lseek_out){.offset = (uint64_t)at};
+    return sizeof(struct fuse_lseek_out);
+}
+
+static ssize_t on_fallocate(struct answer *a)
+{
+    const struct fuse_fallocate_in *in = BODY(a, fuse_fallocate_in);
+    struct file *f = file_get(a->s->tree, in->fh);
+    errint_t err = 0;
+
+    if (!f)
+        return -EBADF;
+    if (fallocate(f->fd, (int)in->mode, (off_t)in->offset, (off_t)in->length) < 0)
+        err = errno_or_eio();
+    file_put(a->s->tree, f);
+    return err;
+}
+
+static ssize_t on_copy_file_range(struct answer *a)
+{
+    const struct fuse_copy_file_range_in *in = BODY(a, fuse_copy_file_range_in);
+    struct file *from = file_get(a->s->tree, in->fh_in);
+    struct file *to = file_get(a->s->tree, in->fh_out);
+    off_t off_in = (off_t)in->off_in, off_out = (off_t)in->off_out;
+    ssize_t n = -EBADF;
+
+    /* Across file systems, or where one cannot: the kernel then moves the bytes itself. */
+    if (from && to) {
+        n = copy_file_range(from->fd, &off_in, to->fd, &off_out,
+                            in->len < UINT32_MAX / 2 ? in->len : UINT32_MAX / 2, 0);
+        if (n < 0)
+            n = errno_or_eio();
+    }
+    if (from)
+        file_put(a->s->tree, from);
+    if (to)
+        file_put(a->s->tree, to);
+    if (n < 0)
+        return n;
+    *REPLY(a, fuse_write_out) = (struct fuse_write_out){.size = (uint32_t)n};
+    return sizeof(struct fuse_write_out);
+}
+
+/* Every open() of a Python program asks for a terminal's settings; it must cost little. */
+static ssize_t on_ioctl(struct answer *a)
+{
+    (void)a;
+    return -ENOTTY;
+}
+
+/* ---- directories ---- */
+
+static ssize_t on_opendir(struct answer *a)
+{
+    struct fuse_open_out *out = REPLY(a, fuse_open_out);
+    uint64_t dh = 0;
+    errint_t err = dir_open(a->s->tree, a->r->head->nodeid, &dh);
+
+    if (err < 0)
+        return err;
+    *out = (struct fuse_open_out){.fh = dh};
+    if (a->s->options.keep_cache)
+        out->open_flags = FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
+    return sizeof *out;
+}
+
+struct listing_out {
+    struct answer *a;
+    uint64_t dir;
+    size_t len, size;
+};
+
+static int put_direntplus(void *arg, const struct dirent_out *entry)
+{
+    struct listing_out *l = arg;
+    struct answer *a = l->a;
+    size_t name_len = strlen(entry->name);
+    size_t step = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + name_len);
+    struct fuse_direntplus *out = (void *)(a->data + l->len);
+    bool dots =
+        entry->name[0] == '.' && (name_len == 1 || (name_len == 2 && entry->name[1] == '.'));
+    struct stat st = {.st_ino = l->dir};
+    bool seen = false;
+
+    if (l->len + step > l->size)
+        return 1;
+    if (!dots) {
+        errint_t err = tree_lookup(a->s->tree, l->dir, entry->name, &st);
+
+        if (err == -ENOENT)
+            return 0; /* gone since it was listed */
+        seen = err == 0;
+        /* A directory that its owner may list and not search, or a damaged entry, which must not
+         * hide the others: the kernel gets a name without attributes, and asks when it needs them.
+         * The number stands for nothing then. */
+        if (!seen)
+            st.st_ino = 1ULL << 63 | entry->next;
+    }
+    memset(out, 0, step);
+    put_entry(a, &out->entry_out, seen ? &st : NULL);
+    out->dirent.ino = st.st_ino;
+    out->dirent.off = entry->next;
+    out->dirent.namelen = (uint32_t)name_len;
+    out->dirent.type = entry->type;
+    memcpy(out->dirent.name, entry->name, name_len);
+    l->len += step;
+    return 0;
+}
+
+static ssize_t on_readdirplus(struct answer *a)
+{
+    const struct fuse_read_in *in = BODY(a, fuse_read_in);
+    struct listing_out l = {
+        .a = a, .dir = dir_ino(a->s->tree, in->fh), .size = in->size < a->cap ? in->size : a->cap};
+    errint_t err = dir_read(a->s->tree, in->fh, in->offset, put_direntplus, &l);
+
+    return err < 0 && l.len == 0 ? err : (ssize_t)l.len;
+}
+
+static ssize_t on_releasedir(struct answer *a)
+{
+    dir_release(a->s->tree, BODY(a, fuse_release_in)->fh);
+    return 0;
+}
+
+/* ---- the rest ---- */
+
+static ssize_t on_interrupt(struct answer *a)
+{
+    (void)a; /* what has begun is ended: nobody waits for another's work */
+    return SILENT;
+}
+
+static ssize_t on_destroy(struct answer *a)
+{
+    (void)a;
+    return 0;
+}
+
+/* What a request needs at least behind its header; a name more where `name`. */
+static const struct {
+    handler *handler;
+    size_t least;
+    bool name;
+} handlers[WIRE_OPCODES] = {
+    [FUSE_LOOKUP] = {on_lookup, 0, true},
+    [FUSE_FORGET] = {on_forget, sizeof(struct fuse_forget_in), false},
+    [FUSE_GETATTR] = {on_getattr, 0, false},
+    [FUSE_SETATTR] = {by_call, sizeof(struct fuse_setattr_in), false},
+    [FUSE_READLINK] = {on_readlink, 0, false},
+    [FUSE_SYMLINK] = {by_call, 0, true},
+    [FUSE_MKNOD] = {by_call, sizeof(struct fuse_mknod_in), true},
+    [FUSE_MKDIR] = {by_call, sizeof(struct fuse_mkdir_in), true},
+    [FUSE_UNLINK] = {by_call, 0, true},
+    [FUSE_RMDIR] = {by_call, 0, true},
+    [FUSE_RENAME] = {by_call, sizeof(struct fuse_rename_in), true},
+    [FUSE_LINK] = {by_call, sizeof(struct fuse_link_in), true},
+    [FUSE_OPEN] = {on_open, sizeof(struct fuse_open_in), false},
+    [FUSE_READ] = {on_read, sizeof(struct fuse_read_in), false},
+    [FUSE_WRITE] = {on_write, sizeof(struct fuse_write_in), false},
+    [FUSE_STATFS] = {on_statfs, 0, false},
+    [FUSE_RELEASE] = {on_release, sizeof(struct fuse_release_in), false},
+    [FUSE_FSYNC] = {by_call, sizeof(struct fuse_fsync_in), false},
+    [FUSE_SETXATTR] = {by_call, FUSE_COMPAT_SETXATTR_IN_SIZE, true},
+    [FUSE_GETXATTR] = {on_getxattr, sizeof(struct fuse_getxattr_in), true},
+    [FUSE_LISTXATTR] = {on_listxattr, sizeof(struct fuse_getxattr_in), false},
+    [FUSE_REMOVEXATTR] = {by_call, 0, true},
+    [FUSE_FLUSH] = {on_flush, sizeof(struct fuse_flush_in), false},
+    [FUSE_OPENDIR] = {on_opendir, sizeof(struct fuse_open_in), false},
+    [FUSE_RELEASEDIR] = {on_releasedir, sizeof(struct fuse_release_in), false},
+    [FUSE_FSYNCDIR] = {by_call, sizeof(struct fuse_fsync_in), false},
+    [FUSE_CREATE] = {by_call, sizeof(struct fuse_create_in), true},
+    [FUSE_INTERRUPT] = {on_interrupt, 0, false},
+    [FUSE_DESTROY] = {on_destroy, 0, false},
+    [FUSE_IOCTL] = {on_ioctl, sizeof(struct fuse_ioctl_in), false},
+    [FUSE_BATCH_FORGET] = {on_batch_forget, sizeof(struct fuse_batch_forget_in), false},
+    [FUSE_FALLOCATE] = {on_fallocate, sizeof(struct fuse_fallocate_in), false},
+    [FUSE_READDIRPLUS] = {on_readdirplus, sizeof(struct fuse_read_in), false},
+    [FUSE_RENAME2] = {by_call, sizeof(struct fuse_rename2_in), true},
+    [FUSE_LSEEK] = {on_lseek, sizeof(struct fuse_lseek_in), false},
+    [FUSE_COPY_FILE_RANGE] = {on_copy_file_range, sizeof(struct fuse_copy_file_range_in), false},
+};
+
+static bool is_whole(const struct request *r)
+{
+    size_t least = handlers[r->head->opcode].least;
+
+    if (r->len < least)
+        return false;
+    return !handlers[r->head->opcode].name || memchr(r->body + least, '\0', r->len - least) != NULL;
+}
+
+/* allow_root, as libfuse has it: what has been opened can be used. */
+static bool may_ask(const struct server *s, const struct fuse_in_header *h)
+{
+    if (s->options.only_uid < 0 || h->uid == 0 || h->uid == s->options.only_uid)
+        return true;
+    switch (h->opcode) {
+    case FUSE_FORGET:
+    case FUSE_BATCH_FORGET:
+    case FUSE_READ:
+    case FUSE_WRITE:
+    case FUSE_FSYNC:
+    case FUSE_RELEASE:
+    case FUSE_READDIRPLUS:
+    case FUSE_FSYNCDIR:
+    case FUSE_RELEASEDIR:
+        return true;
+    default:
+        return false;
+    }
+}
+
+void serve_undo(struct server *s, const struct request *r, const char *out)
+{
+    const struct fuse_out_header *head = (const void *)out;
+    const void *data = out + sizeof *head;
+    const struct fuse_entry_out *entry = data;
+
+    if (head->error)
+        return;
+    switch (r->head->opcode) {
+    case FUSE_CREATE:
+        file_release(s->tree, ((const struct fuse_open_out *)(const void *)(entry + 1))->fh);
+        __attribute__((fallthrough));
+    case FUSE_LOOKUP:
+    case FUSE_MKDIR:
+    case FUSE_MKNOD:
+    case FUSE_SYMLINK:
+    case FUSE_LINK:
+        if (entry->nodeid)
+            node_forget(s->tree, entry->nodeid, 1);
+        break;
+    case FUSE_OPEN:
+        file_release(s->tree, ((const struct fuse_open_out *)data)->fh);
+        break;
+    case FUSE_OPENDIR:
+        dir_release(s->tree, ((const struct fuse_open_out *)data)->fh);
+        break;
+    default:
+        break;
+    }
+}
+
+size_t serve(struct server *s, const struct request *r, char *out)
+{
+    struct fuse_out_header *head = (void *)out;
+    struct answer a = {.s = s, .r = r, .data = out + sizeof *head, .cap = WIRE_DATA};
+    uint32_t opcode = r->head->opcode;
+    ssize_t n = -ENOSYS; /* of most requests the kernel then knows not to send them again */
+
+    if (!may_ask(s, r->head))
+        n = -EACCES;
+    else if (opcode < WIRE_OPCODES && handlers[opcode].handler)
+        n = is_whole(r) ? handlers[opcode].handler(&a) : -EINVAL;
+    if (n == SILENT)
+        return 0;
+    *head = (struct fuse_out_header){
+        .unique = r->head->unique,
+        .error = n < 0 ? (int32_t)n : 0,
+        .len = (uint32_t)(sizeof *head + (n > 0 ? (size_t)n : 0)),
+    };
+    return head->len;
+}

@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The kernel's side of /dev/fuse: <linux/fuse.h>, what younger kernels than the header's add to it,
+ * and attributes put into its form. */
+#ifndef UNIONFS_WIRE_H
+#define UNIONFS_WIRE_H
+
+#include <linux/fuse.h>
+#include <string.h>
+#include <sys/stat.h>
+
+enum {
+    WIRE_OPCODES = 64,    /* numbers above are not requests of ours */
+    WIRE_DATA = 1 << 20,  /* bytes of one read or write: 256 pages */
+    WIRE_HEADER = 1 << 12 /* more than any request has before its data */
+};
+
+static inline void wire_attr(struct fuse_attr *out, const struct stat *st)
+{
+    *out = (struct fuse_attr){
+        .ino = st->st_ino,
+        .size = (uint64_t)st->st_size,
+        .blocks = (uint64_t)st->st_blocks,
+        .atime = (uint64_t)st->st_atim.tv_sec,
+        .mtime = (uint64_t)st->st_mtim.tv_sec,
+        .ctime = (uint64_t)st->st_ctim.tv_sec,
+        .atimensec = (uint32_t)st->st_atim.tv_nsec,
+        .mtimensec = (uint32_t)st->st_mtim.tv_nsec,
+        .ctimensec = (uint32_t)st->st_ctim.tv_nsec,
+        .mode = st->st_mode,
+        .nlink = (uint32_t)st->st_nlink,
+        .uid = st->st_uid,
+        .gid = st->st_gid,
+        /* the kernel's new_encode_dev */
+        .rdev = (uint32_t)((st->st_rdev & 0xff) | (st->st_rdev & 0xfff00)) |
+                (uint32_t)(((st->st_rdev >> 12) & 0xfff00000)),
+        .blksize = (uint32_t)st->st_blksize,
+    };
+}
+
+#endif
