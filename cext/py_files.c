@@ -124,11 +124,12 @@ PyObject *py_opendir(PyObject *op, PyObject *args)
 {
     unsigned long long ino;
     uint64_t dh = 0;
+    bool keep;
     errint_t err;
 
     if (!PyArg_ParseTuple(args, "K:opendir", &ino))
         return NULL;
-    err = dir_open(TREE(op), ino, &dh);
+    err = dir_open(TREE(op), ino, &dh, &keep);
     return err < 0 ? raise_errno(err, NULL) : PyLong_FromUnsignedLongLong(dh);
 }
 

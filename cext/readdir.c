@@ -1,7 +1,11 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Directories. One that lies in a single layer is streamed, with the layer's own offsets; one that
  * is merged is listed once, when it is read from its start, and its offsets count that list: an
- * entry that is there all the time is returned exactly once, however the directory changes. */
+ * entry that is there all the time is returned exactly once, however the directory changes.
+ *
+ * Only of the first kind may the kernel keep what it has read, since it goes on with the offsets of
+ * one handle in another. A handle that is first read in the middle therefore streams what it was
+ * opened on, whatever has become of the directory. */
 #include <dirent.h>
 #include <fcntl.h>
 #include <string.h>
@@ -29,8 +33,8 @@ struct listing {
 
 struct dirhandle {
     struct node *node;
+    struct rdir *opened;  /* immutable: the one real directory there was when opened, or NULL */
     pthread_mutex_t lock; /* protects all below; taken before the tree's */
-    uint32_t generation;
     bool ready;
     int fd; /* streaming: the real directory; else -1 */
     struct rdir *real;
@@ -298,7 +302,15 @@ errint_t dir_is_empty(struct tree *t, uint64_t ino, bool *ret_empty)
 
 /* ---- handles ---- */
 
-errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh)
+static struct rdir *single_dir_locked(const struct node *n)
+{
+    if (n->ndirs != 1 || n->dirs[0]->sealed)
+        return NULL;
+    rdir_ref_locked(n->dirs[0]);
+    return n->dirs[0];
+}
+
+errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh, bool *ret_keep)
 {
     struct node *n = node_get(t, ino);
     struct dirhandle *h;
@@ -331,8 +343,10 @@ errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh)
         t->ndirhandles = at + 16;
     }
     t->dirhandles[at] = h;
+    h->opened = single_dir_locked(n);
     pthread_mutex_unlock(&t->lock);
     *ret_dh = at + 1ULL;
+    *ret_keep = h->opened != NULL;
     return 0;
 }
 
@@ -380,6 +394,8 @@ void dir_release(struct tree *t, uint64_t dh)
     t->dirhandles[dh - 1] = NULL;
     pthread_mutex_unlock(&t->lock);
     handle_clear(t, h);
+    if (h->opened)
+        rdir_put(t, h->opened);
     node_put(t, h->node);
     pthread_mutex_destroy(&h->lock);
     free(h);
@@ -393,23 +409,22 @@ void dirhandles_free(struct tree *t)
 }
 
 /* Decides between streaming and listing, anew whenever the directory is read from its start. */
-static errint_t handle_start(struct tree *t, struct dirhandle *h)
+static errint_t handle_start(struct tree *t, struct dirhandle *h, bool in_the_middle)
 {
-    struct node *n = h->node;
-    bool single, shown = false;
+    bool shown = false;
     errint_t err = 0;
 
     handle_clear(t, h);
     pthread_mutex_lock(&t->lock);
-    h->generation = n->generation;
-    single = n->ndirs == 1 && !n->dirs[0]->sealed;
-    if (single) {
-        h->real = n->dirs[0];
+    if (in_the_middle && h->opened) {
+        h->real = h->opened;
         rdir_ref_locked(h->real);
+    } else {
+        h->real = single_dir_locked(h->node);
     }
     pthread_mutex_unlock(&t->lock);
-    if (!single) {
-        err = list_node(t, n, &h->list, false, &shown);
+    if (!h->real) {
+        err = list_node(t, h->node, &h->list, false, &shown);
     } else {
         int dirfd = rdir_pin(t, h->real);
 
@@ -491,7 +506,7 @@ errint_t dir_read(struct tree *t, uint64_t dh, uint64_t offset,
         return -EBADF;
     pthread_mutex_lock(&h->lock);
     if (offset == 0 || !h->ready)
-        err = handle_start(t, h);
+        err = handle_start(t, h, offset != 0);
     if (err == 0)
         err = h->fd >= 0 ? read_stream(t, h, offset, fn, arg) : read_list(h, offset, fn, arg);
     pthread_mutex_unlock(&h->lock);

@@ -313,12 +313,13 @@ static ssize_t on_opendir(struct answer *a)
 {
     struct fuse_open_out *out = REPLY(a, fuse_open_out);
     uint64_t dh = 0;
-    errint_t err = dir_open(a->s->tree, a->r->head->nodeid, &dh);
+    bool keep = false;
+    errint_t err = dir_open(a->s->tree, a->r->head->nodeid, &dh, &keep);
 
     if (err < 0)
         return err;
     *out = (struct fuse_open_out){.fh = dh};
-    if (a->s->options.keep_cache)
+    if (keep && a->s->options.keep_cache)
         out->open_flags = FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
     return sizeof *out;
 }

@@ -276,7 +276,8 @@ ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, of
 errint_t file_sync(struct tree *t, uint64_t fh, bool datasync);
 
 /* Directories (readdir.c). */
-errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh);
+/* `ret_keep`: its offsets mean the same in every handle, so that a listing may be kept. */
+errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh, bool *ret_keep);
 void dir_release(struct tree *t, uint64_t dh);
 struct dirent_out {
     const char *name;

@@ -92,7 +92,7 @@ static void look_at_file(uint64_t ino, unsigned choice)
         }
         break;
     case 2:
-        err = xattr_list(tree, ino, &list, &len);
+        err = xattr_list(tree, ino, true, &list, &len);
         if (err == 0)
             free(list);
         break;
@@ -140,8 +140,9 @@ static void *reader(void *arg)
             CHECK(expected(tree_entry(tree, dir.st_ino, name, &entry)));
         if (next_random(&seed) % 8 == 0) {
             uint64_t dh;
+            bool keep;
 
-            if (dir_open(tree, dir.st_ino, &dh) == 0) {
+            if (dir_open(tree, dir.st_ino, &dh, &keep) == 0) {
                 unsigned count = 0;
 
                 CHECK(expected(dir_read(tree, dh, 0, count_entry, &count)));

@@ -195,11 +195,12 @@ static void look(struct tree *t, uint64_t parent, const char *name, int depth)
     char *list = NULL, *path = NULL;
     size_t len;
     uint64_t handle;
+    bool keep;
 
     (void)tree_entry(t, parent, name, &entry);
     if (tree_lookup(t, parent, name, &st) < 0)
         return;
-    if (xattr_list(t, st.st_ino, &list, &len) == 0) {
+    if (xattr_list(t, st.st_ino, true, &list, &len) == 0) {
         for (size_t at = 0; at < len; at += strlen(list + at) + 1) {
             char *value = NULL;
             size_t value_len;
@@ -217,7 +218,7 @@ static void look(struct tree *t, uint64_t parent, const char *name, int depth)
         free(path);
     }
     if (S_ISDIR(st.st_mode)) {
-        if (dir_open(t, st.st_ino, &handle) == 0) {
+        if (dir_open(t, st.st_ino, &handle, &keep) == 0) {
             (void)dir_read(t, handle, 0, see_entry, NULL);
             dir_release(t, handle);
         }

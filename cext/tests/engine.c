@@ -1,0 +1,279 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The engine with a socket in the device's place: it answers several askers at once, goes on while
+ * requests are stuck, refuses what is malformed, and ends. Run under ASan, UBSan and TSan. */
+#include <fcntl.h>
+#include <poll.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/socket.h>
+
+#include "../engine.h"
+
+enum { ASKERS = 4, STUCK = 60, PATIENCE_MS = 30000 };
+
+static struct tree *tree;
+static struct engine *engine;
+static int kernel; /* our end of the device */
+static long rounds = 3000;
+static sem_t stuck, go_on;
+static _Atomic uint64_t next_unique = 1;
+
+#define CHECK(what)                                                                                \
+    do {                                                                                           \
+        if (!(what)) {                                                                             \
+            (void)fprintf(stderr, "%s:%d: not so: %s (errno %d)\n", __FILE__, __LINE__, #what,     \
+                          errno);                                                                  \
+            abort();                                                                               \
+        }                                                                                          \
+    } while (0)
+
+static uint64_t ask(uint32_t opcode, const void *body, size_t len)
+{
+    char buffer[8192];
+    struct fuse_in_header head = {.len = (uint32_t)(sizeof head + len),
+                                  .opcode = opcode,
+                                  .unique = atomic_fetch_add(&next_unique, 1),
+                                  .nodeid = ROOT_INO};
+
+    memcpy(buffer, &head, sizeof head);
+    memcpy(buffer + sizeof head, body, len);
+    CHECK(send(kernel, buffer, head.len, 0) == (ssize_t)head.len);
+    return head.unique;
+}
+
+static struct fuse_out_header answer(char *data, size_t size)
+{
+    struct pollfd p = {.fd = kernel, .events = POLLIN};
+    char buffer[70000];
+    struct fuse_out_header head;
+    ssize_t n;
+
+    CHECK(poll(&p, 1, PATIENCE_MS) == 1);
+    n = recv(kernel, buffer, sizeof buffer, 0);
+    CHECK(n >= (ssize_t)sizeof head);
+    memcpy(&head, buffer, sizeof head);
+    CHECK(head.len == n);
+    if (data && (size_t)n - sizeof head <= size)
+        memcpy(data, buffer + sizeof head, (size_t)n - sizeof head);
+    return head;
+}
+
+/* UNLINK waits until it is let go; MKDIR is answered with what it was asked. */
+static ssize_t call(void *arg, const struct request *r, char *out, size_t cap)
+{
+    CHECK(arg == &tree);
+    if (r->head->opcode == FUSE_UNLINK) {
+        CHECK(sem_post(&stuck) == 0);
+        while (sem_wait(&go_on) < 0)
+            CHECK(errno == EINTR);
+        return -ENOTEMPTY;
+    }
+    CHECK(r->len <= cap);
+    memcpy(out, r->body, r->len);
+    return (ssize_t)r->len;
+}
+
+static void start(int device, bool flush)
+{
+    struct engine_options options = {.device = device,
+                                     .statfs_fd = tree->layers[0].fd,
+                                     .valid_ns = 1500000000,
+                                     .keep_cache = true,
+                                     .only_uid = -1,
+                                     .flush = flush,
+                                     .call = call,
+                                     .arg = &tree};
+
+    CHECK(engine_start(tree, &options, &engine) == 0);
+}
+
+static void *asker(void *arg)
+{
+    unsigned which = (unsigned)(uintptr_t)arg;
+    struct fuse_mkdir_in mkdir_in = {.mode = 0755};
+    char body[sizeof mkdir_in + 2];
+
+    memcpy(body, &mkdir_in, sizeof mkdir_in);
+    memcpy(body + sizeof mkdir_in, "d", 2);
+    for (long i = 0; i < rounds; i++) {
+        switch ((which + (unsigned)i) % 4) {
+        case 0:
+            (void)ask(FUSE_LOOKUP, "file", 5);
+            break;
+        case 1:
+            (void)ask(FUSE_GETATTR, "", 0);
+            break;
+        case 2:
+            (void)ask(FUSE_STATFS, "", 0);
+            break;
+        default:
+            (void)ask(FUSE_MKDIR, body, sizeof body);
+        }
+    }
+    return NULL;
+}
+
+static void test_many_askers(void)
+{
+    pthread_t threads[ASKERS];
+    uint64_t all[WIRE_OPCODES], called[WIRE_OPCODES], sum = 0;
+    struct fuse_forget_in forget = {.nlookup = 0};
+    struct fuse_entry_out entry = {0};
+    char data[4096];
+
+    for (uintptr_t i = 0; i < ASKERS; i++)
+        CHECK(pthread_create(&threads[i], NULL, asker, (void *)i) == 0);
+    for (long i = 0; i < ASKERS * rounds; i++) {
+        struct fuse_out_header head = answer(data, sizeof data);
+
+        CHECK(head.error == 0);
+        if (head.len == sizeof head + sizeof entry) {
+            memcpy(&entry, data, sizeof entry);
+            forget.nlookup++;
+        }
+    }
+    for (int i = 0; i < ASKERS; i++)
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    engine_counts(engine, all, called);
+    for (int i = 0; i < WIRE_OPCODES; i++)
+        sum += all[i];
+    CHECK(sum == (uint64_t)(ASKERS * rounds));
+    CHECK(called[FUSE_MKDIR] == all[FUSE_MKDIR] && called[FUSE_LOOKUP] == 0);
+    CHECK(forget.nlookup == all[FUSE_LOOKUP]);
+    node_forget(tree, entry.nodeid, forget.nlookup);
+}
+
+static void let_go(unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        CHECK(sem_post(&go_on) == 0);
+}
+
+static void test_stuck_requests_hold_up_no_other(void)
+{
+    for (int i = 0; i < STUCK; i++)
+        (void)ask(FUSE_UNLINK, "file", 5);
+    for (int i = 0; i < STUCK; i++)
+        while (sem_wait(&stuck) < 0)
+            CHECK(errno == EINTR);
+    for (int i = 0; i < 100; i++) {
+        uint64_t unique = ask(FUSE_GETATTR, "", 0);
+
+        CHECK(answer(NULL, 0).unique == unique);
+    }
+    let_go(STUCK);
+    for (int i = 0; i < STUCK; i++)
+        CHECK(answer(NULL, 0).error == -ENOTEMPTY);
+}
+
+static void test_malformed(void)
+{
+    static const struct {
+        uint32_t opcode;
+        const char *body;
+        size_t len;
+        int error;
+    } cases[] = {
+        {FUSE_LOOKUP, "", 0, -EINVAL},
+        {FUSE_LOOKUP, "abc", 3, -EINVAL},
+        {FUSE_OPEN, "1234", 4, -EINVAL},
+        {FUSE_WRITE, "", 0, -EINVAL},
+        {FUSE_SETXATTR, "12345678", 8, -EINVAL},
+        {63, "", 0, -ENOSYS},
+        {FUSE_POLL, "", 0, -ENOSYS},
+        {4096, "", 0, -ENOSYS},
+        {0, "", 0, -ENOSYS},
+        {FUSE_UNLINK, "no end", 6, -EINVAL},
+    };
+    struct fuse_in_header lying = {.len = 8000, .opcode = FUSE_GETATTR, .nodeid = ROOT_INO};
+    struct fuse_write_in wide = {.fh = 1, .size = 1 << 30};
+    struct fuse_read_in read_in = {.fh = 77, .size = 1 << 30};
+
+    CHECK(send(kernel, &lying, sizeof lying, 0) == sizeof lying);
+    CHECK(send(kernel, "short", 5, 0) == 5);
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        uint64_t unique = ask(cases[i].opcode, cases[i].body, cases[i].len);
+        struct fuse_out_header head = answer(NULL, 0);
+
+        CHECK(head.unique == unique && head.error == cases[i].error);
+    }
+    (void)ask(FUSE_WRITE, &wide, sizeof wide);
+    CHECK(answer(NULL, 0).error == -EINVAL);
+    (void)ask(FUSE_READ, &read_in, sizeof read_in);
+    CHECK(answer(NULL, 0).error == -EINVAL);
+    read_in.size = 4096;
+    (void)ask(FUSE_READ, &read_in, sizeof read_in);
+    CHECK(answer(NULL, 0).error == -EBADF);
+    (void)ask(FUSE_READDIRPLUS, &read_in, sizeof read_in);
+    CHECK(answer(NULL, 0).error == -EBADF);
+}
+
+static void *free_engine(void *arg)
+{
+    (void)arg;
+    engine_free(engine);
+    return NULL;
+}
+
+/* Waits for what is in hand, and for nothing else. */
+static void test_end(int device)
+{
+    struct pollfd p = {.fd = engine_ended_fd(engine), .events = POLLIN};
+    pthread_t freeing;
+
+    CHECK(poll(&p, 1, 0) == 0);
+    engine_stop(engine);
+    CHECK(poll(&p, 1, PATIENCE_MS) == 1);
+    engine_free(engine);
+
+    start(device, true);
+    (void)ask(FUSE_UNLINK, "file", 5);
+    while (sem_wait(&stuck) < 0)
+        CHECK(errno == EINTR);
+    CHECK(pthread_create(&freeing, NULL, free_engine, NULL) == 0);
+    let_go(1);
+    CHECK(pthread_join(freeing, NULL) == 0);
+    CHECK(answer(NULL, 0).error == -ENOTEMPTY);
+}
+
+static void nothing(int number)
+{
+    (void)number;
+}
+
+int main(int argc, char **argv)
+{
+    struct tree_options options = {
+        .squash_uid = -1, .squash_gid = -1, .max_open_dirs = 3, .index_fd = -1, .numbers_fd = -1};
+    char base[] = "/tmp/unionfs-engine-XXXXXX", command[64];
+    struct sigaction action = {.sa_handler = nothing}; /* not SA_RESTART: it interrupts read(2) */
+    struct layer layer = {0};
+    struct stat st;
+    int device[2];
+
+    if (argc > 1)
+        rounds = strtol(argv[1], NULL, 10);
+    CHECK(mkdtemp(base));
+    layer.fd = open(base, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(fstat(layer.fd, &st) == 0);
+    layer.dev = st.st_dev;
+    CHECK(close(openat(layer.fd, "file", O_CREAT | O_WRONLY, 0600)) == 0);
+    CHECK(tree_new(&layer, 1, &options, &tree) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, device) == 0);
+    CHECK(sem_init(&stuck, 0, 0) == 0 && sem_init(&go_on, 0, 0) == 0);
+    CHECK(sigaction(SIGURG, &action, NULL) == 0);
+    kernel = device[1];
+    start(device[0], false);
+    test_many_askers();
+    test_stuck_requests_hold_up_no_other();
+    test_malformed();
+    test_end(device[0]);
+    CHECK(tree->node_count == 1);
+    tree_free(tree);
+    (void)close(device[0]);
+    (void)close(device[1]);
+    (void)close(layer.fd);
+    (void)snprintf(command, sizeof command, "rm -rf %s", base);
+    return system(command);
+}

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The engine: what pyfuse3 cannot express, its counts, its end, and its edge to Python."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from tests.rig import syscalls
+from tests.rig.mounted import PATIENCE, Unionfs
+from unionfs.engine import Opcode, Requests
+from unionfs.operations import UnionOperations
+
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+MIB = 1 << 20
+
+
+@pytest.fixture
+def union(place: Path) -> Iterator[Unionfs]:
+    for name in ("lower", "upper", "mnt", "plain"):
+        (place / name).mkdir()
+    for tree in (place / "lower", place / "plain"):
+        with open(tree / "sparse", "wb") as file:
+            file.write(b"start")
+            file.seek(3 * MIB)
+            file.write(b"end")
+        (tree / "text").write_bytes(b"some text " * 1000)
+    options = ["driver=engine"]
+    union = Unionfs([place / "lower"], place / "upper", place / "mnt", options=options)
+    with union:
+        yield union
+
+
+def requests(union: Unionfs, kind: str, who: str = "engine") -> int:
+    """How many requests of a kind there were."""
+    counted = cast("dict[str, dict[str, int]]", union.status()["requests"])
+    return counted[who].get(kind, 0)
+
+
+def both(union: Unionfs, action: Callable[[Path], object]) -> object:
+    """The same on the union and on a plain directory; what both came to."""
+
+    def outcome(root: Path) -> object:
+        try:
+            return action(root)
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+
+    got, want = outcome(union.mnt), outcome(union.mnt.parent / "plain")
+    assert got == want
+    return got
+
+
+def extents(path: Path) -> list[tuple[int, int]]:
+    """Where the data of a file begin and end."""
+    found: list[tuple[int, int]] = []
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        at = 0
+        while at < size:
+            start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            found.append((start, at))
+        with pytest.raises(OSError, match="No such device"):
+            os.lseek(file.fileno(), size, os.SEEK_DATA)
+    return found
+
+
+def test_holes_are_found(union: Unionfs) -> None:
+    found = both(union, lambda root: extents(root / "sparse"))
+    if found == [(0, 3 * MIB + 3)]:
+        pytest.skip("this file system tells nothing of holes")
+    os.close(os.open(union.mnt / "sparse", os.O_RDWR))  # copied up
+    assert both(union, lambda root: extents(root / "sparse")) == found
+
+
+def test_fallocate(union: Unionfs) -> None:
+    def change(root: Path, mode: int, start: int, length: int) -> object:
+        with open(root / "text", "r+b") as file:
+            _fallocate(file.fileno(), mode, start, length)
+        return os.stat(root / "text").st_size, (root / "text").read_bytes()
+
+    both(union, lambda root: change(root, 0, 0, 64 * 1024))
+    both(union, lambda root: change(root, FALLOC_FL_KEEP_SIZE, 0, MIB))
+    both(
+        union,
+        lambda root: change(root, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, 4096, 8192),
+    )
+    both(union, lambda root: change(root, 1 << 30, 0, 1))
+    both(union, lambda root: change(root, 0, -1, 1))
+
+
+def _fallocate(fd: int, mode: int, start: int, length: int) -> None:
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int(mode), ctypes.c_int64(start), ctypes.c_int64(length))
+    if libc.fallocate(ctypes.c_int(fd), *arguments) < 0:
+        raise OSError(ctypes.get_errno(), "fallocate")
+
+
+def test_copy_file_range(union: Unionfs) -> None:
+    """From a lower file into a new one, and within one file."""
+
+    def copy(root: Path) -> object:
+        with open(root / "text", "rb") as source, open(root / "copy", "w+b") as target:
+            done = os.copy_file_range(source.fileno(), target.fileno(), 5000, 10, 20)
+            again = os.copy_file_range(target.fileno(), target.fileno(), 100, 20, 9000)
+        return done, again, (root / "copy").read_bytes()
+
+    both(union, copy)
+
+
+def test_mapped_and_written(union: Unionfs) -> None:
+    def change(root: Path) -> object:
+        with open(root / "text", "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+            mapped[100:103] = b"new"
+            mapped.flush()
+            os.pwrite(file.fileno(), b"too", 200)
+            return bytes(mapped)
+
+    both(union, change)
+
+
+@pytest.mark.parametrize("change", ["nothing", "merged", "removed", "made"])
+def test_a_kept_listing_is_gone_on_with(union: Unionfs, change: str) -> None:
+    """The kernel keeps what it has read of a directory. Where that has changed it asks us to go on,
+    with the offsets of a handle that is closed by now: what was there all the time is seen once."""
+    names = {f"name-of-a-file-{number:04}" for number in range(2000)}
+    (union.lowers[0] / "wide").mkdir()
+    for name in names:
+        (union.lowers[0] / "wide" / name).touch()
+    wide = union.mnt / "wide"
+    assert set(os.listdir(wide)) == names  # kept from now on
+    counted = requests(union, "readdirplus")
+    assert set(os.listdir(wide)) == names
+    assert requests(union, "readdirplus") == counted, "the listing is not kept"
+    fd = os.open(wide, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        seen = [os.fsdecode(entry.name) for entry in syscalls.getdents(fd, 4096)]
+        changed = {seen[5]} if change == "removed" else set()
+        if change == "merged":
+            os.chmod(wide / seen[5], 0o600)
+        elif change == "removed":
+            (wide / seen[5]).unlink()
+        elif change == "made":
+            (wide / "new").touch()
+        seen += [os.fsdecode(entry.name) for entry in syscalls.read_directory(fd, 4096)]
+    finally:
+        os.close(fd)
+    assert len(seen) == len(set(seen))
+    assert names - changed <= set(seen)
+    assert set(os.listdir(wide)) == (names - changed) | ({"new"} if change == "made" else set())
+
+
+def test_requests_are_counted(union: Unionfs) -> None:
+    (union.mnt / "text").read_bytes()
+    (union.mnt / "made").mkdir()
+    assert requests(union, "lookup") >= 2
+    assert requests(union, "read") >= 1
+    assert requests(union, "mkdir", "python") == 1
+    assert requests(union, "lookup", "python") == requests(union, "mkdir") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("used", [False, True])
+def test_signal(union: Unionfs, number: signal.Signals, used: bool) -> None:
+    """It ends by itself, and what was written is there; who still uses it gets an error."""
+    process = union.process
+    assert process is not None
+    file = open(union.mnt / "text", "r+b") if used else None  # noqa: SIM115
+    if file is not None:
+        file.write(b"SOME")
+        file.flush()
+    process.send_signal(number)
+    assert process.wait(PATIENCE) == 0
+    union.process = None
+    if file is not None:
+        with pytest.raises(OSError, match=r"connected|abort"):
+            os.fstat(file.fileno())
+        with contextlib.suppress(OSError):
+            file.close()
+        assert (union.mnt.parent / "upper/text").read_bytes()[:4] == b"SOME"
+    assert not os.path.ismount(union.mnt)
+    union.mount()
+
+
+def test_askers_are_killed(union: Unionfs) -> None:
+    """Their requests are taken back, and nothing is held for nobody."""
+    for number in range(200):
+        (union.mnt / f"file{number}").touch()
+    code = (
+        "import os, sys\n"
+        "while True:\n"
+        "    for name in os.listdir('.'):\n"
+        "        os.close(os.open(name, os.O_RDONLY))\n"
+    )
+    for _ in range(5):
+        askers = [
+            subprocess.Popen([sys.executable, "-c", code], cwd=union.mnt, stdin=subprocess.DEVNULL)
+            for _ in range(4)
+        ]
+        for asker in askers:
+            with pytest.raises(subprocess.TimeoutExpired):
+                asker.wait(0.1)
+        for asker in askers:
+            asker.kill()
+        for asker in askers:
+            asker.wait(PATIENCE)
+    table = cast("dict[str, int]", union.status()["table"])
+    assert table["open_files"] == 0
+
+
+def test_many_at_once(union: Unionfs) -> None:
+    """Changes in many directories by many threads: each is there, and none twice."""
+
+    def work(number: int) -> None:
+        here = union.mnt / f"dir{number}"
+        here.mkdir()
+        for at in range(30):
+            (here / f"new{at}").write_bytes(b"%d" % at)
+            (here / f"new{at}").rename(here / f"moved{at}")
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    for _ in range(2):
+        for number in range(16):
+            found = {p.name: p.read_bytes() for p in (union.mnt / f"dir{number}").iterdir()}
+            assert found == {f"moved{at}": b"%d" % at for at in range(30)}
+        union.remount()
+
+
+class _Broken:
+    """Operations whose handlers fail in ways that none should."""
+
+    async def mkdir(self, *_arguments: object) -> None:
+        raise RuntimeError("a bug")
+
+    async def fsync(self, *_arguments: object) -> None:
+        await _never()
+
+
+class _Never:
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+def _never() -> _Never:
+    return _Never()
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body"),
+    [
+        (Opcode.MKDIR, struct.pack("=II", 0o755, 0) + b"name\0"),
+        (Opcode.FSYNC, bytes(16)),
+        (Opcode.MKDIR, b""),
+        (Opcode.POLL, b""),
+    ],
+)
+def test_a_bug_costs_one_request(
+    opcode: Opcode, body: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    called = Requests(cast(UnionOperations, _Broken()))
+    with caplog.at_level(logging.ERROR):
+        assert called(opcode, 1, 0, 0, 1, body) == -errno.EIO
+    assert caplog.records[-1].exc_info
