@@ -207,6 +207,27 @@ static ssize_t on_read(struct answer *a)
     return file_read(a->s->tree, in->fh, a->data, in->size, (off_t)in->offset, false);
 }
 
+/* FUSE_WRITE_KILL_SUIDGID: asked as a change of nothing, which stands for a write to come. */
+static errint_t kill_set_id(struct answer *a, uint64_t fh)
+{
+    struct fuse_in_header head = *a->r->head;
+    struct fuse_setattr_in in = {0};
+    struct request r = {.head = &head, .body = (const char *)&in, .len = sizeof in};
+    struct file *f = file_get(a->s->tree, fh);
+    struct stat st;
+    ssize_t n;
+
+    if (!f)
+        return -EBADF;
+    n = fstat(f->fd, &st) < 0 ? errno_or_eio() : 0;
+    file_put(a->s->tree, f);
+    if (n < 0 || !(st.st_mode & (S_ISUID | S_ISGID)))
+        return (errint_t)n;
+    head.opcode = FUSE_SETATTR;
+    n = a->s->options.call(a->s->options.arg, &r, a->data, a->cap);
+    return n < 0 ? (errint_t)n : 0;
+}
+
 static ssize_t on_write(struct answer *a)
 {
     const struct fuse_write_in *in = BODY(a, fuse_write_in);
@@ -214,6 +235,8 @@ static ssize_t on_write(struct answer *a)
 
     if (in->size > a->r->len - sizeof *in)
         return -EINVAL;
+    if (in->write_flags & FUSE_WRITE_KILL_SUIDGID && (n = kill_set_id(a, in->fh)) < 0)
+        return n;
     n = file_write(a->s->tree, in->fh, (const char *)(in + 1), in->size, (off_t)in->offset);
     if (n < 0)
         return n;

@@ -27,6 +27,7 @@ from unionfs.marks import fd_path, lent
 from unionfs.union import Union
 
 ACL_PREFIX = b"system.posix_acl_"
+CAPABILITY = b"security.capability"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,8 @@ def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | N
         what = _without_foreign_setgid(union, ino, what, ctx)
     if what.size is not None:
         what = _with_set_id_cleared(union, ino, what, ctx)
+    elif what == Change() and union.kills_privileges:
+        what = _with_privileges_killed(union, ino, ctx)
     resized = what.size is not None and union.tree.getattr(ino)[6] != what.size
     ensure_upper(union, ino, data=what.size is not None, truncate=what.size)
     with _opened(union, ino) as fd:
@@ -91,6 +94,22 @@ def _with_set_id_cleared(union: Union, ino: int, what: Change, ctx: Caller) -> C
     mode = attr[1] if what.mode is None else what.mode
     kept = without_set_id(mode, attr[4], ctx)
     return what if kept == mode else dataclasses.replace(what, mode=kept)
+
+
+def _with_privileges_killed(union: Union, ino: int, ctx: Caller) -> Change:
+    """What a change of nothing stands for with FUSE_HANDLE_KILLPRIV_V2, where the kernel does not
+    say which set-ID bits go: a write is about to come, of one who is not above such things; or
+    root's chown(path, -1, -1); or root's write to a file that has just lost its capability."""
+    attr = union.tree.getattr(ino)
+    mode = attr[1]
+    if not stat.S_ISREG(mode):
+        return Change()
+    if ctx.uid != 0:
+        mode = without_set_id(mode, attr[4], ctx)
+    elif union.capability_killed != (ino, ctx.pid):
+        mode &= ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+    union.capability_killed = None
+    return Change() if mode == attr[1] else Change(mode=mode)
 
 
 def truncate_at_open(union: Union, ino: int, ctx: Caller) -> None:
@@ -209,7 +228,7 @@ def set_xattr(union: Union, ino: int, name: bytes, value: bytes, ctx: Caller) ->
             _drop_setgid(fd, ctx)
 
 
-def remove_xattr(union: Union, ino: int, name: bytes) -> None:
+def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
     """removexattr(2)."""
     stored = _stored(union, name)
     if not name.startswith(ACL_PREFIX):
@@ -217,6 +236,8 @@ def remove_xattr(union: Union, ino: int, name: bytes) -> None:
     ensure_upper(union, ino)
     with _opened(union, ino) as fd:
         os.removexattr(fd_path(fd), stored)
+    if name == CAPABILITY:
+        union.capability_killed = (ino, ctx.pid)
 
 
 def _stored(union: Union, name: bytes) -> bytes:

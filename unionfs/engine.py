@@ -383,6 +383,7 @@ class EngineLoop:
         self.flags = answer_init(self._device, self._wishes)
         operations.in_place = True
         union = operations.union
+        union.kills_privileges = InitFlag.HANDLE_KILLPRIV_V2 in self.flags
         layer = union.upper if union.upper is not None else union.lowers[0]
         self._engine = Engine(
             union.tree,

@@ -90,7 +90,7 @@ _ALWAYS: Final = (
 )
 # HANDLE_KILLPRIV would promise that we clear setuid and capabilities at each write; without it
 # the kernel does so by SETATTR and REMOVEXATTR.  WRITEBACK_CACHE: the kernel would keep the times.
-_NEVER: Final = InitFlag.HANDLE_KILLPRIV | InitFlag.HANDLE_KILLPRIV_V2 | InitFlag.WRITEBACK_CACHE
+_NEVER: Final = InitFlag.HANDLE_KILLPRIV | InitFlag.WRITEBACK_CACHE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +140,8 @@ def patch_init(request: bytes, reply: bytes, wishes: Wishes) -> tuple[bytes, Ini
         raise UnionfsError("libfuse answered INIT in a form that is too old to be understood")
     body = list(_INIT_OUT.unpack_from(reply, _OUT_HEADER.size))
     flags = InitFlag(body[3] | body[10] << 32)
-    flags = (flags | wishes.wanted) & ~wishes.unwanted & offered_flags(request)
+    unwanted = wishes.unwanted | InitFlag.HANDLE_KILLPRIV_V2
+    flags = (flags | wishes.wanted) & ~unwanted & offered_flags(request)
     if flags & InitFlag.MAX_PAGES:
         body[8] = _PAGES
     body[3] = int(flags) & 0xFFFFFFFF
@@ -152,7 +153,11 @@ def patch_init(request: bytes, reply: bytes, wishes: Wishes) -> tuple[bytes, Ini
 
 # What libfuse asks for by itself, and the engine has to.  No READDIRPLUS_AUTO: the number of an
 # entry is known only once it has been looked up, so the plain form would cost us no less.
-_ENGINE: Final = InitFlag.DO_READDIRPLUS | InitFlag.INIT_EXT | InitFlag.ASYNC_DIO
+# HANDLE_KILLPRIV_V2 spares a GETXATTR of security.capability before every write; libfuse does not
+# pass on what we then need to know.
+_ENGINE: Final = (
+    InitFlag.DO_READDIRPLUS | InitFlag.INIT_EXT | InitFlag.ASYNC_DIO | InitFlag.HANDLE_KILLPRIV_V2
+)
 _ENGINE_MINOR: Final = 38
 _MAX_WRITE: Final = _PAGES * 4096
 _MAX_BACKGROUND: Final = 64

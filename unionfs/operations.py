@@ -435,7 +435,7 @@ class UnionOperations(pyfuse3.Operations):
     @edge
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         self._check_writable()
-        await self._work(attributes.remove_xattr, self.union, inode, name)
+        await self._work(attributes.remove_xattr, self.union, inode, name, ctx)
 
 
 def _unseen(directory: int, name: bytes, kind: int) -> EntryAttributes:

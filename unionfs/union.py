@@ -161,6 +161,10 @@ class Union:
         )
         self.copying = KeyedLocks()
         self.committing = KeyedLocks()
+        # FUSE_HANDLE_KILLPRIV_V2 was agreed upon.
+        self.kills_privileges = False
+        # Then: whose capability was taken away last, and by which process (attributes.py).
+        self.capability_killed: tuple[int, int] | None = None
         self.requests: Callable[[], dict[str, dict[str, int]]] | None = None  # the driver's counts
         self._allowed = threading.local()
         self._temp = itertools.count(int.from_bytes(os.urandom(4), "little"))
