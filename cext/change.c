@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/xattr.h>
 
+#include "loan.h"
 #include "tree.h"
 
 /* ---- copy-up ---- */
@@ -153,6 +154,26 @@ static errint_t file_copied_up_locked(struct tree *t, struct node *n, const stru
     return 0;
 }
 
+/* A removed directory that is still open: what is said of it is said of a copy without a name. */
+static errint_t orphan_dir_copied_up(struct tree *t, struct node *n, int orphan_fd)
+{
+    struct stat st;
+    errint_t err = stat_fd(orphan_fd, &st);
+    int pin = err < 0 ? -1 : fcntl(orphan_fd, F_DUPFD_CLOEXEC, 0);
+
+    if (err < 0 || pin < 0)
+        return err < 0 ? err : errno_or_eio();
+    pthread_mutex_lock(&t->lock);
+    closing_add_locked(t, n->pin);
+    n->pin = pin;
+    n->upper = true;
+    n->dev = st.st_dev;
+    n->real_ino = st.st_ino;
+    n->generation++;
+    unlock_and_close(t);
+    return 0;
+}
+
 errint_t tree_copied_up(struct tree *t, const struct copied_up *c)
 {
     struct node *n = node_get(t, c->ino);
@@ -163,7 +184,8 @@ errint_t tree_copied_up(struct tree *t, const struct copied_up *c)
     if (!n || (c->parent && !parent)) {
         err = -ESTALE;
     } else if (S_ISDIR(n->type)) {
-        err = parent ? dir_copied_up(t, n, parent, c->name) : -EINVAL;
+        err = parent ? dir_copied_up(t, n, parent, c->name)
+                     : orphan_dir_copied_up(t, n, c->orphan_fd);
     } else {
         err = stat_published(t, c, parent, &st);
         if (err == 0) {

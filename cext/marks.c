@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "marks.h"
+#include "loan.h"
 
 #include <fcntl.h>
 #include <limits.h>
@@ -48,17 +49,25 @@ static errint_t mark_query(void *arg)
     return read_xattr(q->path, q->nofollow, q->name, &q->value, &q->len);
 }
 
-static errint_t read_mark(const char *path, bool nofollow, const char *name, char **ret_value,
-                          size_t *ret_len)
+/* Nothing is lent in a lower layer: it is not written, not even for a moment. */
+static errint_t read_mark(const char *path, bool nofollow, const char *name, bool upper,
+                          char **ret_value, size_t *ret_len)
 {
     struct mark_query q = {.path = path, .name = name, .nofollow = nofollow};
-    errint_t err = as_owner(path, nofollow, S_IRUSR, mark_query, &q);
+    errint_t err = upper ? as_owner(path, nofollow, S_IRUSR, mark_query, &q) : mark_query(&q);
 
     if (err == 0) {
         *ret_value = q.value;
         *ret_len = q.len;
     }
     return err;
+}
+
+static bool is_directory(const char *path)
+{
+    struct stat st;
+
+    return lstat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
 static errint_t marks_read_one(struct tree *t, const char *path, bool nofollow, const char *name,
@@ -79,7 +88,9 @@ static errint_t marks_read_one(struct tree *t, const char *path, bool nofollow, 
         m->metacopy = true;
     if (!opaque && !impure && !redirect && !origin && !ino && !nlink && !links)
         return 0;
-    err = read_mark(path, nofollow, name, &value, &len);
+    err = read_mark(path, nofollow, name, upper, &value, &len);
+    if (err == -EACCES && !upper && !is_directory(path))
+        return 0; /* nor can its data be read */
     if (err < 0)
         return err == -ENODATA ? 0 : err;
     if (opaque && len == 1) {

@@ -3,9 +3,11 @@
  * unionfs/_native.pyi. */
 #include "glue.h"
 
+#include <fcntl.h>
 #include <sys/syscall.h>
 
 #include "copy.h"
+#include "loan.h"
 
 /* OSError(errno, text, name). */
 PyObject *raise_errno(errint_t err, const char *name)
@@ -105,6 +107,74 @@ static PyObject *py_birth_time(PyObject *module, PyObject *args)
     return PyLong_FromLongLong(birth_time(fd, ""));
 }
 
+/* A loan as a number: 0 where there was nothing to lend. */
+static PyObject *py_lend(PyObject *module, PyObject *args)
+{
+    int fd;
+    unsigned bits;
+    char path[PROC_BYTES];
+    struct loan *l = NULL;
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iI:lend", &fd, &bits))
+        return NULL;
+    proc_path(path, fd, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    err = loan_take(path, false, (mode_t)bits, &l);
+    Py_END_ALLOW_THREADS
+    return err < 0 ? raise_errno(err, NULL) : PyLong_FromVoidPtr(l);
+}
+
+static PyObject *py_give_back(PyObject *module, PyObject *args)
+{
+    PyObject *number;
+    void *l;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "O!:give_back", &PyLong_Type, &number))
+        return NULL;
+    l = PyLong_AsVoidPtr(number);
+    if (!l && PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    loan_return(l);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_set_mode(PyObject *module, PyObject *args)
+{
+    int fd;
+    unsigned mode;
+    char path[PROC_BYTES];
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iI:set_mode", &fd, &mode))
+        return NULL;
+    proc_path(path, fd, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    err = loan_set_mode(path, (mode_t)mode);
+    Py_END_ALLOW_THREADS
+    return none_or_errno(err, NULL);
+}
+
+static PyObject *py_mode_of(PyObject *module, PyObject *args)
+{
+    int fd;
+    struct stat st;
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "i:mode_of", &fd))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = loan_stat(fd, "", AT_EMPTY_PATH, &st);
+    Py_END_ALLOW_THREADS
+    return err < 0 ? raise_errno(err, NULL) : PyLong_FromUnsignedLong(st.st_mode);
+}
+
 static PyObject *py_renameat2(PyObject *module, PyObject *args)
 {
     int olddir, newdir;
@@ -125,6 +195,10 @@ static PyMethodDef functions[] = {
     {"copy_data", py_copy_data, METH_VARARGS, NULL},
     {"copy_xattrs", py_copy_xattrs, METH_VARARGS, NULL},
     {"birth_time", py_birth_time, METH_VARARGS, NULL},
+    {"lend", py_lend, METH_VARARGS, NULL},
+    {"give_back", py_give_back, METH_VARARGS, NULL},
+    {"set_mode", py_set_mode, METH_VARARGS, NULL},
+    {"mode_of", py_mode_of, METH_VARARGS, NULL},
     {"renameat2", py_renameat2, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };

@@ -7,6 +7,7 @@
 #include <sys/sysmacros.h>
 #include <sys/xattr.h>
 
+#include "loan.h"
 #include "tree.h"
 
 enum { ATTEMPTS = 16 };
@@ -173,19 +174,19 @@ int node_open(struct tree *t, struct node *n, int flags, bool data)
 static errint_t stat_place(struct tree *t, const struct place *p, struct stat *ret_st)
 {
     if (!p->dir)
-        return stat_fd(p->fd, ret_st);
+        return loan_stat(p->fd, "", AT_EMPTY_PATH, ret_st);
     int dirfd = rdir_pin(t, p->dir);
     if (dirfd < 0)
         return dirfd;
     errint_t err;
     if (!p->name[0]) {
-        err = stat_fd(dirfd, ret_st);
+        err = loan_stat(dirfd, "", AT_EMPTY_PATH, ret_st);
     } else if (p->careful) {
         cleanup_fd int fd = open_beneath(dirfd, p->name, O_PATH, true);
 
         err = fd < 0 ? fd : stat_fd(fd, ret_st);
     } else {
-        err = fstatat(dirfd, p->name, ret_st, AT_SYMLINK_NOFOLLOW) < 0 ? errno_or_eio() : 0;
+        err = loan_stat(dirfd, p->name, AT_SYMLINK_NOFOLLOW, ret_st);
     }
     rdir_unpin(t, p->dir);
     return err;

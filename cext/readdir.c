@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/sysmacros.h>
 
+#include "loan.h"
 #include "tree.h"
 
 enum { BUFFER_BYTES = 64 * 1024 };
@@ -180,12 +181,14 @@ static errint_t open_listing(void *arg)
 
 /* A directory may be removed, and so must be seen to be empty, by one who cannot read it; and be
  * listed by one who cannot search it, so not by its ".". */
-static int open_for_listing(int dirfd)
+static int open_for_listing(const struct tree *t, const struct rdir *r, int dirfd)
 {
     struct opening o = {.dirfd = dirfd};
     char path[PROC_BYTES];
     errint_t err;
 
+    if (!t->has_upper || r->layer != 0)
+        return reopen_fd(dirfd, O_RDONLY | O_DIRECTORY);
     proc_path(path, dirfd, NULL);
     err = as_owner(path, false, S_IRUSR, open_listing, &o);
     return err < 0 ? err : o.fd;
@@ -203,7 +206,7 @@ static errint_t list_layer(struct tree *t, struct rdir *r, struct listing *l, ch
     dirfd = rdir_pin(t, r);
     if (dirfd < 0)
         return dirfd == -ENOENT ? 0 : dirfd;
-    cleanup_fd int fd = open_for_listing(dirfd);
+    cleanup_fd int fd = open_for_listing(t, r, dirfd);
     if (fd < 0)
         err = fd;
     rdir_unpin(t, r);
@@ -430,7 +433,7 @@ static errint_t handle_start(struct tree *t, struct dirhandle *h, bool in_the_mi
 
         err = dirfd < 0 ? dirfd : 0;
         if (dirfd >= 0) {
-            h->fd = open_for_listing(dirfd);
+            h->fd = open_for_listing(t, h->real, dirfd);
             if (h->fd < 0)
                 err = h->fd;
             rdir_unpin(t, h->real);

@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "loan.h"
 #include "marks.h"
 #include "resolve.h"
 
@@ -17,7 +18,7 @@ enum found { FOUND_NOTHING, FOUND_WHITEOUT, FOUND_ENTRY, FOUND_MOUNTPOINT };
 static errint_t probe_stat(int dirfd, const char *name, bool careful, struct stat *ret_st)
 {
     if (!careful)
-        return fstatat(dirfd, name, ret_st, AT_SYMLINK_NOFOLLOW) < 0 ? errno_or_eio() : 0;
+        return loan_stat(dirfd, name, AT_SYMLINK_NOFOLLOW, ret_st);
     cleanup_fd int fd = open_beneath(dirfd, name, O_PATH, true);
     return fd < 0 ? fd : stat_fd(fd, ret_st);
 }

@@ -64,22 +64,6 @@ int64_t birth_time(int dirfd, const char *name)
     return (int64_t)stx.stx_btime.tv_sec * 1000000000 + stx.stx_btime.tv_nsec;
 }
 
-errint_t as_owner(const char *path, bool nofollow, mode_t bits, errint_t (*fn)(void *arg),
-                  void *arg)
-{
-    errint_t err = fn(arg);
-    struct stat st;
-
-    if (err != -EACCES || (nofollow ? lstat(path, &st) : stat(path, &st)) < 0)
-        return err;
-    if ((!S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode)) || st.st_uid != geteuid() ||
-        (st.st_mode & bits) == bits || chmod(path, (st.st_mode & 07777) | bits) < 0)
-        return err;
-    err = fn(arg);
-    (void)chmod(path, st.st_mode & 07777);
-    return err;
-}
-
 static ssize_t call_xattr(const char *path, bool nofollow, const char *attr, char *buf, size_t size)
 {
     if (!attr)

@@ -28,12 +28,6 @@ int reopen_fd(int fd, int flags);
 /* When a file was made, in nanoseconds; 0 where the file system does not know. */
 int64_t birth_time(int dirfd, const char *name);
 
-/* Calls fn; where that is denied (-EACCES) on a file of ours whose mode lacks `bits`, once more
- * with them lent: a user's marks are user.* attributes, which mode bits govern (xattr(7)). A cut in
- * between leaves the bits set. */
-errint_t as_owner(const char *path, bool nofollow, mode_t bits, errint_t (*fn)(void *arg),
-                  void *arg);
-
 /* Reads a whole attribute, or list of names if attr is NULL, of a path (links are not followed
  * when `nofollow`). The buffer is allocated and NUL-terminated. Missing: -ENODATA. */
 errint_t read_xattr(const char *path, bool nofollow, const char *attr, char **ret_value,

@@ -51,6 +51,8 @@ def make_lower(lower: Path) -> None:
     for name in ("tree/x", "tree/sub/y", "full/x", "full2/x", "dir555/f"):
         (lower / name).write_text(name)
     (lower / "dir555" / "big").write_bytes(os.urandom(100_000))
+    for number in range(rootless.MANY):
+        (lower / "dir555" / f"many{number}").touch()
     (lower / "symlink").symlink_to("mine")
     os.mkfifo(lower / "fifo")
     if os.geteuid() == 0:

@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from unionfs import _native
 from unionfs.acl import ACCESS
 from unionfs.copy_up import (
     can_override,
@@ -171,7 +172,7 @@ def _owner_and_mode(union: Union, fd: int, what: Change, ctx: Caller) -> None:
             gid = -1
         os.chown(fd_path(fd), uid, gid)
     if what.mode is not None:
-        os.chmod(fd_path(fd), stat.S_IMODE(what.mode))
+        _native.set_mode(fd, stat.S_IMODE(what.mode))
     if what == Change():
         _settle_privileges(fd, ctx)
 
@@ -184,7 +185,7 @@ def _settle_privileges(fd: int, ctx: Caller) -> None:
     which fuse_setattr does not follow). Else only ctime changes, and chown would clear more.
     """
     status = os.stat(fd)
-    mode = stat.S_IMODE(status.st_mode)
+    mode = stat.S_IMODE(_native.mode_of(fd))
     if stat.S_ISLNK(status.st_mode):
         os.chown(fd_path(fd), -1, -1)
         return
@@ -194,7 +195,7 @@ def _settle_privileges(fd: int, ctx: Caller) -> None:
         and not in_group(status.st_gid, ctx)
     ):
         mode &= ~stat.S_ISGID
-    os.chmod(fd_path(fd), mode)
+    _native.set_mode(fd, mode)
 
 
 def _override(union: Union, ino: int, fd: int, what: Change) -> None:
@@ -215,7 +216,7 @@ def _override(union: Union, ino: int, fd: int, what: Change) -> None:
             mode &= ~stat.S_ISGID
     set_override(union, fd, uid, gid, mode, shown[1], shown[5])
     give_owner(union, fd, uid, gid, mode)
-    os.chmod(fd_path(fd), override_mode(mode, directory=stat.S_ISDIR(shown[1])))
+    _native.set_mode(fd, override_mode(mode, directory=stat.S_ISDIR(shown[1])))
 
 
 def set_xattr(union: Union, ino: int, name: bytes, value: bytes, ctx: Caller) -> None:
@@ -250,9 +251,9 @@ def _stored(union: Union, name: bytes) -> bytes:
 def _drop_setgid(fd: int, ctx: Caller) -> None:
     """An ACL set by one who is not in the file's group takes set-group-ID away, as the kernel does
     where it knows who asks (posix_acl_update_mode); here root asked it."""
-    status = os.stat(fd)
-    if status.st_mode & stat.S_ISGID and not in_group(status.st_gid, ctx):
-        os.chmod(fd_path(fd), stat.S_IMODE(status.st_mode) & ~stat.S_ISGID)
+    mode = _native.mode_of(fd)
+    if mode & stat.S_ISGID and not in_group(os.stat(fd).st_gid, ctx):
+        _native.set_mode(fd, stat.S_IMODE(mode) & ~stat.S_ISGID)
 
 
 def in_group(gid: int, ctx: Caller) -> bool:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from unionfs import _native, acl, numbers
 from unionfs.marks import RENAME_NOREPLACE, fd_path, lent
 from unionfs.options import IdRange
+from unionfs.syscalls import syncfs
 from unionfs.union import METACOPY_BYTES, Info, Union
 
 # chown of what is not ours: see give_owner.
@@ -305,7 +306,7 @@ def _prepare_metadata(
 ) -> str | None:
     """Owner, attributes, mode, times, marks; the name in the index if it gets one."""
     marks = union.marks
-    mode = stat.S_IMODE(status.st_mode)
+    mode = stat.S_IMODE(_native.mode_of(src))
     # The owner first: chown clears set-ID bits and capabilities.
     mode = give_owner(union, fd, status.st_uid, status.st_gid, mode)
     _native.copy_xattrs(src, fd, marks.prefix, union.override)
@@ -356,8 +357,8 @@ def _publish(
     with union.committing(ino):
         place = tree.name_of(ino)
         if place is None:
-            # Unlinked while its bytes moved; open descriptors live on.
-            os.unlink(temp, dir_fd=work)
+            # Unlinked, it may be while its bytes moved; open descriptors live on.
+            (os.rmdir if stat.S_ISDIR(status.st_mode) else os.unlink)(temp, dir_fd=work)
             tree.copied_up(ino, 0, b"", metacopy=metacopy, orphan_fd=fd)
             return
         parent, name, _ = place
@@ -396,7 +397,8 @@ def _publish(
 
 def sync_dir(dirfd: int) -> None:
     """fsync of a directory known by an O_PATH descriptor."""
-    fd = os.open(fd_path(dirfd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with lent(dirfd, stat.S_IRUSR):
+        fd = os.open(fd_path(dirfd), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
     finally:
@@ -447,7 +449,7 @@ def _replace(
 
 def _fill(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
     """Write the data into a metadata-only copy."""
-    before = os.stat(path_fd)
+    before, mode = os.stat(path_fd), _native.mode_of(path_fd)
     caps = _capabilities(path_fd)
     size = before.st_size if truncate is None else min(truncate, before.st_size)
     with lent(path_fd, 0o600):
@@ -467,7 +469,7 @@ def _fill(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
                     os.close(data)
         finally:
             # Writing has cleared what writing clears; it was not the user who wrote.
-            _restore_privileges(path_fd, before, caps)
+            _restore_privileges(path_fd, mode, caps)
             os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
         if union.options.fsync != "volatile":
             os.fsync(fd)
@@ -484,12 +486,11 @@ def _capabilities(path_fd: int) -> bytes | None:
         return None  # none, or none that we could set again
 
 
-def _restore_privileges(path_fd: int, before: os.stat_result, caps: bytes | None) -> None:
-    path = fd_path(path_fd)
-    if os.stat(path).st_mode != before.st_mode:
-        os.chmod(path, stat.S_IMODE(before.st_mode))
+def _restore_privileges(path_fd: int, mode: int, caps: bytes | None) -> None:
+    if _native.mode_of(path_fd) != mode:
+        _native.set_mode(path_fd, stat.S_IMODE(mode))
     if caps is not None and _capabilities(path_fd) is None:
-        os.setxattr(path, "security.capability", caps)
+        os.setxattr(fd_path(path_fd), "security.capability", caps)
 
 
 def sync_names(union: Union, ino: int) -> None:
@@ -498,13 +499,18 @@ def sync_names(union: Union, ino: int) -> None:
     info = union.info_or_none(ino)
     if info is None or not info.upper or not info.foreign:
         return
-    place = union.tree.name_of(ino)
-    while place is not None:
-        parent = place[0]
-        sync_directory(union, parent)
-        if parent == _native.ROOT_INO or not union.info(parent).foreign:
-            return
-        place = union.tree.name_of(parent)
+    try:
+        place = union.tree.name_of(ino)
+        while place is not None:
+            parent = place[0]
+            sync_directory(union, parent)
+            if parent == _native.ROOT_INO or not union.info(parent).foreign:
+                return
+            place = union.tree.name_of(parent)
+    except PermissionError:
+        # A user's directory that he has closed to himself since he opened the file.
+        assert union.upper is not None
+        syncfs(union.upper.fd)
 
 
 def sync_directory(union: Union, ino: int) -> None:

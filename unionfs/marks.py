@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import xattr
 
+from unionfs import _native
 from unionfs._native import renameat2
 
 RENAME_NOREPLACE = 1
@@ -36,21 +37,16 @@ def lent(fd: int, bits: int, *, when: bool = True) -> Iterator[None]:
     """Have owner's mode bits that a file or directory of ours lacks, for a while.
 
     An ordinary user's daemon needs them for what the kernel lets the user do all the same: chmod a
-    file in a directory that he cannot write, say. A cut in between leaves them set.
+    file in a directory that he cannot write, say (cext/loan.h). A cut in between leaves them set.
     """
-    status = os.stat(fd) if when and os.geteuid() != 0 else None
-    if status is None or status.st_mode & bits == bits or status.st_uid != os.geteuid():
+    if not when or os.geteuid() == 0:
         yield
         return
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        yield
-        return
-    mode = stat.S_IMODE(status.st_mode)
-    os.chmod(fd_path(fd), mode | bits)
+    loan = _native.lend(fd, bits)
     try:
         yield
     finally:
-        os.chmod(fd_path(fd), mode)
+        _native.give_back(loan)
 
 
 @contextlib.contextmanager

@@ -172,6 +172,7 @@ def _instrument(steps: Steps) -> None:
     for name in ("setxattr", "removexattr"):
         setattr(xattr, name, steps.before(f"xattr.{name}", getattr(xattr, name)))
     _native.copy_data = stepping_copy
+    _native.set_mode = steps.before("set_mode", _native.set_mode)
     _native.copy_xattrs = steps.before("copy_xattrs", _native.copy_xattrs)
     _native.renameat2 = renameat2 = steps.before("renameat2", real_renameat2)
     for name in _CHANGES:
