@@ -89,8 +89,9 @@ static errint_t marks_read_one(struct tree *t, const char *path, bool nofollow, 
     if (!opaque && !impure && !redirect && !origin && !ino && !nlink && !links)
         return 0;
     err = read_mark(path, nofollow, name, upper, &value, &len);
-    if (err == -EACCES && !upper && !is_directory(path))
-        return 0; /* nor can its data be read */
+    /* Of a file that cannot be read this is no loss; of a directory only what it shows matters. */
+    if (err == -EACCES && !upper && !((opaque || redirect) && is_directory(path)))
+        return 0;
     if (err < 0)
         return err == -ENODATA ? 0 : err;
     if (opaque && len == 1) {

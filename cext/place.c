@@ -104,11 +104,33 @@ static bool is_there(const struct place *p, const struct stat *st)
     return p->ino == 0 || (p->ino == st->st_ino && p->dev == st->st_dev);
 }
 
+/* Of a file with several names an ordinary user may have closed the directory of one to himself: the
+ * next is tried. False when all have been. */
+static bool try_other_name(struct tree *t, struct node *n, int attempt)
+{
+    struct alias *first, **link;
+    int names = 0;
+
+    pthread_mutex_lock(&t->lock);
+    first = n->aliases;
+    for (link = &n->aliases; *link; link = &(*link)->next)
+        names++;
+    if (names > 1) {
+        *link = first;
+        n->aliases = first->next;
+        first->next = NULL;
+    }
+    pthread_mutex_unlock(&t->lock);
+    return attempt + 1 < names;
+}
+
 /* Was the failure perhaps only a change of place that we raced with? */
 static bool moved(struct tree *t, struct node *n, const struct place *p, errint_t err, int attempt)
 {
     bool changed;
 
+    if (err == -EACCES && !S_ISDIR(n->type) && geteuid() != 0)
+        return try_other_name(t, n, attempt);
     /* The last two: what came in its place is a whiteout, or a directory. */
     if (err != -ENOENT && err != -ESTALE && err != -ENOTDIR && err != -ELOOP && err != -ENXIO &&
         err != -EISDIR)

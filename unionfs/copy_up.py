@@ -436,7 +436,8 @@ def _replace(
                 if place is None or now.st_nlink != 1:
                     os.unlink(temp, dir_fd=work)
                     return False
-                _prepare_metadata(union, ino, src, fd, now, metacopy=False)
+                with lent(src, stat.S_IRUSR):
+                    _prepare_metadata(union, ino, src, fd, now, metacopy=False)
                 if synced:
                     os.fsync(fd)
                 with tree.upper_dir(place[0]) as dirfd, times_kept(dirfd), lent(dirfd, 0o300):
