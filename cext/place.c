@@ -104,8 +104,8 @@ static bool is_there(const struct place *p, const struct stat *st)
     return p->ino == 0 || (p->ino == st->st_ino && p->dev == st->st_dev);
 }
 
-/* Of a file with several names an ordinary user may have closed the directory of one to himself: the
- * next is tried. False when all have been. */
+/* Of a file with several names an ordinary user may have closed the directory of one to himself:
+ * the next is tried. False when all have been. */
 static bool try_other_name(struct tree *t, struct node *n, int attempt)
 {
     struct alias *first, **link;

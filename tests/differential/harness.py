@@ -201,6 +201,10 @@ class Harness:
 
     def rotate(self) -> None:
         """The upper becomes the topmost lower below a new, empty upper: the same tree again."""
+        if os.geteuid() != 0:
+            # Nothing is lent in a lower: what its user has closed to himself stays closed there.
+            for side in (self.subject, self.control):
+                _open_to_owner(os.fsencode(side.root))
         self.check_tree()
         self._between_mounts()
         assert self.union.upper is not None
@@ -234,6 +238,21 @@ class Harness:
             self.union.umount()
         except AssertionError as error:
             raise Divergence(f"unmount: {error}") from error
+
+
+def _open_to_owner(name: bytes, dirfd: int | None = None) -> None:
+    """Have all directories below searched and all files read by their owner."""
+    status = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    wanted = 0o700 if stat.S_ISDIR(status.st_mode) else 0o400 if stat.S_ISREG(status.st_mode) else 0
+    if status.st_mode & wanted != wanted:
+        os.chmod(name, stat.S_IMODE(status.st_mode) | wanted, dir_fd=dirfd)
+    if stat.S_ISDIR(status.st_mode):
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=dirfd)
+        try:
+            for entry in os.listdir(fd):
+                _open_to_owner(os.fsencode(entry), fd)
+        finally:
+            os.close(fd)
 
 
 def _show(result: Result) -> str:
