@@ -141,6 +141,49 @@ def check_locked_directory_by_many(place: Path) -> None:
             u.remount()
 
 
+def check_closed_directory(place: Path) -> None:
+    """A directory that its owner has closed to himself: what he has open in it, and the other names
+    of its files, go on."""
+    with union(place) as u:
+        (u.mnt / "shut").mkdir()
+        os.rename(u.mnt / "big", u.mnt / "shut" / "big")
+        os.link(u.mnt / "shut" / "big", u.mnt / "open")
+        with open(u.mnt / "shut" / "big", "r+b") as file:
+            os.chmod(u.mnt / "shut", 0)
+            file.write(b"written")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(u.mnt / "shut", 0o755)
+        assert os.listdir(u.mnt / "shut") == ["big"]
+        os.chmod(u.mnt / "shut", 0o600)
+        assert os.listdir(u.mnt / "shut") == ["big"]
+        for _ in range(2):
+            assert (u.mnt / "open").read_bytes()[:7] == b"written"
+            os.setxattr(u.mnt / "open", "user.x", b"y")
+            assert os.getxattr(u.mnt / "open", "user.x") == b"y"
+            u.remount()
+
+
+def check_write_only(place: Path) -> None:
+    """A metadata-only copy that its owner cannot read gets its data, and keeps what it had."""
+    with union(place) as u:
+        want = (place / "lower" / "big").read_bytes()
+        os.setxattr(u.mnt / "big", "user.x", b"kept")
+        os.chmod(u.mnt / "big", 0o200)
+        with open(u.mnt / "big", "wb", buffering=0, opener=_without_truncation) as file:
+            os.pwrite(file.fileno(), b"changed", 0)
+        for _ in range(2):
+            assert mode(u.mnt / "big") == 0o200
+            u.remount()
+        os.chmod(u.mnt / "big", 0o600)
+        assert (u.mnt / "big").read_bytes() == b"changed" + want[7:]
+        assert os.getxattr(u.mnt / "big", "user.x") == b"kept"
+
+
+def _without_truncation(path: str, flags: int) -> int:
+    return os.open(path, flags & ~(os.O_TRUNC | os.O_CREAT))
+
+
 def check_locked_directories(place: Path) -> None:
     """Directories that their owner may not write or not read: what the kernel lets him do there."""
     with union(place) as u:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from pathlib import Path
 
@@ -152,7 +153,12 @@ def test_removed_open_directory(arena: Arena) -> None:
             os.close(os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
         with pytest.raises(FileNotFoundError):
             syscalls.getdents(fd, 4096)
-        os.fstat(fd)
+        os.fchmod(fd, 0o711)
+        os.utime(fd, ns=(5, 7))
+        os.setxattr(fd, "user.x", b"y")
+        status = os.fstat(fd)
+        assert (stat.S_IMODE(status.st_mode), status.st_mtime_ns) == (0o711, 7)
+        assert os.getxattr(fd, "user.x") == b"y"
         (mnt / "d").mkdir()
         (mnt / "d" / "other").touch()
         with pytest.raises(FileNotFoundError):
