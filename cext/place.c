@@ -171,6 +171,24 @@ static int open_place(struct tree *t, const struct place *p, int flags)
     return fd;
 }
 
+/* What its user has open goes on, though he has closed to himself the directory that it is in. */
+static int open_by_handle(struct tree *t, struct node *n, int flags)
+{
+    int fd = -EACCES;
+
+    pthread_mutex_lock(&t->lock);
+    for (struct file *f = n->files; f && fd < 0; f = f->next)
+        if (!f->lower && (fd = fcntl(f->fd, F_DUPFD_CLOEXEC, 0)) < 0)
+            fd = errno_or_eio();
+    pthread_mutex_unlock(&t->lock);
+    if (fd >= 0 && !(flags & O_PATH)) {
+        cleanup_fd int held = fd;
+
+        fd = reopen_fd(held, flags);
+    }
+    return fd;
+}
+
 int node_open(struct tree *t, struct node *n, int flags, bool data)
 {
     for (int attempt = 0;; attempt++) {
@@ -189,7 +207,7 @@ int node_open(struct tree *t, struct node *n, int flags, bool data)
                 return steal_fd(&fd);
         }
         if (!moved(t, n, &p, err, attempt))
-            return err;
+            return err == -EACCES ? open_by_handle(t, n, flags) : err;
     }
 }
 
@@ -245,7 +263,8 @@ static errint_t stat_verified(struct tree *t, struct node *n, bool data, struct 
     }
 }
 
-/* What is open goes on, though the lower has something else at its name now. */
+/* What is open goes on, though the lower has something else at its name now, or its user has closed
+ * the directory that it is in. */
 static errint_t stat_open_file(struct tree *t, struct node *n, errint_t otherwise,
                                struct stat *ret_st)
 {
@@ -265,7 +284,9 @@ errint_t node_stat(struct tree *t, struct node *n, struct stat *ret_st)
     if (sealed_attr(n, ret_st))
         return 0;
     err = stat_verified(t, n, false, ret_st);
-    return t->live && (err == -ESTALE || err == -ENOENT) ? stat_open_file(t, n, err, ret_st) : err;
+    if (err == -EACCES || (t->live && (err == -ESTALE || err == -ENOENT)))
+        return stat_open_file(t, n, err, ret_st);
+    return err;
 }
 
 errint_t node_with_path(struct tree *t, struct node *n,

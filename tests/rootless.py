@@ -153,6 +153,11 @@ def check_closed_directory(place: Path) -> None:
             file.write(b"written")
             file.flush()
             os.fsync(file.fileno())
+            os.ftruncate(file.fileno(), 1000)
+            os.fchmod(file.fileno(), 0o640)
+            os.utime(file.fileno(), ns=(5, 7))
+            status = os.fstat(file.fileno())
+            assert (status.st_size, status.st_mode & 0o777, status.st_mtime_ns) == (1000, 0o640, 7)
         os.chmod(u.mnt / "shut", 0o755)
         assert os.listdir(u.mnt / "shut") == ["big"]
         os.chmod(u.mnt / "shut", 0o600)
