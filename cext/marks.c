@@ -63,13 +63,6 @@ static errint_t read_mark(const char *path, bool nofollow, const char *name, boo
     return err;
 }
 
-static bool is_directory(const char *path)
-{
-    struct stat st;
-
-    return lstat(path, &st) == 0 && S_ISDIR(st.st_mode);
-}
-
 static errint_t marks_read_one(struct tree *t, const char *path, bool nofollow, const char *name,
                                bool upper, struct marks *m)
 {
@@ -89,9 +82,10 @@ static errint_t marks_read_one(struct tree *t, const char *path, bool nofollow, 
     if (!opaque && !impure && !redirect && !origin && !ino && !nlink && !links)
         return 0;
     err = read_mark(path, nofollow, name, upper, &value, &len);
-    /* Of a file that cannot be read this is no loss; of a directory only what it shows matters. */
-    if (err == -EACCES && !upper && !((opaque || redirect) && is_directory(path)))
+    if (err == -EACCES && !upper && !opaque && !redirect) {
+        m->impure = m->impure || impure; /* then only more is looked at; numbers are no loss */
         return 0;
+    }
     if (err < 0)
         return err == -ENODATA ? 0 : err;
     if (opaque && len == 1) {

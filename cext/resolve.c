@@ -274,7 +274,8 @@ errint_t upper_file_marks(struct walk *w, struct rdir *dir, const char *name, si
         if (m.redirect)
             err = apply_redirect(w, m.redirect, prelen, "");
     }
-    if (m.redirect)
+    /* Not a lower layer's: it counts from there on, and a copy is found by the name of that. */
+    if (m.redirect && dir->layer == 0 && w->t->has_upper)
         keep_redirect(h, &m);
     marks_clear(&m);
     return err;

@@ -14,6 +14,7 @@ import pytest
 
 from tests.rig import layers, snapshot, syscalls
 from tests.rig.arena import Arena
+from tests.rig.mounted import Unionfs
 from tests.rig.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE
 
 
@@ -392,3 +393,27 @@ def test_parents_time_is_untouched_by_a_copy_up(arena: Arena) -> None:
         assert (mnt / "d").stat().st_mtime_ns == old + 1
         (mnt / "e" / "y").unlink()
         assert (mnt / "e").stat().st_mtime_ns > old + 2
+
+
+def test_redirect_of_a_former_upper(place: Path) -> None:
+    """A metadata-only copy in a lower that was an upper says where its data are, as seen from there:
+    a copy of it must not say so anew, since above there may be another file at that place."""
+    for name in ("lower", "first", "second", "mnt"):
+        (place / name).mkdir()
+    (place / "lower/file").write_bytes(b"large" * 40_000)
+    with Unionfs([place / "lower"], place / "first", place / "mnt") as union:
+        (union.mnt / "file").rename(union.mnt / "moved")
+        (union.mnt / "file").write_bytes(b"another")
+    stack = [place / "first", place / "lower"]
+    with Unionfs(stack, place / "second", place / "mnt") as union:
+        (union.mnt / "moved").chmod(0o600)
+        for _ in range(2):
+            assert (union.mnt / "moved").read_bytes() == b"large" * 40_000
+            union.remount()
+        (union.mnt / "moved").rename(union.mnt / "again")
+        for _ in range(2):
+            assert (union.mnt / "again").read_bytes() == b"large" * 40_000
+            union.remount()
+        os.close(os.open(union.mnt / "again", os.O_WRONLY))
+        assert (union.mnt / "again").read_bytes() == b"large" * 40_000
+        assert (union.mnt / "file").read_bytes() == b"another"

@@ -328,9 +328,6 @@ def _prepare_metadata(
                     marks.set(fd, "nlink", b"L+0")
     if metacopy:
         union.note_incompat()
-        redirect = union.info(ino).redirect
-        if redirect is not None:
-            marks.set(fd, "redirect", redirect)
         marks.set(fd, "metacopy", b"")
     path = fd_path(fd)
     if not stat.S_ISLNK(status.st_mode):
