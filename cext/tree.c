@@ -307,12 +307,11 @@ static errint_t tree_init_roots(struct tree *t, const struct tree_options *optio
         }
         r->dev = st.st_dev;
         r->ino = st.st_ino;
+        r->impure = true; /* entries of a root are looked at with their marks in any case */
         t->layers[i].root = r;
         t->root->dirs[t->root->ndirs++] = r;
     }
     t->root->layer = 0;
-    /* Entries of the upper's root are looked at with their marks in any case. */
-    t->root->dirs[0]->impure = true;
     if (options->index_fd >= 0) {
         t->index = rdir_new(0, NULL, "");
         if (!t->index)

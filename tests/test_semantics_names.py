@@ -396,8 +396,8 @@ def test_parents_time_is_untouched_by_a_copy_up(arena: Arena) -> None:
 
 
 def test_redirect_of_a_former_upper(place: Path) -> None:
-    """A metadata-only copy in a lower that was an upper says where its data are, as seen from there:
-    a copy of it must not say so anew, since above there may be another file at that place."""
+    """A metadata-only copy in a lower that was an upper says where its data are as seen from there.
+    A copy of it must not say so anew: above there may be another file at that place."""
     for name in ("lower", "first", "second", "mnt"):
         (place / name).mkdir()
     (place / "lower/file").write_bytes(b"large" * 40_000)
