@@ -111,6 +111,21 @@ static errint_t apply_redirect(struct walk *w, const char *redirect, size_t prel
     return 0;
 }
 
+/* Where to look in the layers below, of a directory on the way. An absolute redirect leads out of
+ * an opaque directory above it (ovl_check_redirect of fs/overlayfs/namei.c). */
+static errint_t follow_dir_marks(struct walk *w, const struct marks *m, size_t prelen,
+                                 const char *post)
+{
+    if (m->opaque) {
+        w->stop = true;
+        return 0;
+    }
+    if (!m->redirect || (w->stop && m->redirect[0] != '/'))
+        return 0;
+    w->stop = false;
+    return apply_redirect(w, m->redirect, prelen, post);
+}
+
 static struct rdir *child_dir(struct walk *w, struct rdir *dir, const char *name,
                               const struct stat *st, bool sealed)
 {
@@ -211,14 +226,10 @@ static errint_t found_dir(struct walk *w, struct rdir *dir, const char *name, co
     if (is_bottom(w->t, dir))
         return 0;
     err = dir_marks(w, r, &m);
-    if (err == 0 && m.opaque)
-        w->stop = true;
-    if (err == 0 && m.redirect) {
-        if (!w->stop)
-            err = apply_redirect(w, m.redirect, prelen, "");
-        if (dir->layer == 0 && w->t->has_upper)
-            keep_redirect(h, &m);
-    }
+    if (err == 0)
+        err = follow_dir_marks(w, &m, prelen, "");
+    if (err == 0 && m.redirect && dir->layer == 0 && w->t->has_upper)
+        keep_redirect(h, &m);
     marks_clear(&m);
     return err;
 }
@@ -411,10 +422,8 @@ static errint_t walk_layer(struct walk *w, struct rdir *base)
             struct marks m = {0};
 
             err = dir_marks(w, next, &m);
-            if (err == 0 && m.opaque)
-                w->stop = true;
-            if (err == 0 && m.redirect && !w->stop)
-                err = apply_redirect(w, m.redirect, prelen, end);
+            if (err == 0)
+                err = follow_dir_marks(w, &m, prelen, end);
             marks_clear(&m);
         }
         rdir_put(w->t, dir);

@@ -417,3 +417,21 @@ def test_redirect_of_a_former_upper(place: Path) -> None:
         os.close(os.open(union.mnt / "again", os.O_WRONLY))
         assert (union.mnt / "again").read_bytes() == b"large" * 40_000
         assert (union.mnt / "file").read_bytes() == b"another"
+
+
+def test_redirect_through_an_opaque_directory(place: Path) -> None:
+    """A lower directory moved below a new one, which is opaque, in a lower that was an upper: what is
+    moved out of it again is found through both."""
+    for name in ("lower/old/sub", "lower/new", "first", "second", "mnt"):
+        (place / name).mkdir(parents=True)
+    (place / "lower/old/sub/file").write_text("content")
+    with Unionfs([place / "lower"], place / "first", place / "mnt") as union:
+        (union.mnt / "new").rmdir()
+        (union.mnt / "new").mkdir()
+        (union.mnt / "old").rename(union.mnt / "new/moved")
+    stack = [place / "first", place / "lower"]
+    with Unionfs(stack, place / "second", place / "mnt") as union:
+        (union.mnt / "new/moved/sub").rename(union.mnt / "sub")
+        for _ in range(2):
+            assert (union.mnt / "sub/file").read_text() == "content"
+            union.remount()
