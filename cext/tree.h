@@ -34,14 +34,15 @@ struct rdir {
     struct rdir *parent; /* holds a reference; NULL for the root of a layer */
     char *name;
     uint32_t refs;
-    uint32_t pins;      /* users of fd just now; a pinned fd is not closed */
-    int fd;             /* -1 when not cached */
-    uint16_t layer;     /* immutable */
-    bool sealed;        /* immutable: a mount point in the layer, shown as an empty directory */
-    bool impure;        /* holds entries that came from a lower layer: their marks are read */
-    bool impure_marked; /* overlay.impure says so on disk */
-    bool xwhiteouts;    /* holds zero-size files marked overlay.whiteout */
-    bool gone;          /* removed: its descriptor must not be opened by name again */
+    uint32_t pins;  /* users of fd just now; a pinned fd is not closed */
+    int fd;         /* -1 when not cached */
+    uint16_t layer; /* immutable */
+    bool sealed;    /* immutable: a mount point in the layer, shown as an empty directory */
+    /* Flags: written with the lock held, or before others know it; read without. */
+    _Atomic bool impure; /* holds entries that came from a lower layer: their marks are read */
+    _Atomic bool impure_marked; /* overlay.impure says so on disk */
+    _Atomic bool xwhiteouts;    /* holds zero-size files marked overlay.whiteout */
+    bool gone;                  /* removed: its descriptor must not be opened by name again */
     dev_t dev;
     ino_t ino;                  /* what is there, once seen; 0 before */
     struct rdir *newer, *older; /* least-recently-used list of cached descriptors */

@@ -420,8 +420,8 @@ def test_redirect_of_a_former_upper(place: Path) -> None:
 
 
 def test_redirect_through_an_opaque_directory(place: Path) -> None:
-    """A lower directory moved below a new one, which is opaque, in a lower that was an upper: what is
-    moved out of it again is found through both."""
+    """A lower directory moved below a new one, which is opaque, in a lower that was an upper: what
+    is moved out of it again is found through both."""
     for name in ("lower/old/sub", "lower/new", "first", "second", "mnt"):
         (place / name).mkdir(parents=True)
     (place / "lower/old/sub/file").write_text("content")
