@@ -10,6 +10,7 @@
  * Locking: `lock` protects the fields so marked; it is never held over a request. */
 #include "engine.h"
 
+#include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -281,6 +282,8 @@ errint_t engine_start(struct tree *t, const struct engine_options *options, stru
 
     if (!e)
         return -ENOMEM;
+    /* One heap for all threads: the table is one, and what one thread frees another shall use. */
+    (void)mallopt(M_ARENA_MAX, 1);
     e->server.tree = t;
     e->server.options = *options;
     pthread_mutex_init(&e->lock, NULL);
