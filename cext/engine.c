@@ -14,11 +14,8 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
-#include <string.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
-#include <sys/uio.h>
 #include <time.h>
 
 enum {
@@ -54,8 +51,6 @@ struct worker {
     pthread_t thread;
     char *in, *out;
 };
-
-static bool start_worker_locked(struct engine *e);
 
 static void *buffer_new(void)
 {

@@ -2,11 +2,7 @@
 /* Answers to requests: what asks what is there, and what moves bytes, from the tree; what changes
  * the union from options.call. */
 #include <fcntl.h>
-#include <stdio.h>
-#include <sys/ioctl.h>
 #include <sys/statvfs.h>
-
-#include <linux/fs.h>
 
 #include "engine.h"
 #include "xattrs.h"

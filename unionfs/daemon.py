@@ -259,6 +259,8 @@ class _Daemon:
         # Only here: the starting process does without them.
         from unionfs import session
 
+        # Before we are mounted: the mount may hide where it would be imported from.
+        make_loop = self._driver()
         plan = session.plan_mount(self.options)
         # Until the loop listens: unwind what was done.  SIGINT is Python's KeyboardInterrupt.
         signal.signal(signal.SIGTERM, _interrupted)
@@ -271,12 +273,12 @@ class _Daemon:
             stack.callback(session.release_keeper, mount)
             # After the device is closed: nothing then waits for an answer.
             stack.callback(session.unmount, mount, lazily=True)
-            loop = self._loop(mount.device)
+            loop = make_loop(mount.device)
             stack.callback(loop.close)
             return self._serve(loop, mount, served)
 
-    def _loop(self, device: int) -> "Loop | EngineLoop":
-        """What answers the requests of `device`."""
+    def _driver(self) -> "Callable[[int], Loop | EngineLoop]":
+        """What makes the loop that answers the requests of a device."""
         from unionfs.handshake import Loop, Wishes
 
         options = self.options
@@ -284,11 +286,11 @@ class _Daemon:
         if options.driver == "engine":
             from unionfs.engine import EngineLoop
 
-            return EngineLoop(device, wishes, only_root_and_us=options.allow_root)
+            return lambda device: EngineLoop(device, wishes, only_root_and_us=options.allow_root)
         words = {"debug"} if options.debug else set()
         if options.allow_root:
             words.add("allow_root")  # libfuse itself refuses the others
-        return Loop(device, wishes, words)
+        return lambda device: Loop(device, wishes, words)
 
     def _open(self, stack: contextlib.ExitStack) -> tuple[str, Served]:
         """Check everything, then open it, in the order that leaves nothing behind on an error."""
