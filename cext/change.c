@@ -221,14 +221,20 @@ errint_t tree_data_copied(struct tree *t, uint64_t ino)
 
 /* ---- names ---- */
 
+static struct alias *name_find_locked(struct tree *t, uint64_t parent_ino, const char *name)
+{
+    struct node *parent = node_find_locked(t, parent_ino);
+
+    return parent ? alias_find_locked(t, parent, name) : NULL;
+}
+
 static struct node *node_of_name(struct tree *t, uint64_t parent_ino, const char *name)
 {
-    struct node *parent, *n = NULL;
+    struct node *n = NULL;
     struct alias *a;
 
     pthread_mutex_lock(&t->lock);
-    parent = node_find_locked(t, parent_ino);
-    a = parent ? alias_find_locked(t, parent, name) : NULL;
+    a = name_find_locked(t, parent_ino, name);
     if (a) {
         n = a->node;
         n->refs++;
@@ -326,12 +332,10 @@ static void name_gone_locked(struct tree *t, struct alias *a)
 
 errint_t tree_unlinked(struct tree *t, uint64_t parent_ino, const char *name)
 {
-    struct node *parent;
     struct alias *a;
 
     pthread_mutex_lock(&t->lock);
-    parent = node_find_locked(t, parent_ino);
-    a = parent ? alias_find_locked(t, parent, name) : NULL;
+    a = name_find_locked(t, parent_ino, name);
     if (a)
         name_gone_locked(t, a);
     unlock_and_close(t);
@@ -442,12 +446,10 @@ errint_t tree_made_opaque(struct tree *t, uint64_t ino)
 
 errint_t tree_alias_made_real(struct tree *t, uint64_t parent_ino, const char *name)
 {
-    struct node *parent;
     struct alias *a;
 
     pthread_mutex_lock(&t->lock);
-    parent = node_find_locked(t, parent_ino);
-    a = parent ? alias_find_locked(t, parent, name) : NULL;
+    a = name_find_locked(t, parent_ino, name);
     if (a)
         a->real = true;
     pthread_mutex_unlock(&t->lock);
