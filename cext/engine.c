@@ -7,12 +7,16 @@
  * hand is held up, or there are more than one thread can answer, and another thread is let to the
  * device. A thread that comes back and finds another waiting there rests.
  *
+ * To be woken on another processor takes longer than most answers. So while requests follow one
+ * another closely, the thread looks for the next one for a moment before it sleeps (docs/adr/0010).
+ *
  * Locking: `lock` protects the fields so marked; it is never held over a request. */
 #include "engine.h"
 
 #include <malloc.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
@@ -24,6 +28,8 @@ enum {
     QUIET_TICKS = 50,    /* of nothing, after which the watch sleeps */
     RESTING_KEPT = 2,    /* threads that rest rather than end */
     NUDGE_NS = 10000000, /* while stopping: between signals */
+    CLOSE_NS = 50000,    /* requests that follow one another closely */
+    EAGER_MOST = 4,
 };
 
 struct engine {
@@ -35,7 +41,8 @@ struct engine {
     _Atomic bool stopping; /* no more requests are to be read */
     _Atomic uint64_t counts[WIRE_OPCODES];
     pthread_t watch;
-    bool watching; /* `watch` was started */
+    bool watching;      /* `watch` was started */
+    bool one_processor; /* looking would keep the asker from asking */
 
     pthread_mutex_t lock;
     pthread_cond_t rest;    /* a resting thread is wanted */
@@ -50,6 +57,8 @@ struct worker {
     struct engine *e;
     pthread_t thread;
     char *in, *out;
+    int64_t answered_at; /* CLOCK_MONOTONIC */
+    int eager;           /* how many of the last requests came soon, at most EAGER_MOST */
 };
 
 static void *buffer_new(void)
@@ -125,6 +134,37 @@ static void answer(struct worker *w, size_t n)
         serve_undo(&e->server, &r, w->out);
 }
 
+static int64_t now_ns(void)
+{
+    struct timespec t;
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static bool requests_wait(const struct engine *e)
+{
+    struct pollfd p = {.fd = e->server.options.device, .events = POLLIN};
+
+    return poll(&p, 1, 0) > 0 && (p.revents & POLLIN);
+}
+
+/* The next request; looked for before it is waited for, if the last ones came soon. */
+static ssize_t next_request(struct worker *w)
+{
+    const struct engine *e = w->e;
+    ssize_t n;
+
+    while (w->eager > 0 && !requests_wait(e) && now_ns() - w->answered_at < CLOSE_NS)
+        (void)sched_yield(); /* whoever else wants this processor comes first */
+    n = read(e->server.options.device, w->in, WIRE_HEADER + WIRE_DATA);
+    if (e->one_processor || now_ns() - w->answered_at >= CLOSE_NS)
+        w->eager = w->eager > 1 ? w->eager - 2 : 0;
+    else if (w->eager < EAGER_MOST)
+        w->eager++;
+    return n;
+}
+
 static void *work(void *arg)
 {
     struct worker *w = arg;
@@ -136,11 +176,12 @@ static void *work(void *arg)
         ssize_t n;
 
         atomic_fetch_add(&e->waiting, 1);
-        n = read(e->server.options.device, w->in, WIRE_HEADER + WIRE_DATA);
+        n = next_request(w);
         atomic_fetch_sub(&e->waiting, 1);
         if (n >= 0) {
             note_work(e);
             answer(w, (size_t)n);
+            w->answered_at = now_ns();
         } else if (errno != EINTR && errno != EAGAIN && errno != ENOENT) {
             stop_all(e); /* ENODEV: unmounted */
         }
@@ -207,13 +248,6 @@ static void let_one_more_read(struct engine *e)
     pthread_mutex_unlock(&e->lock);
 }
 
-static bool requests_wait(const struct engine *e)
-{
-    struct pollfd p = {.fd = e->server.options.device, .events = POLLIN};
-
-    return poll(&p, 1, 0) > 0 && (p.revents & POLLIN);
-}
-
 static void sleep_until_work(struct engine *e, uint64_t seen)
 {
     pthread_mutex_lock(&e->lock);
@@ -269,6 +303,13 @@ static void *watch(void *arg)
     return NULL;
 }
 
+static bool only_one_processor(void)
+{
+    cpu_set_t set;
+
+    return sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) == 1;
+}
+
 errint_t engine_start(struct tree *t, const struct engine_options *options, struct engine **ret_e)
 {
     struct engine *e = calloc(1, sizeof *e);
@@ -289,6 +330,7 @@ errint_t engine_start(struct tree *t, const struct engine_options *options, stru
         free(e);
         return errno_or_eio();
     }
+    e->one_processor = only_one_processor();
     /* Signals are for the thread that started us. */
     sigfillset(&all);
     sigdelset(&all, SIGURG);
