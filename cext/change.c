@@ -61,25 +61,17 @@ static errint_t stat_published(struct tree *t, const struct copied_up *c, struct
                                struct stat *ret_st)
 {
     struct rdir *dir;
-    errint_t err;
+    errint_t err = 0;
     int fd;
 
     if (!parent)
         return stat_fd(c->orphan_fd, ret_st);
-    pthread_mutex_lock(&t->lock);
-    dir = node_dir_locked(parent, 0);
-    if (dir)
-        rdir_ref_locked(dir);
-    pthread_mutex_unlock(&t->lock);
-    if (!dir)
-        return -ENOENT;
-    fd = rdir_pin(t, dir);
-    err = fd;
-    if (fd >= 0) {
-        err = fstatat(fd, c->name, ret_st, AT_SYMLINK_NOFOLLOW) < 0 ? errno_or_eio() : 0;
-        rdir_unpin(t, dir);
-    }
-    rdir_put(t, dir);
+    fd = upper_pin(t, parent, &dir);
+    if (fd < 0)
+        return fd;
+    if (fstatat(fd, c->name, ret_st, AT_SYMLINK_NOFOLLOW) < 0)
+        err = errno_or_eio();
+    upper_unpin(t, dir);
     return err;
 }
 
@@ -228,7 +220,7 @@ static struct alias *name_find_locked(struct tree *t, uint64_t parent_ino, const
     return parent ? alias_find_locked(t, parent, name) : NULL;
 }
 
-static struct node *node_of_name(struct tree *t, uint64_t parent_ino, const char *name)
+struct node *node_of_name(struct tree *t, uint64_t parent_ino, const char *name)
 {
     struct node *n = NULL;
     struct alias *a;
@@ -545,30 +537,22 @@ errint_t tree_make_impure(struct tree *t, uint64_t ino)
 
     if (!n)
         return -ESTALE;
-    pthread_mutex_lock(&t->lock);
-    dir = node_dir_locked(n, 0);
-    if (dir && !dir->impure_marked)
-        rdir_ref_locked(dir);
-    else
-        dir = NULL;
-    pthread_mutex_unlock(&t->lock);
-    if (dir) {
-        fd = rdir_pin(t, dir);
-        err = fd < 0 ? fd : 0;
-        if (fd >= 0) {
-            proc_path(path, fd, NULL);
-            (void)snprintf(attr, sizeof attr, "%simpure", t->prefix);
-            char *args[] = {path, attr};
-            if (t->upper_xattrs)
-                err = as_owner(path, false, S_IWUSR, set_impure, args);
-            rdir_unpin(t, dir);
-        }
-        pthread_mutex_lock(&t->lock);
-        if (err == 0)
-            dir->impure = dir->impure_marked = true;
-        rdir_put_locked(t, dir);
-        pthread_mutex_unlock(&t->lock);
-    }
+    fd = upper_pin(t, n, &dir);
     node_put(t, n);
+    if (fd < 0)
+        return fd == -ENOENT ? 0 : fd;
+    if (!dir->impure_marked) {
+        proc_path(path, fd, NULL);
+        (void)snprintf(attr, sizeof attr, "%simpure", t->prefix);
+        char *args[] = {path, attr};
+        if (t->upper_xattrs)
+            err = as_owner(path, false, S_IWUSR, set_impure, args);
+        if (err == 0) {
+            pthread_mutex_lock(&t->lock);
+            dir->impure = dir->impure_marked = true;
+            pthread_mutex_unlock(&t->lock);
+        }
+    }
+    upper_unpin(t, dir);
     return err;
 }

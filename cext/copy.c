@@ -76,6 +76,16 @@ static errint_t copy_range(int src, int dst, off_t at, off_t end, enum method *m
     return 0;
 }
 
+static errint_t copy_all(int src, int dst, off_t at, off_t end, enum method *method, char **buffer)
+{
+    errint_t err = copy_range(src, dst, at, end, method, buffer);
+
+    /* What did not fit must not keep the rest of the space from others. */
+    if (err < 0)
+        (void)fallocate(dst, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, end);
+    return err;
+}
+
 errint_t copy_data(int src, int dst, uint64_t size)
 {
     enum method method = BY_RANGE;
@@ -91,6 +101,8 @@ errint_t copy_data(int src, int dst, uint64_t size)
         return 0;
     if ((uint64_t)st.st_size == size && ioctl(dst, FICLONE, src) == 0)
         return 0;
+    if (st.st_blocks * 512 >= st.st_size) /* without holes */
+        return copy_all(src, dst, 0, end, &method, &buffer);
     if (ftruncate(dst, end) < 0)
         return errno_or_eio();
     while (at < end) {
@@ -107,14 +119,30 @@ errint_t copy_data(int src, int dst, uint64_t size)
             hole = end;
         if (data >= end)
             break;
-        err = copy_range(src, dst, data, hole, &method, &buffer);
-        if (err < 0) {
-            /* What did not fit must not keep the rest of the space from others. */
-            (void)fallocate(dst, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, end);
+        err = copy_all(src, dst, data, hole, &method, &buffer);
+        if (err < 0)
             return err;
-        }
         at = hole;
     }
+    return 0;
+}
+
+errint_t give_owner(const char *path, uid_t uid, gid_t gid, mode_t *mode)
+{
+    struct stat st;
+
+    if (stat(path, &st) < 0)
+        return errno_or_eio();
+    if (st.st_uid == uid && st.st_gid == gid)
+        return 0;
+    if (chown(path, uid, gid) == 0)
+        return 0;
+    if (errno != EPERM && errno != EINVAL)
+        return errno_or_eio();
+    if (st.st_uid != uid)
+        *mode &= ~(mode_t)S_ISUID;
+    if (st.st_gid != gid && chown(path, (uid_t)-1, gid) < 0)
+        *mode &= ~(mode_t)S_ISGID;
     return 0;
 }
 

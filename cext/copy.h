@@ -3,12 +3,18 @@
 #ifndef UNIONFS_COPY_H
 #define UNIONFS_COPY_H
 
+#include <sys/types.h>
+
 #include "util.h"
 
 /* Copies `size` bytes from the start of src to dst, an empty file, whose size is `size` then.
  * By reflink, else within the kernel, else through a buffer; holes stay holes. A source that ends
  * early is -EIO: never a short copy. */
 errint_t copy_data(int src, int dst, uint64_t size);
+
+/* Gives a file of ours (a path; links are followed) owner and group. What we may not give stays
+ * ours, and `mode` then loses set-user-ID and set-group-ID, as with cp(1). */
+errint_t give_owner(const char *path, uid_t uid, gid_t gid, mode_t *mode);
 
 /* Copies every extended attribute but the union's own marks (those beginning with `prefix`), and
  * `override` (an attribute to leave out as well, or NULL). Paths, as xattr calls know them; links

@@ -25,6 +25,7 @@ struct module_state {
     PyTypeObject *tree_type;
     PyTypeObject *dir_type;
     PyTypeObject *engine_type;
+    PyTypeObject *hold_type;
 };
 
 #define TREE(op) (((TreeObject *)(op))->tree)
@@ -35,8 +36,8 @@ PyObject *none_or_errno(errint_t err, const char *name);
 /* The attributes of _native.pyi's _Attr. */
 PyObject *attr_tuple(const struct stat *st);
 
-extern PyType_Spec tree_spec, dir_spec, engine_spec;
-/* Tree's methods: py_query.c, py_files.c, py_changes.c; copied_up takes keywords. */
+extern PyType_Spec tree_spec, dir_spec, engine_spec, hold_spec;
+/* Tree's methods: py_query.c, py_files.c, py_changes.c, py_plain.c; copied_up takes keywords. */
 // clang-format off
 #define TREE_METHODS(X) \
     X(lookup) X(getattr) X(forget) X(entry) X(info) X(name_of) X(name_is_real) X(open_node) \
@@ -44,7 +45,9 @@ extern PyType_Spec tree_spec, dir_spec, engine_spec;
     X(adopt) X(release) X(read) X(write) X(fsync) X(file_info) X(opendir) X(releasedir) \
     X(dir_ino) X(readdir) X(is_empty) X(upper_dir) X(origin) X(data_copied) \
     X(prepare_unlink) X(abandon_unlink) X(unlinked) X(name_made_real) X(set_redirect) \
-    X(renamed) X(made_opaque) X(make_impure) X(set_nlink_diff) X(redirect_path)
+    X(renamed) X(made_opaque) X(make_impure) X(set_nlink_diff) X(redirect_path) \
+    X(plain_make) X(plain_unlink) X(plain_rename) X(plain_copy_up) X(mark_origin) X(temp_name) \
+    X(copying) X(committing)
 // clang-format on
 #define DECLARE(name) PyObject *py_##name(PyObject *op, PyObject *args);
 TREE_METHODS(DECLARE)

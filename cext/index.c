@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/xattr.h>
 
 #include "marks.h"
 #include "resolve.h"
@@ -57,6 +58,32 @@ errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin)
     err = fd < 0 ? fd : origin_at(t, n->layer, fd, "", ret_origin);
     node_put(t, n);
     return err;
+}
+
+static errint_t set_mark(const char *path, const char *prefix, const char *mark, const void *value,
+                         size_t len)
+{
+    char name[64];
+
+    (void)snprintf(name, sizeof name, "%s%s", prefix, mark);
+    return setxattr(path, name, value, len, 0) < 0 ? errno_or_eio() : 0;
+}
+
+errint_t mark_origin(struct tree *t, struct node *n, int src, const char *copy, bool *ret_kept)
+{
+    struct origin o;
+    char number[17];
+    int len = snprintf(number, sizeof number, "%llx", (unsigned long long)n->ino);
+    errint_t err = origin_at(t, n->layer, src, "", &o);
+
+    *ret_kept = false;
+    if (err < 0 || !t->upper_xattrs)
+        return err;
+    err = set_mark(copy, t->prefix, "unionfs.ino", number, (size_t)len);
+    if (err == 0 && o.len > 0)
+        err = set_mark(copy, t->prefix, "origin", o.fb, o.len);
+    *ret_kept = err == 0;
+    return err == -EPERM || err == -EOPNOTSUPP ? 0 : err;
 }
 
 static void settle_nlink(struct hit *h, nlink_t lower_nlink)

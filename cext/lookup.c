@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "marks.h"
 #include "resolve.h"
 
 /* A number for what cannot have its own, taken by something else: of a directory by its name, since
@@ -195,8 +196,8 @@ static errint_t attr_of_hit(struct tree *t, struct node *n, const struct stat *s
     return 0;
 }
 
-static errint_t lookup_in(struct tree *t, struct node *parent, const char *name, struct hit *h,
-                          struct node **ret_node)
+errint_t node_lookup(struct tree *t, struct node *parent, const char *name, struct hit *h,
+                     struct node **ret_node)
 {
     errint_t err;
 
@@ -230,7 +231,7 @@ errint_t tree_lookup(struct tree *t, uint64_t parent_ino, const char *name, stru
         node_put(t, parent);
         return -ENOMEM;
     }
-    err = lookup_in(t, parent, name, h, &n);
+    err = node_lookup(t, parent, name, h, &n);
     if (err == 0) {
         err = attr_of_hit(t, n, &h->st, ret_st);
         hit_clear(t, h);
@@ -242,6 +243,35 @@ errint_t tree_lookup(struct tree *t, uint64_t parent_ino, const char *name, stru
     }
     free(h);
     node_put(t, parent);
+    return err;
+}
+
+errint_t tree_lookup_made(struct tree *t, uint64_t parent_ino, const char *name, int fd,
+                          struct stat *ret_st)
+{
+    struct node *parent = node_get(t, parent_ino), *n = NULL;
+    struct hit *h = calloc(1, sizeof *h);
+    errint_t err;
+
+    err = !parent ? -ESTALE : !h ? -ENOMEM : stat_fd(fd, &h->st);
+    if (err == 0) {
+        h->any = true;
+        h->upper = UPPER_ENTRY;
+        h->type = h->st.st_mode & S_IFMT;
+        h->ino = union_ino(t->layers[0].fs, h->st.st_ino);
+        err = adopt(t, parent, name, h, &n, false);
+    }
+    if (err == 0) {
+        err = attr_of_hit(t, n, &h->st, ret_st);
+        pthread_mutex_lock(&t->lock);
+        if (err == 0)
+            n->nlookup++;
+        node_put_locked(t, n);
+        pthread_mutex_unlock(&t->lock);
+    }
+    free(h);
+    if (parent)
+        node_put(t, parent);
     return err;
 }
 
@@ -259,7 +289,7 @@ errint_t tree_entry(struct tree *t, uint64_t parent_ino, const char *name, struc
         node_put(t, parent);
         return -ENOMEM;
     }
-    err = lookup_in(t, parent, name, h, &n);
+    err = node_lookup(t, parent, name, h, &n);
     if (err == 0 || err == -ENOENT) {
         e.upper = h->upper;
         if (err == 0) {

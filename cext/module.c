@@ -160,6 +160,26 @@ static PyObject *py_set_mode(PyObject *module, PyObject *args)
     return none_or_errno(err, NULL);
 }
 
+/* The mode that may be set afterwards. */
+static PyObject *py_give_owner(PyObject *module, PyObject *args)
+{
+    int fd;
+    unsigned uid, gid, bits;
+    char path[PROC_BYTES];
+    mode_t mode;
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iIII:give_owner", &fd, &uid, &gid, &bits))
+        return NULL;
+    mode = (mode_t)bits;
+    proc_path(path, fd, NULL);
+    Py_BEGIN_ALLOW_THREADS
+    err = give_owner(path, uid, gid, &mode);
+    Py_END_ALLOW_THREADS
+    return err < 0 ? raise_errno(err, NULL) : PyLong_FromUnsignedLong(mode);
+}
+
 static PyObject *py_mode_of(PyObject *module, PyObject *args)
 {
     int fd;
@@ -198,6 +218,7 @@ static PyMethodDef functions[] = {
     {"lend", py_lend, METH_VARARGS, NULL},
     {"give_back", py_give_back, METH_VARARGS, NULL},
     {"set_mode", py_set_mode, METH_VARARGS, NULL},
+    {"give_owner", py_give_owner, METH_VARARGS, NULL},
     {"mode_of", py_mode_of, METH_VARARGS, NULL},
     {"renameat2", py_renameat2, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
@@ -210,7 +231,8 @@ static int module_exec(PyObject *module)
     state->tree_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &tree_spec, NULL);
     state->dir_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &dir_spec, NULL);
     state->engine_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &engine_spec, NULL);
-    if (!state->tree_type || !state->dir_type || !state->engine_type ||
+    state->hold_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &hold_spec, NULL);
+    if (!state->tree_type || !state->dir_type || !state->engine_type || !state->hold_type ||
         PyModule_AddType(module, state->tree_type) < 0 ||
         PyModule_AddType(module, state->dir_type) < 0 ||
         PyModule_AddType(module, state->engine_type) < 0)
@@ -225,6 +247,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->tree_type);
     Py_VISIT(state->dir_type);
     Py_VISIT(state->engine_type);
+    Py_VISIT(state->hold_type);
     return 0;
 }
 
@@ -235,6 +258,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->tree_type);
     Py_CLEAR(state->dir_type);
     Py_CLEAR(state->engine_type);
+    Py_CLEAR(state->hold_type);
     return 0;
 }
 

@@ -19,14 +19,7 @@ PyObject *py_upper_dir(PyObject *op, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     struct node *n = node_get(t, ino);
     if (n) {
-        pthread_mutex_lock(&t->lock);
-        dir = t->has_upper ? node_dir_locked(n, 0) : NULL;
-        if (dir)
-            rdir_ref_locked(dir);
-        pthread_mutex_unlock(&t->lock);
-        fd = dir ? rdir_pin(t, dir) : -ENOENT;
-        if (fd < 0 && dir)
-            rdir_put(t, dir);
+        fd = upper_pin(t, n, &dir);
         node_put(t, n);
     }
     Py_END_ALLOW_THREADS

@@ -113,10 +113,7 @@ PyObject *py_name_of(PyObject *op, PyObject *args)
     if (!n)
         return raise_errno(-ESTALE, NULL);
     pthread_mutex_lock(&TREE(op)->lock);
-    struct alias *best = n->aliases;
-    for (struct alias *a = n->aliases; a; a = a->next)
-        if (a->real)
-            best = a;
+    struct alias *best = alias_best_locked(n);
     if (best)
         out = Py_BuildValue("KyO", (unsigned long long)best->parent->ino, best->name,
                             best->real ? Py_True : Py_False);

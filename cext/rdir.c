@@ -249,3 +249,29 @@ void rdir_unpin(struct tree *t, struct rdir *r)
     evict_locked(t);
     pthread_mutex_unlock(&t->lock);
 }
+
+int upper_pin(struct tree *t, struct node *n, struct rdir **ret_dir)
+{
+    struct rdir *dir;
+    int fd;
+
+    pthread_mutex_lock(&t->lock);
+    dir = t->has_upper ? node_dir_locked(n, 0) : NULL;
+    if (dir)
+        rdir_ref_locked(dir);
+    pthread_mutex_unlock(&t->lock);
+    if (!dir)
+        return -ENOENT;
+    fd = rdir_pin(t, dir);
+    if (fd < 0)
+        rdir_put(t, dir);
+    else
+        *ret_dir = dir;
+    return fd;
+}
+
+void upper_unpin(struct tree *t, struct rdir *dir)
+{
+    rdir_unpin(t, dir);
+    rdir_put(t, dir);
+}

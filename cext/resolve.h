@@ -37,6 +37,10 @@ struct walk {
 
 /* What `name` means in `parent`. On success the caller clears the hit. */
 errint_t resolve(struct tree *t, struct node *parent, const char *name, struct hit *h);
+/* The same, and its node, which is to be put back. -ENOENT: nothing is shown; nor is the hit to be
+ * cleared then, or after another error. */
+errint_t node_lookup(struct tree *t, struct node *parent, const char *name, struct hit *h,
+                     struct node **ret_node);
 void hit_clear(struct tree *t, struct hit *h);
 
 /* Looks for w->path in the layers of `parent`, from `first_layer` on. */

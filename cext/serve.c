@@ -4,35 +4,23 @@
 #include <fcntl.h>
 #include <sys/statvfs.h>
 
-#include "engine.h"
+#include "plain.h"
+#include "serve.h"
 #include "xattrs.h"
-
-struct answer {
-    struct server *s;
-    const struct request *r;
-    char *data; /* after the header */
-    size_t cap;
-};
-
-/* A handler answers the length of what it has put into a->data, or -errno. */
-typedef ssize_t handler(struct answer *a);
 
 enum { SILENT = -0x10000 }; /* no answer is due */
 
-#define BODY(a, type) ((const struct type *)(const void *)(a)->r->body)
-#define REPLY(a, type) ((struct type *)(void *)(a)->data)
-
-static uint64_t valid_seconds(const struct answer *a)
+uint64_t valid_seconds(const struct answer *a)
 {
     return (uint64_t)(a->s->options.valid_ns / 1000000000);
 }
 
-static uint32_t valid_rest(const struct answer *a)
+uint32_t valid_rest(const struct answer *a)
 {
     return (uint32_t)(a->s->options.valid_ns % 1000000000);
 }
 
-static void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct stat *st)
+void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct stat *st)
 {
     *out = (struct fuse_entry_out){
         .nodeid = st ? st->st_ino : 0,
@@ -45,7 +33,7 @@ static void put_entry(const struct answer *a, struct fuse_entry_out *out, const 
         wire_attr(&out->attr, st);
 }
 
-static ssize_t by_call(struct answer *a)
+ssize_t by_call(struct answer *a)
 {
     atomic_fetch_add_explicit(&a->s->called[a->r->head->opcode], 1, memory_order_relaxed);
     return a->s->options.call(a->s->options.arg, a->r, a->data, a->cap);
@@ -185,8 +173,14 @@ static ssize_t on_open(struct answer *a)
     if (in->flags & O_TRUNC)
         return by_call(a);
     err = file_open(a->s->tree, a->r->head->nodeid, (int)in->flags, &fh);
-    if (err == -EROFS)
-        return by_call(a); /* it has to be copied up first */
+    if (err == -EROFS) { /* it has to be copied up first */
+        err = plain_copy_up(a->s->tree, a->r->head->nodeid, true);
+        if (err == NOT_PLAIN)
+            return by_call(a);
+        if (err < 0)
+            return err;
+        err = file_open(a->s->tree, a->r->head->nodeid, (int)in->flags, &fh);
+    }
     if (err < 0)
         return err;
     *out = (struct fuse_open_out){.fh = fh,
@@ -425,14 +419,14 @@ static const struct {
     [FUSE_LOOKUP] = {on_lookup, 0, true},
     [FUSE_FORGET] = {on_forget, sizeof(struct fuse_forget_in), false},
     [FUSE_GETATTR] = {on_getattr, 0, false},
-    [FUSE_SETATTR] = {by_call, sizeof(struct fuse_setattr_in), false},
+    [FUSE_SETATTR] = {on_setattr, sizeof(struct fuse_setattr_in), false},
     [FUSE_READLINK] = {on_readlink, 0, false},
-    [FUSE_SYMLINK] = {by_call, 0, true},
-    [FUSE_MKNOD] = {by_call, sizeof(struct fuse_mknod_in), true},
-    [FUSE_MKDIR] = {by_call, sizeof(struct fuse_mkdir_in), true},
-    [FUSE_UNLINK] = {by_call, 0, true},
+    [FUSE_SYMLINK] = {on_symlink, 0, true},
+    [FUSE_MKNOD] = {on_mknod, sizeof(struct fuse_mknod_in), true},
+    [FUSE_MKDIR] = {on_mkdir, sizeof(struct fuse_mkdir_in), true},
+    [FUSE_UNLINK] = {on_unlink, 0, true},
     [FUSE_RMDIR] = {by_call, 0, true},
-    [FUSE_RENAME] = {by_call, sizeof(struct fuse_rename_in), true},
+    [FUSE_RENAME] = {on_rename, sizeof(struct fuse_rename_in), true},
     [FUSE_LINK] = {by_call, sizeof(struct fuse_link_in), true},
     [FUSE_OPEN] = {on_open, sizeof(struct fuse_open_in), false},
     [FUSE_READ] = {on_read, sizeof(struct fuse_read_in), false},
@@ -448,14 +442,14 @@ static const struct {
     [FUSE_OPENDIR] = {on_opendir, sizeof(struct fuse_open_in), false},
     [FUSE_RELEASEDIR] = {on_releasedir, sizeof(struct fuse_release_in), false},
     [FUSE_FSYNCDIR] = {by_call, sizeof(struct fuse_fsync_in), false},
-    [FUSE_CREATE] = {by_call, sizeof(struct fuse_create_in), true},
+    [FUSE_CREATE] = {on_create, sizeof(struct fuse_create_in), true},
     [FUSE_INTERRUPT] = {on_interrupt, 0, false},
     [FUSE_DESTROY] = {on_destroy, 0, false},
     [FUSE_IOCTL] = {on_ioctl, sizeof(struct fuse_ioctl_in), false},
     [FUSE_BATCH_FORGET] = {on_batch_forget, sizeof(struct fuse_batch_forget_in), false},
     [FUSE_FALLOCATE] = {on_fallocate, sizeof(struct fuse_fallocate_in), false},
     [FUSE_READDIRPLUS] = {on_readdirplus, sizeof(struct fuse_read_in), false},
-    [FUSE_RENAME2] = {by_call, sizeof(struct fuse_rename2_in), true},
+    [FUSE_RENAME2] = {on_rename2, sizeof(struct fuse_rename2_in), true},
     [FUSE_LSEEK] = {on_lseek, sizeof(struct fuse_lseek_in), false},
     [FUSE_COPY_FILE_RANGE] = {on_copy_file_range, sizeof(struct fuse_copy_file_range_in), false},
 };

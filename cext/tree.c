@@ -4,8 +4,10 @@
 
 #include <fcntl.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/random.h>
 
 static uint64_t hash_ino(uint64_t ino)
 {
@@ -57,6 +59,11 @@ void unlock_and_close(struct tree *t)
     pthread_mutex_unlock(&t->lock);
     for (uint32_t i = 0; i < n; i++)
         (void)close(fds[i]);
+}
+
+void temp_name(struct tree *t, char name[static TEMP_BYTES])
+{
+    (void)snprintf(name, TEMP_BYTES, "#%x", (unsigned)atomic_fetch_add(&t->temps, 1));
 }
 
 /* ---- nodes ---- */
@@ -231,6 +238,16 @@ struct alias *alias_find_locked(struct tree *t, struct node *parent, const char 
     return a;
 }
 
+struct alias *alias_best_locked(const struct node *n)
+{
+    struct alias *best = n->aliases;
+
+    for (struct alias *a = n->aliases; a; a = a->next)
+        if (a->real)
+            best = a;
+    return best;
+}
+
 errint_t alias_add_locked(struct tree *t, struct node *parent, const char *name, struct node *n,
                           bool real)
 {
@@ -341,6 +358,17 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     t->prefix = options->user_prefix ? "user.overlay." : "trusted.overlay.";
     t->override_mode = options->override_mode;
     t->numbers_fd = options->numbers_fd;
+    t->work_fd = options->work_fd;
+    t->plain = options->plain;
+    t->all_ids = options->all_ids;
+    t->sync_copies = options->sync_copies;
+    t->sync_names = options->sync_names;
+    t->metacopy_bytes = options->metacopy_bytes;
+    t->euid = geteuid();
+    t->egid = getegid();
+    (void)getrandom(&t->temps, sizeof t->temps, GRND_NONBLOCK);
+    keylocks_init(&t->copying);
+    keylocks_init(&t->committing);
     t->squash_uid = options->squash_uid;
     t->squash_gid = options->squash_gid;
     t->nuids = options->nuids;
@@ -411,6 +439,8 @@ void tree_free(struct tree *t)
     free(t->uids);
     free(t->gids);
     free(t->layers);
+    keylocks_destroy(&t->committing);
+    keylocks_destroy(&t->copying);
     pthread_mutex_destroy(&t->lock);
     free(t);
 }

@@ -16,9 +16,10 @@
 
 #include <pthread.h>
 
+#include "keylock.h"
 #include "sys.h"
 
-enum { ROOT_INO = 1, MAX_LAYERS = 500 };
+enum { ROOT_INO = 1, MAX_LAYERS = 500, TEMP_BYTES = 24 };
 
 struct layer {
     int fd;        /* immutable: root directory, owned by the caller of tree_new */
@@ -115,6 +116,19 @@ struct tree {
     struct rdir *index; /* immutable: the index directory, or NULL */
     int numbers_fd;     /* immutable: records of numbers that no xattr can hold, or -1 */
 
+    /* For changes that are made here (plain.h). Immutable but for `temps`. */
+    bool plain;              /* marks in attributes, devices for whiteouts, owners as on disk */
+    bool all_ids;            /* no id is outside our user namespace */
+    bool sync_copies;        /* a copy's data are on disk before it is seen */
+    bool sync_names;         /* and its name before it is used */
+    int work_fd;             /* where a change is prepared, or -1 */
+    uint64_t metacopy_bytes; /* from here on data stay below until they are wanted; 0: never */
+    uid_t euid;
+    gid_t egid;
+    _Atomic uint32_t temps; /* names given to temporaries */
+    /* One copy-up of an inode at a time; inodes whose names or attributes change (union.py). */
+    struct keylocks copying, committing;
+
     struct node *root;
     struct node **nodes; /* by inode number */
     uint64_t node_mask, node_count;
@@ -146,6 +160,9 @@ struct tree_options {
     uint32_t max_open_dirs;
     int index_fd;   /* -1: none */
     int numbers_fd; /* -1: none */
+    int work_fd;    /* -1: none */
+    bool plain, all_ids, sync_copies, sync_names;
+    uint64_t metacopy_bytes;
 };
 
 /* `layers` and their descriptors are the caller's and outlive the tree. */
@@ -168,6 +185,10 @@ struct alias *alias_find_locked(struct tree *t, struct node *parent, const char 
 errint_t alias_add_locked(struct tree *t, struct node *parent, const char *name, struct node *n,
                           bool real);
 void alias_drop_locked(struct tree *t, struct alias *a);
+/* A name of the node: one that is real in its layer, if there is one; NULL if it has none. */
+struct alias *alias_best_locked(const struct node *n);
+/* The node that the table knows by a name, or NULL; put it back. */
+struct node *node_of_name(struct tree *t, uint64_t parent, const char *name);
 /* The real directory of a stack that lies in `layer`, or NULL. */
 struct rdir *node_dir_locked(const struct node *n, uint16_t layer);
 
@@ -180,6 +201,12 @@ void rdir_put(struct tree *t, struct rdir *r);
 /* Descriptor (O_PATH) of a directory, kept open until rdir_unpin; or -errno. */
 int rdir_pin(struct tree *t, struct rdir *r);
 void rdir_unpin(struct tree *t, struct rdir *r);
+/* The upper part of a directory node, referenced and pinned until upper_unpin: its descriptor;
+ * -ENOENT where it has none. */
+int upper_pin(struct tree *t, struct node *n, struct rdir **ret_dir);
+void upper_unpin(struct tree *t, struct rdir *dir);
+/* A name for a temporary in the work directory, as kernel overlayfs names its own. */
+void temp_name(struct tree *t, char name[static TEMP_BYTES]);
 
 /* Where a node is: a directory to pin, the name in it, what must be found there. */
 struct place {
@@ -216,6 +243,10 @@ ssize_t tree_readlink(struct tree *t, uint64_t ino, char *target, size_t size);
 /* Lookup (resolve.c): the attributes as the union shows them, the lookup count raised by one. */
 errint_t tree_lookup(struct tree *t, uint64_t parent, const char *name, struct stat *ret_st);
 
+/* The same of a file that has just been made in the upper, and is open. */
+errint_t tree_lookup_made(struct tree *t, uint64_t parent, const char *name, int fd,
+                          struct stat *ret_st);
+
 enum upper_state { UPPER_NONE, UPPER_WHITEOUT, UPPER_ENTRY };
 struct entry {
     uint64_t ino; /* 0: no such name in the union */
@@ -236,6 +267,11 @@ struct origin {
 errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
                    struct origin *ret_origin);
 errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin);
+
+/* Writes on a copy where it came from: its number in the union, and the origin of `src`, a
+ * descriptor of the lower file. `ret_kept`: false where the copy can hold no such marks (a user's
+ * symbolic links and special files: xattr(7)). */
+errint_t mark_origin(struct tree *t, struct node *n, int src, const char *copy, bool *ret_kept);
 
 /* Told after a change has been committed to disk (change.c). */
 struct copied_up {

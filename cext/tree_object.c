@@ -86,14 +86,16 @@ static int parse_layers(PyObject *list, struct layer **ret_layers, uint16_t *ret
 
 static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"layers",      "has_upper",    "live",          "upper_xattrs",
-                            "user_prefix", "override",     "squash_uid",    "squash_gid",
-                            "uids",        "gids",         "max_open_dirs", "index_fd",
-                            "numbers_fd",  "static_nlink", "noxattrs",      "noacl",
-                            NULL};
+    static char *names[] = {
+        "layers",        "has_upper",      "live",       "upper_xattrs", "user_prefix",
+        "override",      "squash_uid",     "squash_gid", "uids",         "gids",
+        "max_open_dirs", "index_fd",       "numbers_fd", "static_nlink", "noxattrs",
+        "noacl",         "work_fd",        "plain",      "all_ids",      "sync_copies",
+        "sync_names",    "metacopy_bytes", NULL};
     PyObject *layer_list, *uid_list, *gid_list;
     int has_upper, live, upper_xattrs, user_prefix, override, index_fd, numbers_fd;
-    int static_nlink, noxattrs, noacl;
+    int static_nlink, noxattrs, noacl, work_fd, plain, all_ids, sync_copies, sync_names;
+    unsigned long long metacopy_bytes;
     long long squash_uid, squash_gid;
     unsigned max_open_dirs;
     struct layer *layers = NULL;
@@ -103,10 +105,11 @@ static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *k
     TreeObject *self = NULL;
     errint_t err;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O$ppppiLLOOIiippp:Tree", names, &layer_list,
-                                     &has_upper, &live, &upper_xattrs, &user_prefix, &override,
-                                     &squash_uid, &squash_gid, &uid_list, &gid_list, &max_open_dirs,
-                                     &index_fd, &numbers_fd, &static_nlink, &noxattrs, &noacl))
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kwargs, "O$ppppiLLOOIiipppippppK:Tree", names, &layer_list, &has_upper, &live,
+            &upper_xattrs, &user_prefix, &override, &squash_uid, &squash_gid, &uid_list, &gid_list,
+            &max_open_dirs, &index_fd, &numbers_fd, &static_nlink, &noxattrs, &noacl, &work_fd,
+            &plain, &all_ids, &sync_copies, &sync_names, &metacopy_bytes))
         return NULL;
     if (parse_layers(layer_list, &layers, &nlayers) < 0 ||
         parse_ranges(uid_list, &uids, &o.nuids) < 0 || parse_ranges(gid_list, &gids, &o.ngids) < 0)
@@ -126,6 +129,12 @@ static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *k
     o.max_open_dirs = max_open_dirs;
     o.index_fd = index_fd;
     o.numbers_fd = numbers_fd;
+    o.work_fd = work_fd;
+    o.plain = plain != 0;
+    o.all_ids = all_ids != 0;
+    o.sync_copies = sync_copies != 0;
+    o.sync_names = sync_names != 0;
+    o.metacopy_bytes = metacopy_bytes;
     self = (TreeObject *)type->tp_alloc(type, 0);
     if (!self)
         goto out;

@@ -24,6 +24,16 @@ PREFIX = "trusted.overlay." if os.geteuid() == 0 else "user.overlay."
 TIMES = 2000  # calls of each entry point in the leak test
 
 
+NOT_PLAIN: dict[str, object] = {
+    "work_fd": -1,
+    "plain": False,
+    "all_ids": True,
+    "sync_copies": True,
+    "sync_names": False,
+    "metacopy_bytes": 0,
+}
+
+
 class Stack:
     """A tree over directories of the test's own: upper, middle, bottom."""
 
@@ -56,7 +66,7 @@ class Stack:
             "static_nlink": False,
             "noxattrs": False,
             "noacl": False,
-        }
+        } | NOT_PLAIN
         described = [(fd, 0, False, False, bytes(16)) for fd in self.fds[:3]]
         return Tree(described, **(words | changed))  # type: ignore[arg-type]
 
@@ -422,7 +432,8 @@ def _tree(stack: Stack) -> None:
                 "static_nlink": False,
                 "noxattrs": False,
                 "noacl": False,
-            },
+            }
+            | NOT_PLAIN,
         )
 
 

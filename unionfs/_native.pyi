@@ -27,6 +27,18 @@ class UpperDir:
         /,
     ) -> None: ...
 
+class Hold:
+    """A lock by number, held inside a with block."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
 class Tree:
     def __new__(
         cls,
@@ -48,6 +60,13 @@ class Tree:
         max_open_dirs: int,
         index_fd: int,
         numbers_fd: int,
+        work_fd: int,
+        # changes of the plain kind are made in C: marks in attributes, devices for whiteouts
+        plain: bool,
+        all_ids: bool,  # none lies outside our user namespace
+        sync_copies: bool,
+        sync_names: bool,
+        metacopy_bytes: int,  # from here on data stay below until they are wanted; 0: never
     ) -> Self: ...
 
     # What is there. lookup() counts one reference of the kernel's, which forget() takes back.
@@ -114,6 +133,34 @@ class Tree:
     def redirect_path(self, ino: int, /) -> bytes: ...
     def make_impure(self, ino: int, /) -> None: ...
     def set_nlink_diff(self, ino: int, diff: int, /) -> None: ...
+    # Whether the copy can hold the marks of where it came from (descriptors; the copy's any).
+    def mark_origin(self, ino: int, src: int, copy: int, /) -> bool: ...
+    def temp_name(self) -> bytes: ...
+
+    # Changes of the plain kind (cext/plain.h), whole. False (None) where it is not of that kind:
+    # then nothing has been done. plain_make() gives a regular file's descriptor, else -1.
+    def plain_make(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        umask: int,
+        rdev: int,
+        target: bytes,
+        flags: int,
+        uid: int,
+        gid: int,
+        /,
+    ) -> int | None: ...
+    def plain_unlink(self, parent: int, name: bytes, /) -> bool: ...
+    def plain_rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, /
+    ) -> bool: ...
+    def plain_copy_up(self, ino: int, data: bool, /) -> bool: ...
+
+    # Locks by number, of one or two inodes (union.py says in which order).
+    def copying(self, first: int, second: int = 0, /) -> Hold: ...
+    def committing(self, first: int, second: int = 0, /) -> Hold: ...
     def take_warning(self) -> str | None: ...
     def counts(self) -> dict[str, int]: ...
 
@@ -122,10 +169,12 @@ def copy_xattrs(src: int, dst: int, prefix: str, override: str | None, /) -> Non
 def birth_time(fd: int, /) -> int: ...
 
 # Mode bits lent, of a file that `fd` (perhaps O_PATH) stands for (cext/loan.h): a number for
-# give_back(), 0 where there was nothing to lend. set_mode() is a chmod that outlasts what is lent;
+# give_back(), 0 where there was nothing to lend. give_owner() gives the mode that may be set after
+# it; set_mode() is a chmod that outlasts what is lent;
 # mode_of() is st_mode as it will be when all is given back.
 def lend(fd: int, bits: int, /) -> int: ...
 def give_back(loan: int, /) -> None: ...
+def give_owner(fd: int, uid: int, gid: int, mode: int, /) -> int: ...
 def set_mode(fd: int, mode: int, /) -> None: ...
 def mode_of(fd: int, /) -> int: ...
 def renameat2(olddir: int, old: bytes, newdir: int, new: bytes, flags: int, /) -> None: ...

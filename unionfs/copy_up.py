@@ -30,7 +30,6 @@ _STANDS_FOR = {
     stat.S_IFCHR: b"char",
     stat.S_IFBLK: b"block",
 }
-NOT_PERMITTED = (errno.EPERM, errno.EINVAL)
 
 
 def ensure_upper(
@@ -62,6 +61,8 @@ def ensure_upper(
 
 def _ensure_one(union: Union, ino: int, *, data: bool, truncate: int | None) -> None:
     """Preconditions: the parent is in the upper (or is moving there: _publish looks again)."""
+    if truncate is None and union.tree.plain_copy_up(ino, data):
+        return
     with union.copying(ino):
         info = union.info(ino)
         if not info.upper:
@@ -151,24 +152,8 @@ def give_owner(union: Union, fd: int, uid: int, gid: int, mode: int) -> int:
     What we may not give is kept in the override attribute with xattr_permissions; else it is
     ours, and as with cp(1) it then loses set-user-ID and set-group-ID.
     """
-    path = fd_path(fd)
-    try:
-        os.chown(path, uid, gid)
-        return mode
-    except OSError as exc:
-        if exc.errno not in NOT_PERMITTED:
-            raise
-    if union.override is not None:
-        return mode
-    now = os.stat(path)
-    if now.st_uid != uid:
-        mode &= ~stat.S_ISUID
-    if now.st_gid != gid:
-        with contextlib.suppress(OSError):
-            os.chown(path, -1, gid)
-        if os.stat(path).st_gid != gid:
-            mode &= ~stat.S_ISGID
-    return mode
+    given = _native.give_owner(fd, uid, gid, mode)
+    return given if union.override is None else mode
 
 
 def set_override(
@@ -318,11 +303,10 @@ def _prepare_metadata(
         mode = override_mode(mode, directory=stat.S_ISDIR(status.st_mode))
     index = None
     if not stat.S_ISDIR(status.st_mode):
-        origin, name = union.tree.origin(ino)
-        if not marks.set_origin(fd, ino, origin):
+        if not union.tree.mark_origin(ino, src, fd):
             numbers.keep(union, fd, ino)
         if status.st_nlink > 1 and union.work is not None and union.work.index >= 0:
-            index = name
+            _, index = union.tree.origin(ino)
             if marks.xattrs:
                 with contextlib.suppress(PermissionError):  # a user's symbolic link
                     marks.set(fd, "nlink", b"L+0")

@@ -69,26 +69,19 @@ def create(union: Union, parent: int, name: bytes, new: New, ctx: Caller) -> int
     """Make NAME; a descriptor of it (a regular file's is open with new.flags)."""
     check_name(union, parent, name)
     ensure_upper(union, parent)
+    made = union.tree.plain_make(
+        parent, name, new.mode, ctx.umask, new.rdev, new.target, new.flags, ctx.uid, ctx.gid
+    )
+    if made is not None:
+        return made
     with union.tree.upper_dir(parent) as dirfd:
         default = None if stat.S_ISLNK(new.mode) else acl.default_acl(dirfd)
         uid, gid = disk_ids(union, ctx.uid, ctx.gid)
         mode = new.mode if default is not None else new.mode & ~ctx.umask
-        if _natural(union, dirfd, uid, gid) and not union.marks.wh:
-            # Where whiteouts are devices, a name that is free in the upper and unknown to the
-            # kernel has nothing below it either.
-            with contextlib.suppress(FileExistsError):
-                return _make_at(dirfd, name, new, mode)
         entry = union.entry(parent, name)
         if entry.ino or entry.upper == UPPER_ENTRY:
             raise _error(errno.EEXIST, name)
         return _make_in_work(union, dirfd, name, new, mode, (uid, gid), default, entry)
-
-
-def _natural(union: Union, dirfd: int, uid: int, gid: int) -> bool:
-    """Whether what we make in this directory is the caller's without further ado."""
-    if union.override is not None or uid != union.euid:
-        return False
-    return gid == union.egid or bool(os.stat(dirfd).st_mode & stat.S_ISGID)
 
 
 def _make_at(dirfd: int, name: bytes, new: New, mode: int) -> int:

@@ -7,7 +7,6 @@ what they mean. Called by the families of changes; docs/on-disk-format.md says i
 """
 
 import contextlib
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -86,24 +85,6 @@ class Marks:
         """Remove overlay.MARK; that commits a completed metadata-only copy, for one."""
         with lent(fd, stat.S_IWUSR, when=self.prefix.startswith("user.")):
             xattr.removexattr(fd_path(fd), self.prefix + mark)
-
-    def set_origin(self, fd: int, ino: int, origin: bytes) -> bool:
-        """Where a copy came from: its number in the union, and the kernel's file handle.
-
-        False if it cannot be kept there: a user's marks not on symbolic links and special files
-        (xattr(7)).
-        """
-        if not self.xattrs:
-            return False
-        try:
-            self.set(fd, "unionfs.ino", b"%x" % ino)
-            if origin:
-                self.set(fd, "origin", origin)
-        except OSError as exc:
-            if exc.errno not in (errno.EPERM, errno.EOPNOTSUPP):
-                raise
-            return False
-        return True
 
     def set_opaque(self, fd: int) -> None:
         """Nothing of the lower layers shows through this directory (a readable descriptor)."""

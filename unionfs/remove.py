@@ -20,6 +20,8 @@ def unlink(union: Union, parent: int, name: bytes) -> None:
     if not entry.ino:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
     ensure_upper(union, parent)
+    if union.tree.plain_unlink(parent, name):
+        return
     keep_links(union, parent, name, entry)
     with union.committing(entry.ino):
         # A copy-up may have been published while the lock was waited for.

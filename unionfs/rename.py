@@ -43,6 +43,8 @@ def rename(
         raise _error(errno.ENOTEMPTY, new_name)
     ensure_upper(union, parent)
     ensure_upper(union, new_parent)
+    if not flags and union.tree.plain_rename(parent, name, new_parent, new_name):
+        return
     ensure_name(union, parent, name, old.ino)
     if exchange:
         ensure_name(union, new_parent, new_name, new.ino)

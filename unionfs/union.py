@@ -21,13 +21,11 @@ No request waits for a stranger's copy-up: only requests that need the copy of t
 its copying lock.
 """
 
-import contextlib
 import fcntl
-import itertools
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from unionfs._native import Tree
@@ -80,37 +78,6 @@ class LongWork(Exception):
     """Raised, before anything has changed, by what must not be done on the event loop's thread."""
 
 
-class KeyedLocks:
-    """A lock for each number, made when it is wanted and gone when nobody wants it."""
-
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._locks: dict[int, tuple[threading.Lock, int]] = {}  # protected by _mutex
-
-    @contextlib.contextmanager
-    def __call__(self, *keys: int) -> Iterator[None]:
-        ordered = sorted(set(keys))
-        taken: list[threading.Lock] = []
-        for key in ordered:
-            with self._mutex:
-                lock, users = self._locks.get(key, (None, 0))
-                lock = lock or threading.Lock()
-                self._locks[key] = (lock, users + 1)
-            lock.acquire()
-            taken.append(lock)
-        try:
-            yield
-        finally:
-            for key, lock in zip(reversed(ordered), reversed(taken), strict=True):
-                lock.release()
-                with self._mutex:
-                    held, users = self._locks[key]
-                    if users == 1:
-                        del self._locks[key]
-                    else:
-                        self._locks[key] = (held, users - 1)
-
-
 def fs_uuid(fd: int) -> bytes:
     """The UUID of a file system as kernel overlayfs writes it into origins; zeros if unknown."""
     buf = bytearray(17)
@@ -159,17 +126,17 @@ class Union:
             xattrs=namespace is not None,
             wh=work is not None and work.whiteout == "wh",
         )
-        self.copying = KeyedLocks()
-        self.committing = KeyedLocks()
         # FUSE_HANDLE_KILLPRIV_V2 was agreed upon.
         self.kills_privileges = False
         # Then: whose capability was taken away last, and by which process (attributes.py).
         self.capability_killed: tuple[int, int] | None = None
         self.requests: Callable[[], dict[str, dict[str, int]]] | None = None  # the driver's counts
         self._allowed = threading.local()
-        self._temp = itertools.count(int.from_bytes(os.urandom(4), "little"))
         self._incompat = False
         self.tree = self._make_tree()
+        # Locks by number, for `with`; C takes the same ones.
+        self.copying = self.tree.copying
+        self.committing = self.tree.committing
 
     def _namespace(self) -> str | None:
         if self.upper is not None and self.work is not None:
@@ -222,6 +189,25 @@ class Union:
             max_open_dirs=MAX_OPEN_DIRS,
             index_fd=-1 if self.work is None else self.work.index,
             numbers_fd=-1 if self.work is None else self.work.numbers,
+            work_fd=-1 if self.work is None else self.work.fd,
+            plain=self._is_plain(),
+            all_ids=reads_all_ids(),
+            sync_copies=options.fsync != "volatile",
+            sync_names=options.fsync == "strict",
+            metacopy_bytes=METACOPY_BYTES if options.metacopy else 0,
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether changes of the plain kind are made in C (cext/plain.h)."""
+        options = self.options
+        return (
+            self.work is not None
+            and self.marks.xattrs
+            and not self.marks.wh
+            and not options.xattr_permissions
+            and not (options.uidmapping or options.gidmapping)
+            and options.squash_to_uid is None
+            and options.squash_to_gid is None
         )
 
     def _reads_wh(self, i: int, bottom: int) -> bool:
@@ -256,7 +242,7 @@ class Union:
 
     def temp_name(self) -> bytes:
         """A name for a temporary in the work directory, as kernel overlayfs names its own."""
-        return b"#%x" % next(self._temp)
+        return self.tree.temp_name()
 
     @property
     def work_fd(self) -> int:

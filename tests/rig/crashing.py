@@ -179,7 +179,10 @@ def _instrument(steps: Steps) -> None:
         module: Any = importlib.import_module(f"unionfs.{name}")
         if hasattr(module, "renameat2"):
             module.renameat2 = renameat2
-    replaced.Tree = lambda *args, **kwargs: _SteppingTree(real_tree(*args, **kwargs), steps)
+    # What is made in C cannot be stopped from here: test_crash_plain.py.
+    replaced.Tree = lambda *args, **kwargs: _SteppingTree(
+        real_tree(*args, **kwargs | {"plain": False}), steps
+    )
     # The engine's threads use the table itself.
     driver: Any = importlib.import_module("unionfs.engine")
     real_engine = driver.Engine

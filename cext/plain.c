@@ -1,0 +1,407 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+#include "plain.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/xattr.h>
+
+#include "loan.h"
+#include "resolve.h"
+
+enum { MODE_BITS = 07777, SYNC_FLAGS = O_SYNC | O_DSYNC };
+
+/* The area beside the upper has its name in the union's root. */
+static bool is_reserved(uint64_t parent, const char *name)
+{
+    return parent == ROOT_INO && strcmp(name, ".unionfs") == 0;
+}
+
+/* ---- making ---- */
+
+static bool has_default_acl(int dirfd)
+{
+    char path[PROC_BYTES];
+
+    proc_path(path, dirfd, NULL);
+    return getxattr(path, "system.posix_acl_default", NULL, 0) >= 0;
+}
+
+/* Whether what we make in this directory is the caller's without further ado. */
+static bool is_natural(const struct tree *t, int dirfd, const struct new_file *new)
+{
+    struct stat st;
+
+    if (new->uid != t->euid)
+        return false;
+    return new->gid == t->egid || (stat_fd(dirfd, &st) == 0 && st.st_mode & S_ISGID);
+}
+
+/* The daemon's own umask is 0. */
+static int make_at(int dirfd, const char *name, const struct new_file *new, mode_t mode)
+{
+    int flags = (new->flags &(O_ACCMODE | SYNC_FLAGS)) | O_NONBLOCK;
+
+    switch (mode & S_IFMT) {
+    case S_IFREG:
+        flags |= O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW;
+        return openat(dirfd, name, flags, mode & MODE_BITS);
+    case S_IFDIR:
+        return mkdirat(dirfd, name, mode & MODE_BITS);
+    case S_IFLNK:
+        return symlinkat(new->target, dirfd, name);
+    default:
+        return mknodat(dirfd, name, mode, new->rdev);
+    }
+}
+
+errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
+                    const struct new_file *new, int *ret_fd)
+{
+    struct node *parent;
+    struct rdir *dir;
+    mode_t mode = new->mode;
+    errint_t err = NOT_PLAIN;
+    int dirfd;
+
+    if (!t->plain || is_reserved(parent_ino, name))
+        return NOT_PLAIN;
+    parent = node_get(t, parent_ino);
+    if (!parent)
+        return -ESTALE;
+    dirfd = upper_pin(t, parent, &dir);
+    if (dirfd >= 0) {
+        if (is_natural(t, dirfd, new)) {
+            if (!S_ISLNK(mode) && !has_default_acl(dirfd))
+                mode &= ~new->umask;
+            /* A name that is free in the upper and not known to the kernel has nothing below it
+             * either, where whiteouts are devices. Another answer is for those who look. */
+            int fd = make_at(dirfd, name, new, mode);
+
+            if (fd >= 0) {
+                *ret_fd = S_ISREG(mode) ? fd : -1;
+                err = 0;
+            }
+        }
+        upper_unpin(t, dir);
+    }
+    node_put(t, parent);
+    return err;
+}
+
+/* ---- names ---- */
+
+/* A name that the table knows, and what it means now that nobody else changes it. */
+struct known {
+    struct node *parent, *node;
+    const char *name;
+    struct hit *hit;
+};
+
+static void known_done(struct tree *t, struct known *k)
+{
+    if (k->hit)
+        hit_clear(t, k->hit);
+    free(k->hit);
+    if (k->node)
+        node_put(t, k->node);
+    if (k->parent)
+        node_put(t, k->parent);
+    *k = (struct known){0};
+}
+
+/* Its node is NULL where the table has none. */
+static errint_t known_get(struct tree *t, uint64_t parent, const char *name, struct known *ret_k)
+{
+    struct known k = {.parent = node_get(t, parent), .name = name};
+
+    if (!k.parent)
+        return -ESTALE;
+    k.node = node_of_name(t, parent, name);
+    *ret_k = k;
+    return 0;
+}
+
+/* Precondition: committing(k->node). */
+static errint_t known_resolve(struct tree *t, struct known *k)
+{
+    struct node *found = NULL;
+    errint_t err;
+
+    k->hit = calloc(1, sizeof *k->hit);
+    if (!k->hit)
+        return -ENOMEM;
+    err = node_lookup(t, k->parent, k->name, k->hit, &found);
+    if (err == -ENOENT && !k->node)
+        return 0;
+    if (found)
+        node_put(t, found);
+    /* It was something else, or known by another name: once more, from the beginning. */
+    return err == 0 && found == k->node ? 0 : NOT_PLAIN;
+}
+
+/* Would a lower layer show something here, were the upper's entry away? */
+static errint_t lower_shows(struct tree *t, const struct known *k, bool *ret_shows)
+{
+    struct hit *below;
+    struct walk *w;
+    errint_t err = 0;
+
+    if (k->hit->any && k->hit->upper != UPPER_ENTRY) {
+        *ret_shows = true;
+        return 0;
+    }
+    pthread_mutex_lock(&t->lock);
+    bool only_upper = k->parent->ndirs == 1;
+    pthread_mutex_unlock(&t->lock);
+    *ret_shows = false;
+    if (only_upper)
+        return 0;
+    below = calloc(1, sizeof *below);
+    w = calloc(1, sizeof *w);
+    if (below && w) {
+        w->t = t;
+        w->hit = below;
+        (void)snprintf(w->path, sizeof w->path, "%s", k->name);
+        err = walk_down(w, k->parent, 1);
+        *ret_shows = below->any;
+        hit_clear(t, below);
+    } else {
+        err = -ENOMEM;
+    }
+    free(below);
+    free(w);
+    return err;
+}
+
+/* Whether only one system call is due when this name of the node goes: nothing counts its links,
+ * nothing records its number. Precondition: known_resolve. */
+static bool goes_plainly(struct tree *t, const struct known *k)
+{
+    const struct hit *h = k->hit;
+    bool plain;
+
+    if (S_ISDIR(h->type))
+        return false;
+    pthread_mutex_lock(&t->lock);
+    plain = !k->node->indexed;
+    pthread_mutex_unlock(&t->lock);
+    if (!plain || (h->upper != UPPER_ENTRY && t->index && h->st.st_nlink > 1))
+        return false;
+    return t->numbers_fd < 0 || S_ISREG(h->type) || h->upper != UPPER_ENTRY ||
+           k->node->ino == h->st.st_ino;
+}
+
+static errint_t make_whiteout(int dirfd, const char *name)
+{
+    return mknodat(dirfd, name, S_IFCHR, 0) < 0 ? errno_or_eio() : 0;
+}
+
+static errint_t whiteout_over(struct tree *t, int dirfd, const char *name)
+{
+    char temp[TEMP_BYTES];
+    errint_t err;
+
+    temp_name(t, temp);
+    err = make_whiteout(t->work_fd, temp);
+    if (err < 0)
+        return err;
+    if (renameat(t->work_fd, temp, dirfd, name) == 0)
+        return 0;
+    err = errno_or_eio();
+    (void)unlinkat(t->work_fd, temp, 0);
+    return err;
+}
+
+static errint_t remove_at(struct tree *t, int dirfd, const char *name, const struct hit *h,
+                          bool lower)
+{
+    if (h->upper != UPPER_ENTRY)
+        return make_whiteout(dirfd, name);
+    if (lower)
+        return whiteout_over(t, dirfd, name);
+    return unlinkat(dirfd, name, 0) < 0 ? errno_or_eio() : 0;
+}
+
+static errint_t unlink_known(struct tree *t, struct known *k)
+{
+    struct rdir *dir;
+    bool lower;
+    errint_t err = known_resolve(t, k);
+    int dirfd;
+
+    if (err != 0)
+        return err;
+    if (!goes_plainly(t, k))
+        return NOT_PLAIN;
+    err = lower_shows(t, k, &lower);
+    if (err < 0)
+        return err;
+    dirfd = upper_pin(t, k->parent, &dir);
+    if (dirfd < 0)
+        return NOT_PLAIN;
+    err = tree_prepare_unlink(t, k->parent->ino, k->name);
+    if (err == 0) {
+        err = remove_at(t, dirfd, k->name, k->hit, lower);
+        if (err < 0)
+            tree_abandon_unlink(t, k->parent->ino, k->name);
+        else
+            err = tree_unlinked(t, k->parent->ino, k->name);
+    }
+    upper_unpin(t, dir);
+    return err;
+}
+
+errint_t plain_unlink(struct tree *t, uint64_t parent, const char *name)
+{
+    struct known k;
+    errint_t err;
+
+    if (!t->plain)
+        return NOT_PLAIN;
+    err = known_get(t, parent, name, &k);
+    if (err < 0)
+        return err;
+    if (k.node) {
+        struct keyhold hold = {.keys = {k.node->ino}};
+
+        keys_take(&t->committing, &hold);
+        err = unlink_known(t, &k);
+        keys_give(&t->committing, &hold);
+    } else {
+        err = NOT_PLAIN;
+    }
+    known_done(t, &k);
+    return err;
+}
+
+/* What may be said of the source and the target of a plain rename. */
+static bool moves_plainly(struct tree *t, const struct known *old, const struct known *new)
+{
+    bool plain;
+
+    if (S_ISDIR(old->hit->type) || old->hit->upper != UPPER_ENTRY)
+        return false;
+    pthread_mutex_lock(&t->lock);
+    plain = !old->node->indexed && !old->node->metacopy;
+    pthread_mutex_unlock(&t->lock);
+    return plain && (!new->node || goes_plainly(t, new));
+}
+
+static errint_t move_at(struct tree *t, const struct known *old, const struct known *new,
+                        unsigned flags)
+{
+    struct rdir *old_dir, *new_dir;
+    int old_fd = upper_pin(t, old->parent, &old_dir), new_fd;
+    errint_t err = NOT_PLAIN;
+
+    if (old_fd < 0)
+        return NOT_PLAIN;
+    new_fd = upper_pin(t, new->parent, &new_dir);
+    if (new_fd >= 0) {
+        err = 0;
+        if (syscall(SYS_renameat2, old_fd, old->name, new_fd, new->name, flags) < 0)
+            err = errno_or_eio();
+        upper_unpin(t, new_dir);
+    }
+    upper_unpin(t, old_dir);
+    return err;
+}
+
+static errint_t rename_known(struct tree *t, struct known *old, struct known *new)
+{
+    uint64_t from = old->parent->ino, to = new->parent->ino;
+    bool lower;
+    errint_t err = known_resolve(t, old);
+
+    if (err == 0)
+        err = known_resolve(t, new);
+    if (err != 0)
+        return err;
+    if (!moves_plainly(t, old, new))
+        return NOT_PLAIN;
+    err = lower_shows(t, old, &lower);
+    if (err == 0 && old->node->ino != old->hit->st.st_ino)
+        err = tree_make_impure(t, to);
+    if (err == 0 && new->node)
+        err = tree_prepare_unlink(t, to, new->name);
+    if (err < 0)
+        return err;
+    err = move_at(t, old, new, lower ? RENAME_WHITEOUT : 0);
+    if (err == 0)
+        return tree_renamed(t, from, old->name, to, new->name, false);
+    if (new->node)
+        tree_abandon_unlink(t, to, new->name);
+    return err;
+}
+
+errint_t plain_rename(struct tree *t, uint64_t parent, const char *name, uint64_t new_parent,
+                      const char *new_name)
+{
+    struct known old, new;
+    errint_t err;
+
+    if (!t->plain || is_reserved(new_parent, new_name))
+        return NOT_PLAIN;
+    err = known_get(t, parent, name, &old);
+    if (err < 0)
+        return err;
+    err = known_get(t, new_parent, new_name, &new);
+    if (err == 0 && old.node && old.node != new.node) {
+        struct keyhold hold = {.keys = {old.node->ino, new.node ? new.node->ino : 0}};
+
+        keys_take(&t->committing, &hold);
+        err = rename_known(t, &old, &new);
+        keys_give(&t->committing, &hold);
+    } else if (err == 0) {
+        err = NOT_PLAIN;
+    }
+    known_done(t, &new);
+    known_done(t, &old);
+    return err;
+}
+
+/* ---- attributes ---- */
+
+static errint_t change_at(int fd, const struct change *c)
+{
+    char path[PROC_BYTES];
+    errint_t err = 0;
+
+    /* By the link in /proc: it leads to the inode itself, be it a symbolic link. */
+    proc_path(path, fd, NULL);
+    if ((c->uid >= 0 || c->gid >= 0) && chown(path, (uid_t)c->uid, (gid_t)c->gid) < 0)
+        err = errno_or_eio();
+    if (err == 0 && c->set_mode)
+        err = loan_set_mode(path, c->mode & MODE_BITS);
+    if (err == 0 && c->set_times && utimensat(AT_FDCWD, path, c->times, 0) < 0)
+        err = errno_or_eio();
+    return err;
+}
+
+errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c)
+{
+    struct keyhold hold = {.keys = {ino}};
+    struct node *n;
+    errint_t err = 0;
+
+    if (!t->plain)
+        return NOT_PLAIN;
+    n = node_get(t, ino);
+    if (!n)
+        return -ESTALE;
+    if (S_ISREG(n->type))
+        err = plain_copy_up(t, ino, false);
+    if (err == 0) {
+        keys_take(&t->committing, &hold); /* not replaced meanwhile by its completed copy */
+        pthread_mutex_lock(&t->lock);
+        bool upper = n->upper;
+        pthread_mutex_unlock(&t->lock);
+        cleanup_fd int fd = upper ? node_open(t, n, O_PATH | O_NOFOLLOW, false) : -1;
+        err = !upper ? NOT_PLAIN : fd < 0 ? fd : change_at(fd, c);
+        keys_give(&t->committing, &hold);
+    }
+    node_put(t, n);
+    return err;
+}

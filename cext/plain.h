@@ -1,0 +1,44 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* Changes of the plain kind, decided and made here alone: marks are kept in attributes and
+ * whiteouts are devices, the directory lies in the upper, one system call is the whole change.
+ * Whatever is otherwise is NOT_PLAIN, said before anything has been changed, and is for the
+ * operations in Python (create.py, remove.py, rename.py, attributes.py, copy_up.py).
+ *
+ * Callable from any thread; needs no interpreter. Lock order: copying, committing, the tree's. */
+#ifndef UNIONFS_PLAIN_H
+#define UNIONFS_PLAIN_H
+
+#include "tree.h"
+
+enum { NOT_PLAIN = 1 };
+
+struct new_file {
+    mode_t mode; /* with the type; the umask not yet taken off */
+    mode_t umask;
+    dev_t rdev;
+    const char *target; /* of a symbolic link */
+    int flags;          /* of open(2), for a regular file */
+    uint32_t uid, gid;  /* who makes it */
+};
+
+/* `ret_fd`: a regular file's descriptor, opened with new->flags, else -1. */
+errint_t plain_make(struct tree *t, uint64_t parent, const char *name, const struct new_file *new,
+                    int *ret_fd);
+/* Anything but a directory. */
+errint_t plain_unlink(struct tree *t, uint64_t parent, const char *name);
+/* Anything but a directory, without flags. */
+errint_t plain_rename(struct tree *t, uint64_t parent, const char *name, uint64_t new_parent,
+                      const char *new_name);
+
+struct change {
+    bool set_mode, set_times;
+    mode_t mode;
+    int64_t uid, gid;         /* -1: stays */
+    struct timespec times[2]; /* utimensat(2) */
+};
+
+errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c);
+/* copy_up.c. A regular file; `data`: it is wanted whole. Nothing to do is 0. */
+errint_t plain_copy_up(struct tree *t, uint64_t ino, bool data);
+
+#endif

@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What the files of handlers share: serve.c and serve_*.c. */
+#ifndef UNIONFS_SERVE_H
+#define UNIONFS_SERVE_H
+
+#include "engine.h"
+
+struct answer {
+    struct server *s;
+    const struct request *r;
+    char *data; /* after the header */
+    size_t cap;
+};
+
+/* A handler answers the length of what it has put into a->data, or -errno. */
+typedef ssize_t handler(struct answer *a);
+
+#define BODY(a, type) ((const struct type *)(const void *)(a)->r->body)
+#define REPLY(a, type) ((struct type *)(void *)(a)->data)
+
+/* Asks options.call. */
+ssize_t by_call(struct answer *a);
+
+uint64_t valid_seconds(const struct answer *a);
+uint32_t valid_rest(const struct answer *a);
+/* Without attributes: a name that the kernel may remember not to be there. */
+void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct stat *st);
+
+/* serve_changes.c */
+handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_unlink, on_rename, on_rename2;
+
+#endif
