@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Copy-up of a plain regular file: what copy_up.py does of all kinds of them, step by step. A
+/* Copy-up of plain files and of directories: what copy_up.py does of all kinds, step by step. A
  * temporary in the work directory, its data, its metadata, fsync, and one rename. */
 #include <fcntl.h>
 #include <stdio.h>
@@ -11,6 +11,15 @@
 #include "loan.h"
 #include "marks.h"
 #include "plain.h"
+
+/* One copy-up on its way. */
+struct copying {
+    int src;        /* O_PATH of a directory */
+    struct stat st; /* of src */
+    bool metacopy;  /* its data stay where they are */
+    char temp[TEMP_BYTES];
+    int fd; /* of temp */
+};
 
 /* Where a file is to be published. */
 struct target {
@@ -42,43 +51,64 @@ static void target_done(struct tree *t, struct target *g)
     g->parent = NULL;
 }
 
-/* NOT_PLAIN for what has to be counted, kept elsewhere, or stays in the lower. */
-static errint_t check_source(struct tree *t, const struct stat *st, const char *src, bool data)
+/* NOT_PLAIN for what has to be counted, or cannot be given to a copy. */
+static errint_t check_source(struct tree *t, const struct copying *c)
 {
-    if (t->index && st->st_nlink > 1)
+    char path[PROC_BYTES];
+
+    if (S_ISREG(c->st.st_mode) && t->index && c->st.st_nlink > 1)
         return NOT_PLAIN;
-    if (!data && t->metacopy_bytes && (uint64_t)st->st_size >= t->metacopy_bytes)
+    if (c->metacopy && !atomic_load(&t->metacopy_noted))
         return NOT_PLAIN;
-    /* An ACL that names ids outside our user namespace cannot be given to the copy. */
-    if (!t->all_ids && getxattr(src, "system.posix_acl_access", NULL, 0) >= 0)
+    proc_path(path, c->src, NULL);
+    /* An ACL that names ids outside our user namespace. */
+    if (!t->all_ids && getxattr(path, "system.posix_acl_access", NULL, 0) >= 0)
         return NOT_PLAIN;
     return 0;
 }
 
-static errint_t copy_metadata(struct tree *t, struct node *n, int src, int fd,
-                              const struct stat *st)
+static errint_t set_metacopy(struct tree *t, int fd)
 {
-    struct timespec times[2] = {st->st_atim, st->st_mtim};
-    char src_path[PROC_BYTES], path[PROC_BYTES];
-    mode_t mode = st->st_mode & 07777;
-    errint_t err;
-    bool kept;
+    char name[64];
 
-    proc_path(src_path, src, NULL);
-    proc_path(path, fd, NULL);
+    (void)snprintf(name, sizeof name, "%smetacopy", t->prefix);
+    return fsetxattr(fd, name, "", 0, 0) < 0 ? errno_or_eio() : 0;
+}
+
+/* Where the file came from, and that its data are still there. */
+static errint_t write_marks(struct tree *t, struct node *n, const struct copying *c)
+{
+    bool kept;
+    errint_t err = mark_origin(t, n, c->src, c->fd, &kept);
+
+    if (err == 0 && !kept)
+        err = NOT_PLAIN; /* recorded elsewhere */
+    return err == 0 && c->metacopy ? set_metacopy(t, c->fd) : err;
+}
+
+static errint_t copy_metadata(struct tree *t, struct node *n, const struct copying *c)
+{
+    struct timespec times[2] = {c->st.st_atim, c->st.st_mtim};
+    char src_path[PROC_BYTES], path[PROC_BYTES];
+    mode_t mode = c->st.st_mode & 07777;
+    struct stat now;
+    errint_t err = stat_fd(c->fd, &now);
+
+    proc_path(src_path, c->src, NULL);
+    proc_path(path, c->fd, NULL);
     /* The owner first: chown clears set-ID bits and capabilities. */
-    err = give_owner(path, st->st_uid, st->st_gid, &mode);
-    if (err == 0)
+    if (err == 0 && (now.st_uid != c->st.st_uid || now.st_gid != c->st.st_gid))
+        err = give_owner(path, c->st.st_uid, c->st.st_gid, &mode);
+    if (err == 0 && (S_ISDIR(c->st.st_mode) || flistxattr(c->src, NULL, 0) != 0))
         err = copy_xattrs(src_path, path, t->prefix, NULL);
-    if (err == 0)
-        err = mark_origin(t, n, src, path, &kept);
-    if (err < 0)
+    if (err == 0 && S_ISREG(c->st.st_mode))
+        err = write_marks(t, n, c);
+    if (err != 0)
         return err;
-    if (!kept)
-        return NOT_PLAIN; /* recorded elsewhere */
-    if (fchmod(fd, mode) < 0 || futimens(fd, times) < 0)
+    if (fchmod(c->fd, mode) < 0 || futimens(c->fd, times) < 0)
         return errno_or_eio();
-    return t->sync_copies && fsync(fd) < 0 ? errno_or_eio() : 0;
+    bool sync = S_ISREG(c->st.st_mode) && !c->metacopy ? t->sync_copies : t->sync_names;
+    return sync && fsync(c->fd) < 0 ? errno_or_eio() : 0;
 }
 
 static errint_t sync_dir(int dirfd)
@@ -91,91 +121,141 @@ static errint_t sync_dir(int dirfd)
 }
 
 /* One rename; nothing but the copy itself changes for the union's users. */
-static errint_t rename_into(struct tree *t, const char *temp, struct node *parent, const char *name)
+static errint_t rename_at(struct tree *t, const struct copying *c, int dirfd, const char *name)
 {
+    char path[PROC_BYTES];
+    struct loan *own = NULL;
+    struct stat st;
+    errint_t err = stat_fd(dirfd, &st);
+
+    proc_path(path, c->fd, NULL);
+    if (err == 0 && S_ISDIR(c->st.st_mode)) /* its `..` changes */
+        err = loan_take(path, false, S_IWUSR, &own);
+    if (err == 0 && syscall(SYS_renameat2, t->work_fd, c->temp, dirfd, name, RENAME_NOREPLACE) < 0)
+        err = errno_or_eio();
+    loan_return(own);
+    if (err == 0) {
+        struct timespec times[2] = {st.st_atim, st.st_mtim};
+
+        proc_path(path, dirfd, NULL);
+        (void)utimensat(AT_FDCWD, path, times, 0);
+        if (t->sync_names)
+            err = sync_dir(dirfd);
+    }
+    return err;
+}
+
+static errint_t rename_into(struct tree *t, const struct copying *c, const struct target *g)
+{
+    mode_t needed = t->sync_names ? S_IRWXU : S_IWUSR | S_IXUSR;
     struct rdir *dir;
     struct loan *loan;
     char path[PROC_BYTES];
-    struct stat st;
-    int dirfd = upper_pin(t, parent, &dir);
+    int dirfd = upper_pin(t, g->parent, &dir);
     errint_t err;
 
     if (dirfd < 0)
         return NOT_PLAIN;
     proc_path(path, dirfd, NULL);
-    err = loan_take(path, false, t->sync_names ? S_IRWXU : S_IWUSR | S_IXUSR, &loan);
+    err = loan_take(path, false, needed, &loan);
     if (err == 0) {
-        err = stat_fd(dirfd, &st);
-        if (err == 0 && syscall(SYS_renameat2, t->work_fd, temp, dirfd, name, RENAME_NOREPLACE) < 0)
-            err = errno_or_eio();
-        if (err == 0) {
-            struct timespec times[2] = {st.st_atim, st.st_mtim};
-
-            (void)utimensat(AT_FDCWD, path, times, 0);
-        }
-        if (err == 0 && t->sync_names)
-            err = sync_dir(dirfd);
+        err = rename_at(t, c, dirfd, g->name);
         loan_return(loan);
     }
     upper_unpin(t, dir);
     return err;
 }
 
-/* Precondition: committing(n). */
-static errint_t publish(struct tree *t, struct node *n, const char *temp, int fd)
+static errint_t discard(struct tree *t, const struct copying *c)
 {
-    struct copied_up c = {.ino = n->ino, .orphan_fd = -1};
+    int flags = S_ISDIR(c->st.st_mode) ? AT_REMOVEDIR : 0;
+
+    return unlinkat(t->work_fd, c->temp, flags) < 0 ? errno_or_eio() : 0;
+}
+
+/* Precondition: committing(n). */
+static errint_t publish(struct tree *t, struct node *n, const struct copying *c)
+{
+    struct copied_up done = {.ino = n->ino, .metacopy = c->metacopy, .orphan_fd = -1};
     struct target g;
     bool at_hand = find_target(t, n, &g);
     errint_t err = 0;
 
     if (!g.parent) {
         /* Unlinked, it may be while its bytes moved; open descriptors live on. */
-        err = unlinkat(t->work_fd, temp, 0) < 0 ? errno_or_eio() : 0;
-        c.orphan_fd = fd;
+        err = discard(t, c);
+        done.orphan_fd = c->fd;
     } else {
-        c.parent = g.parent->ino;
-        c.name = g.name;
-        err = at_hand ? tree_make_impure(t, g.parent->ino) : NOT_PLAIN;
+        done.parent = g.parent->ino;
+        done.name = g.name;
+        err = at_hand ? 0 : NOT_PLAIN;
+        if (err == 0 && !S_ISDIR(n->type))
+            err = tree_make_impure(t, g.parent->ino);
         if (err == 0)
-            err = rename_into(t, temp, g.parent, g.name);
+            err = rename_into(t, c, &g);
     }
     if (err == 0)
-        err = tree_copied_up(t, &c);
+        err = tree_copied_up(t, &done);
     target_done(t, &g);
     return err;
 }
 
-static errint_t copy_to_temp(struct tree *t, struct node *n, int src, const struct stat *st)
+static int make_temp(struct tree *t, struct copying *c)
+{
+    temp_name(t, c->temp);
+    if (!S_ISDIR(c->st.st_mode)) {
+        c->fd =
+            openat(t->work_fd, c->temp, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, S_IRUSR | S_IWUSR);
+        return c->fd < 0 ? errno_or_eio() : 0;
+    }
+    if (mkdirat(t->work_fd, c->temp, S_IRWXU) < 0)
+        return errno_or_eio();
+    c->fd = openat(t->work_fd, c->temp, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (c->fd < 0) {
+        errint_t err = errno_or_eio();
+
+        (void)discard(t, c);
+        return err;
+    }
+    return 0;
+}
+
+static errint_t fill_temp(const struct copying *c)
+{
+    if (S_ISDIR(c->st.st_mode))
+        return 0;
+    if (!c->metacopy)
+        return copy_data(c->src, c->fd, (uint64_t)c->st.st_size);
+    return ftruncate(c->fd, c->st.st_size) < 0 ? errno_or_eio() : 0;
+}
+
+static errint_t copy_by_temp(struct tree *t, struct node *n, struct copying *c)
 {
     struct keyhold hold = {.keys = {n->ino}};
-    char temp[TEMP_BYTES];
-    errint_t err;
+    errint_t err = make_temp(t, c);
 
-    temp_name(t, temp);
-    cleanup_fd int fd =
-        openat(t->work_fd, temp, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, S_IRUSR | S_IWUSR);
-    if (fd < 0)
-        return errno_or_eio();
-    err = copy_data(src, fd, (uint64_t)st->st_size);
+    if (err < 0)
+        return err;
+    err = fill_temp(c);
     if (err == 0)
-        err = copy_metadata(t, n, src, fd, st);
+        err = copy_metadata(t, n, c);
     if (err == 0) {
         keys_take(&t->committing, &hold);
-        err = publish(t, n, temp, fd);
+        err = publish(t, n, c);
         keys_give(&t->committing, &hold);
     }
     if (err != 0)
-        (void)unlinkat(t->work_fd, temp, 0);
+        (void)discard(t, c);
+    close_keep_errno(c->fd);
     return err;
 }
 
 /* Precondition: copying(n). */
 static errint_t copy_up_node(struct tree *t, struct node *n, bool data)
 {
-    char path[PROC_BYTES];
+    int how = S_ISDIR(n->type) ? O_PATH | O_DIRECTORY : O_RDONLY | O_NONBLOCK;
+    struct copying c = {.fd = -1};
     struct target g;
-    struct stat st;
     errint_t err;
 
     pthread_mutex_lock(&t->lock);
@@ -189,39 +269,74 @@ static errint_t copy_up_node(struct tree *t, struct node *n, bool data)
     target_done(t, &g);
     if (!at_hand)
         return NOT_PLAIN;
-    cleanup_fd int src = node_open(t, n, O_RDONLY | O_NONBLOCK | O_NOFOLLOW, true);
+    cleanup_fd int src = node_open(t, n, how | O_NOFOLLOW, true);
     if (src < 0)
         return src == -EACCES ? NOT_PLAIN : src;
-    err = stat_fd(src, &st);
+    err = stat_fd(src, &c.st);
     if (err < 0)
         return err;
-    proc_path(path, src, NULL);
-    err = check_source(t, &st, path, data);
-    return err != 0 ? err : copy_to_temp(t, n, src, &st);
+    c.src = src;
+    c.metacopy = S_ISREG(c.st.st_mode) && !data && t->metacopy_bytes &&
+                 (uint64_t)c.st.st_size >= t->metacopy_bytes;
+    err = check_source(t, &c);
+    return err != 0 ? err : copy_by_temp(t, n, &c);
+}
+
+static bool is_done(struct tree *t, struct node *n, bool data)
+{
+    pthread_mutex_lock(&t->lock);
+    bool done = n->upper && !(data && n->metacopy);
+    pthread_mutex_unlock(&t->lock);
+    return done;
+}
+
+static errint_t copy_up_one(struct tree *t, struct node *n, bool data)
+{
+    struct keyhold hold = {.keys = {n->ino}};
+    errint_t err;
+
+    if (is_done(t, n, data))
+        return 0;
+    if (!S_ISREG(n->type) && !S_ISDIR(n->type))
+        return NOT_PLAIN;
+    keys_take(&t->copying, &hold);
+    err = copy_up_node(t, n, data);
+    keys_give(&t->copying, &hold);
+    return err;
+}
+
+/* The highest directory above `n` that is not in the upper yet, or NULL; put it back. */
+static struct node *missing_above(struct tree *t, const struct node *n)
+{
+    struct node *missing = NULL;
+
+    pthread_mutex_lock(&t->lock);
+    for (struct alias *a = alias_best_locked(n); a && !a->parent->upper;
+         a = alias_best_locked(a->parent))
+        missing = a->parent;
+    if (missing)
+        missing->refs++;
+    pthread_mutex_unlock(&t->lock);
+    return missing;
 }
 
 errint_t plain_copy_up(struct tree *t, uint64_t ino, bool data)
 {
-    struct keyhold hold = {.keys = {ino}};
-    struct node *n;
-    errint_t err;
+    struct node *n, *above;
+    errint_t err = 0;
 
     if (!t->plain)
         return NOT_PLAIN;
     n = node_get(t, ino);
     if (!n)
         return -ESTALE;
-    pthread_mutex_lock(&t->lock);
-    bool done = n->upper && !(data && n->metacopy);
-    pthread_mutex_unlock(&t->lock);
-    if (done) {
-        err = 0;
-    } else if (!S_ISREG(n->type)) {
-        err = NOT_PLAIN;
-    } else {
-        keys_take(&t->copying, &hold);
-        err = copy_up_node(t, n, data);
-        keys_give(&t->copying, &hold);
+    if (!is_done(t, n, data)) {
+        while (err == 0 && (above = missing_above(t, n))) {
+            err = copy_up_one(t, above, false);
+            node_put(t, above);
+        }
+        if (err == 0)
+            err = copy_up_one(t, n, data);
     }
     node_put(t, n);
     return err;

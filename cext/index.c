@@ -33,8 +33,10 @@ errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
         o.fb[4] = (unsigned char)u.handle.handle_type;
         memcpy(o.fb + 5, t->layers[layer].uuid, 16);
         memcpy(o.fb + 21, u.handle.f_handle, u.handle.handle_bytes);
-        for (size_t i = 0; i < o.len; i++)
-            (void)snprintf(o.hex + 2 * i, 3, "%02x", o.fb[i]);
+        for (size_t i = 0; i < o.len; i++) {
+            o.hex[2 * i] = "0123456789abcdef"[o.fb[i] >> 4];
+            o.hex[2 * i + 1] = "0123456789abcdef"[o.fb[i] & 15];
+        }
     } else {
         struct stat st;
 
@@ -60,16 +62,20 @@ errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin)
     return err;
 }
 
-static errint_t set_mark(const char *path, const char *prefix, const char *mark, const void *value,
-                         size_t len)
+static errint_t set_mark(struct tree *t, int fd, const char *mark, const void *value, size_t len)
 {
-    char name[64];
+    char name[64], path[PROC_BYTES];
 
-    (void)snprintf(name, sizeof name, "%s%s", prefix, mark);
+    (void)snprintf(name, sizeof name, "%s%s", t->prefix, mark);
+    if (fsetxattr(fd, name, value, len, 0) == 0)
+        return 0;
+    if (errno != EBADF)
+        return errno_or_eio();
+    proc_path(path, fd, NULL); /* O_PATH */
     return setxattr(path, name, value, len, 0) < 0 ? errno_or_eio() : 0;
 }
 
-errint_t mark_origin(struct tree *t, struct node *n, int src, const char *copy, bool *ret_kept)
+errint_t mark_origin(struct tree *t, struct node *n, int src, int copy, bool *ret_kept)
 {
     struct origin o;
     char number[17];
@@ -79,9 +85,9 @@ errint_t mark_origin(struct tree *t, struct node *n, int src, const char *copy, 
     *ret_kept = false;
     if (err < 0 || !t->upper_xattrs)
         return err;
-    err = set_mark(copy, t->prefix, "unionfs.ino", number, (size_t)len);
+    err = set_mark(t, copy, "unionfs.ino", number, (size_t)len);
     if (err == 0 && o.len > 0)
-        err = set_mark(copy, t->prefix, "origin", o.fb, o.len);
+        err = set_mark(t, copy, "origin", o.fb, o.len);
     *ret_kept = err == 0;
     return err == -EPERM || err == -EOPNOTSUPP ? 0 : err;
 }

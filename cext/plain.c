@@ -62,16 +62,17 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
     struct node *parent;
     struct rdir *dir;
     mode_t mode = new->mode;
-    errint_t err = NOT_PLAIN;
-    int dirfd;
+    errint_t err;
+    int dirfd = -1;
 
     if (!t->plain || is_reserved(parent_ino, name))
         return NOT_PLAIN;
     parent = node_get(t, parent_ino);
     if (!parent)
         return -ESTALE;
-    dirfd = upper_pin(t, parent, &dir);
-    if (dirfd >= 0) {
+    err = plain_copy_up(t, parent_ino, false);
+    if (err == 0 && (dirfd = upper_pin(t, parent, &dir)) >= 0) {
+        err = NOT_PLAIN;
         if (is_natural(t, dirfd, new)) {
             if (!S_ISLNK(mode) && !has_default_acl(dirfd))
                 mode &= ~new->umask;
@@ -87,7 +88,7 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
         upper_unpin(t, dir);
     }
     node_put(t, parent);
-    return err;
+    return dirfd < 0 && err == 0 ? NOT_PLAIN : err;
 }
 
 /* ---- names ---- */
@@ -263,14 +264,13 @@ errint_t plain_unlink(struct tree *t, uint64_t parent, const char *name)
     err = known_get(t, parent, name, &k);
     if (err < 0)
         return err;
-    if (k.node) {
+    err = k.node && !S_ISDIR(k.node->type) ? plain_copy_up(t, parent, false) : NOT_PLAIN;
+    if (err == 0) {
         struct keyhold hold = {.keys = {k.node->ino}};
 
         keys_take(&t->committing, &hold);
         err = unlink_known(t, &k);
         keys_give(&t->committing, &hold);
-    } else {
-        err = NOT_PLAIN;
     }
     known_done(t, &k);
     return err;
@@ -336,6 +336,15 @@ static errint_t rename_known(struct tree *t, struct known *old, struct known *ne
     return err;
 }
 
+static errint_t copy_up_for_rename(struct tree *t, const struct known *old, const struct known *new)
+{
+    errint_t err = plain_copy_up(t, old->node->ino, false);
+
+    if (err == 0) /* its name may be in a directory that holds another link of it */
+        err = plain_copy_up(t, old->parent->ino, false);
+    return err == 0 ? plain_copy_up(t, new->parent->ino, false) : err;
+}
+
 errint_t plain_rename(struct tree *t, uint64_t parent, const char *name, uint64_t new_parent,
                       const char *new_name)
 {
@@ -348,14 +357,16 @@ errint_t plain_rename(struct tree *t, uint64_t parent, const char *name, uint64_
     if (err < 0)
         return err;
     err = known_get(t, new_parent, new_name, &new);
-    if (err == 0 && old.node && old.node != new.node) {
+    if (err == 0 && (!old.node || old.node == new.node || S_ISDIR(old.node->type)))
+        err = NOT_PLAIN;
+    if (err == 0)
+        err = copy_up_for_rename(t, &old, &new);
+    if (err == 0) {
         struct keyhold hold = {.keys = {old.node->ino, new.node ? new.node->ino : 0}};
 
         keys_take(&t->committing, &hold);
         err = rename_known(t, &old, &new);
         keys_give(&t->committing, &hold);
-    } else if (err == 0) {
-        err = NOT_PLAIN;
     }
     known_done(t, &new);
     known_done(t, &old);
@@ -391,8 +402,7 @@ errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c)
     n = node_get(t, ino);
     if (!n)
         return -ESTALE;
-    if (S_ISREG(n->type))
-        err = plain_copy_up(t, ino, false);
+    err = plain_copy_up(t, ino, false);
     if (err == 0) {
         keys_take(&t->committing, &hold); /* not replaced meanwhile by its completed copy */
         pthread_mutex_lock(&t->lock);

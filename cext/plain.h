@@ -38,7 +38,8 @@ struct change {
 };
 
 errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c);
-/* copy_up.c. A regular file; `data`: it is wanted whole. Nothing to do is 0. */
+/* copy_up.c. A regular file or a directory, and what it lies in; `data`: the file is wanted whole.
+ * Nothing to do is 0. */
 errint_t plain_copy_up(struct tree *t, uint64_t ino, bool data);
 
 #endif

@@ -85,21 +85,26 @@ PyObject *py_mark_origin(PyObject *op, PyObject *args)
 {
     unsigned long long ino;
     int src, fd;
-    char path[PROC_BYTES];
     bool kept = false;
     errint_t err = -ESTALE;
 
     if (!PyArg_ParseTuple(args, "Kii:mark_origin", &ino, &src, &fd))
         return NULL;
-    proc_path(path, fd, NULL);
     Py_BEGIN_ALLOW_THREADS
     struct node *n = node_get(TREE(op), ino);
     if (n) {
-        err = mark_origin(TREE(op), n, src, path, &kept);
+        err = mark_origin(TREE(op), n, src, fd, &kept);
         node_put(TREE(op), n);
     }
     Py_END_ALLOW_THREADS
     return err < 0 ? raise_errno(err, NULL) : PyBool_FromLong(kept);
+}
+
+PyObject *py_metacopy_noted(PyObject *op, PyObject *args)
+{
+    (void)args;
+    TREE(op)->metacopy_noted = true;
+    Py_RETURN_NONE;
 }
 
 PyObject *py_temp_name(PyObject *op, PyObject *args)

@@ -4,7 +4,6 @@
 
 #include <fcntl.h>
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
@@ -364,6 +363,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     t->sync_copies = options->sync_copies;
     t->sync_names = options->sync_names;
     t->metacopy_bytes = options->metacopy_bytes;
+    t->metacopy_noted = !options->user_prefix;
     t->euid = geteuid();
     t->egid = getegid();
     (void)getrandom(&t->temps, sizeof t->temps, GRND_NONBLOCK);

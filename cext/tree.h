@@ -15,6 +15,7 @@
 #define UNIONFS_TREE_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "keylock.h"
 #include "sys.h"
@@ -125,7 +126,8 @@ struct tree {
     uint64_t metacopy_bytes; /* from here on data stay below until they are wanted; 0: never */
     uid_t euid;
     gid_t egid;
-    _Atomic uint32_t temps; /* names given to temporaries */
+    _Atomic uint32_t temps;      /* names given to temporaries */
+    _Atomic bool metacopy_noted; /* the upper says that there may be metadata-only copies */
     /* One copy-up of an inode at a time; inodes whose names or attributes change (union.py). */
     struct keylocks copying, committing;
 
@@ -269,9 +271,9 @@ errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
 errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin);
 
 /* Writes on a copy where it came from: its number in the union, and the origin of `src`, a
- * descriptor of the lower file. `ret_kept`: false where the copy can hold no such marks (a user's
- * symbolic links and special files: xattr(7)). */
-errint_t mark_origin(struct tree *t, struct node *n, int src, const char *copy, bool *ret_kept);
+ * descriptor of the lower file (any; so is `copy`). `ret_kept`: false where the copy can hold no
+ * such marks (a user's symbolic links and special files: xattr(7)). */
+errint_t mark_origin(struct tree *t, struct node *n, int src, int copy, bool *ret_kept);
 
 /* Told after a change has been committed to disk (change.c). */
 struct copied_up {

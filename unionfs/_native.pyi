@@ -136,6 +136,7 @@ class Tree:
     # Whether the copy can hold the marks of where it came from (descriptors; the copy's any).
     def mark_origin(self, ino: int, src: int, copy: int, /) -> bool: ...
     def temp_name(self) -> bytes: ...
+    def metacopy_noted(self) -> None: ...  # the upper says that there may be some
 
     # Changes of the plain kind (cext/plain.h), whole. False (None) where it is not of that kind:
     # then nothing has been done. plain_make() gives a regular file's descriptor, else -1.

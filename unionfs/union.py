@@ -262,6 +262,7 @@ class Union:
             return
         self.work.mark_incompat("unionfs-userxattr-redirect")
         self._incompat = True
+        self.tree.metacopy_noted()
 
     # ---- long work ----
 
