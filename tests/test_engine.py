@@ -79,6 +79,13 @@ def extents(path: Path) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="/sys/class/bdi is root's to change")
+def test_reads_ahead_as_much_as_a_request_carries(union: Unionfs) -> None:
+    device = os.stat(union.mnt).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    assert Path(f"/sys/class/bdi/{number}/read_ahead_kb").read_text() == "1024\n"
+
+
 def test_holes_are_found(union: Unionfs) -> None:
     found = both(union, lambda root: extents(root / "sparse"))
     if found == [(0, 3 * MIB + 3)]:

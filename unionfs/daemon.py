@@ -369,8 +369,12 @@ class _Daemon:
     async def _live(self, loop: "Loop | EngineLoop", mount: "Mount", served: Served) -> None:
         import trio
 
+        from unionfs import session
+
         def on_init() -> None:
             self._was_live = True
+            if self.options.driver == "engine":  # /sys may lie below the mount point
+                session.read_ahead(mount)
             self._facts["init"] = [flag.name for flag in loop.flags]
             log.info("mounted on %s", mount.point)
             self.ready(mount.number)

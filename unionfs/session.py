@@ -35,6 +35,7 @@ FUSE_CONF: Final = "/etc/fuse.conf"
 TYPE: Final = "fuse.unionfs"
 DEFAULT_SOURCE: Final = "unionfs"
 _CAP_SYS_ADMIN: Final = 21
+_READ_AHEAD_KIB: Final = 1024
 _FLAGS: Final = {
     "nodev": MountFlag.NODEV,
     "nosuid": MountFlag.NOSUID,
@@ -261,6 +262,19 @@ def unmount(mount: Mount, *, lazily: bool) -> bool:
         command, stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True
     )
     return result.returncode == 0 or not still_mounted(mount)
+
+
+def read_ahead(mount: Mount) -> None:
+    """Have the kernel ask for as much at once as one request can carry, where it reads ahead.
+
+    INIT can only lower its 128 KiB; what stands in /sys/class/bdi is root's to change (see
+    Documentation/ABI/testing/sysfs-class-bdi of the kernel). After INIT.
+    """
+    with (
+        contextlib.suppress(OSError),
+        open(f"/sys/class/bdi/{mount.number}/read_ahead_kb", "w") as f,
+    ):
+        f.write(str(_READ_AHEAD_KIB))
 
 
 def flush(mount: Mount) -> None:
