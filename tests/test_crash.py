@@ -26,6 +26,7 @@ import pytest
 from tests.rig import ground, snapshot, syscalls
 from tests.rig.crashing import Stepping
 from tests.rig.mounted import Unionfs
+from tests.rig.traced import Traced, why_not
 
 LARGE = 100_000  # more than union.METACOPY_BYTES: metadata-only copies
 PAST = 1_600_000_000_000_000_000
@@ -228,7 +229,8 @@ def fill(lower: Path) -> None:
 class Rig:
     """Layers for the many runs of one case: the lower is one, each run has an upper of its own."""
 
-    def __init__(self, place: Path, case: Case) -> None:
+    def __init__(self, place: Path, case: Case, kind: type[Stepping] = Stepping) -> None:
+        self.kind = kind
         self.place = place
         self.case = case
         self.lower = place / "lower"
@@ -242,7 +244,7 @@ class Rig:
         here = self.place / f"{kind}{self.runs}"
         (here / "mnt").mkdir(parents=True)
         (here / "upper").mkdir()
-        union = Stepping([self.lower], here / "upper", here / "mnt", options=self.case.options)
+        union = self.kind([self.lower], here / "upper", here / "mnt", options=self.case.options)
         if self.case.prepare is _nothing:
             union.stop_at, union.error = stop_at, error
             union.mount()
@@ -303,14 +305,16 @@ def steps_of(rig: Rig, fresh: int) -> tuple[snapshot.Tree, snapshot.Tree, list[s
     return before, after, steps
 
 
-def run_case(place: Path, case: Case) -> None:
+def run_case(place: Path, case: Case, kind: type[Stepping] = Stepping) -> None:
     fresh = time.time_ns() - 10**7
-    rig = Rig(place, case)
+    rig = Rig(place, case, kind)
     lower = snapshot.take(rig.lower)
     before, after, steps = steps_of(rig, fresh)
     wrong: list[str] = []
     for at in range(1, len(steps) + 1):
         union = rig.prepared(at)
+        if isinstance(union, Traced):
+            union.steps = tuple(steps)
         union.arm()
         with contextlib.suppress(OSError):
             case.change(union.mnt)
@@ -358,6 +362,28 @@ def test_killed_at_each_step(place: Path, name: str) -> None:
 def test_killed_at_each_step_with_wh_marks(place: Path, name: str) -> None:
     case = CASES[name]
     run_case(place, replace(case, options=["whiteout=wh"]))
+
+
+# What C makes alone (cext/plain.h).
+PLAIN = [
+    "full copy-up in a lower directory",
+    "metadata-only copy-up, chmod",
+    "utimes",
+    "create",
+    "unlink of a lower file",
+    "unlink of a copied-up file",
+    "rename of a lower file",
+    "rename over a lower file",
+    "rename over a whiteout",
+]
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("name", PLAIN)
+def test_killed_at_each_system_call(place: Path, name: str) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    run_case(place, CASES[name], Traced)
 
 
 # ---- at any moment, under load ----

@@ -179,7 +179,7 @@ def _instrument(steps: Steps) -> None:
         module: Any = importlib.import_module(f"unionfs.{name}")
         if hasattr(module, "renameat2"):
             module.renameat2 = renameat2
-    # What is made in C cannot be stopped from here: test_crash_plain.py.
+    # What is made in C cannot be stopped from here: see tests/rig/traced.py.
     replaced.Tree = lambda *args, **kwargs: _SteppingTree(
         real_tree(*args, **kwargs | {"plain": False}), steps
     )
@@ -216,6 +216,10 @@ class Stepping(Unionfs):
         self.armed.unlink(missing_ok=True)
         return self.trace.read_text().split("\n")[:-1]
 
+    def instrument(self) -> None:
+        """In the child, before it begins."""
+        _instrument(Steps(self.armed, self.trace, self.stop_at, self.error))
+
     def mount(self) -> None:
         self.armed.unlink(missing_ok=True)
         self._read = self.log.stat().st_size if self.log.exists() else 0
@@ -241,7 +245,7 @@ class Stepping(Unionfs):
             sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
             logging.getLogger().handlers.clear()
-            _instrument(Steps(self.armed, self.trace, self.stop_at, self.error))
+            self.instrument()
             code = main(argv)
             sys.stderr.flush()
             os._exit(code)

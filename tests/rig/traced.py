@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A daemon that is killed at a chosen system call: what `crashing` does for the steps that Python
+takes, for those that C takes. strace(1) counts and kills; nothing of this is in the product.
+
+A step is a system call that alters a layer, of whatever thread.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.rig.crashing import Stepping
+from tests.rig.mounted import PATIENCE
+
+_CALLS = [
+    "mkdirat",
+    "mknodat",
+    "symlinkat",
+    "linkat",
+    "renameat",
+    "renameat2",
+    "unlinkat",
+    "chmod",
+    "fchmod",
+    "fchmodat",
+    "chown",
+    "fchown",
+    "fchownat",
+    "utimensat",
+    "truncate",
+    "ftruncate",
+    "fallocate",
+    "fsync",
+    "setxattr",
+    "fsetxattr",
+    "removexattr",
+    "copy_file_range",
+    "sendfile",
+    "pwrite64",
+]
+_LINE = re.compile(r"^\d+ +(\w+)\(")
+
+
+def why_not() -> str:
+    """Why this cannot be done here; empty if it can."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    tried = subprocess.run(
+        ["strace", "-qq", "-e", "inject=getppid:error=EIO:when=1", "true"], capture_output=True
+    )
+    return "" if tried.returncode == 0 else "strace may not trace here: " + tried.stderr.decode()
+
+
+class Traced(Stepping):
+    """`unionfs mount -f` in a forked child that is traced between arm() and disarm().
+
+    `stop_at`: as for Stepping, with the steps of the whole run in `steps`.
+    """
+
+    steps: tuple[str, ...] = ()
+    tracer: subprocess.Popen[bytes] | None = None
+
+    def instrument(self) -> None:
+        """Nothing: it is the daemon as it is."""
+
+    def arm(self) -> None:
+        self.trace.write_text("")
+        self.trace.chmod(0o666)
+        command = ["strace", "-f", "-qq", "-s", "0", "-o", str(self.trace)]
+        command += ["-e", "trace=" + ",".join(_CALLS), "-e", "signal=none"]
+        if self.stop_at:
+            name = self.steps[self.stop_at - 1]
+            nth = self.steps[: self.stop_at].count(name)
+            # Not done: an error in its place, and killed before that is seen.
+            command += ["-e", f"inject={name}:error=EIO:signal=KILL:when={nth}"]
+        self.tracer = subprocess.Popen([*command, "-p", str(self.pid)])
+        deadline = time.monotonic() + PATIENCE
+        while not all(self._is_traced(task) for task in Path(f"/proc/{self.pid}/task").iterdir()):
+            assert time.monotonic() < deadline, "strace does not attach"
+            assert self.tracer.poll() is None, "strace ended"
+            time.sleep(0.002)
+
+    @staticmethod
+    def _is_traced(task: Path) -> bool:
+        return "TracerPid:\t0\n" not in (task / "status").read_text()
+
+    def disarm(self) -> list[str]:
+        assert self.tracer is not None
+        if not self.stop_at:
+            self.tracer.send_signal(signal.SIGINT)
+        self.tracer.wait(PATIENCE)  # it ends with the daemon
+        self.tracer = None
+        found = (_LINE.match(line) for line in self.trace.read_text().splitlines())
+        return [match[1] for match in found if match]
+
+    def abandon(self) -> None:
+        if self.tracer is not None:
+            self.tracer.kill()
+            self.tracer.wait()
+            self.tracer = None
+        super().abandon()
+
+
+__all__ = ["Traced", "why_not"]
