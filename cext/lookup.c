@@ -6,6 +6,15 @@
 #include "marks.h"
 #include "resolve.h"
 
+uint64_t other_file_number(uint64_t ino, const struct stat *st)
+{
+    uint64_t hash = ino * 0x9e3779b97f4a7c15ULL;
+
+    hash ^= (st->st_ino ^ ((uint64_t)st->st_dev << 40)) * 0xbf58476d1ce4e5b9ULL;
+    hash = (hash ^ (hash >> 31)) * 0x94d049bb133111ebULL;
+    return (hash >> 2) | (1ULL << 62);
+}
+
 /* A number for what cannot have its own, taken by something else: of a directory by its name, since
  * one real directory may be shown twice; of anything else by the real inode, for its links. */
 static uint64_t other_number(uint64_t ino, const struct node *parent, const char *name,
@@ -18,8 +27,7 @@ static uint64_t other_number(uint64_t ino, const struct node *parent, const char
         for (; *name; name++)
             hash = (hash ^ (unsigned char)*name) * 0x100000001b3ULL;
     } else {
-        hash ^= (h->st.st_ino ^ ((uint64_t)h->st.st_dev << 40)) * 0xbf58476d1ce4e5b9ULL;
-        hash = (hash ^ (hash >> 31)) * 0x94d049bb133111ebULL;
+        return other_file_number(ino, &h->st);
     }
     return (hash >> 2) | (1ULL << 62);
 }

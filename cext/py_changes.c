@@ -171,3 +171,27 @@ PyObject *py_redirect_path(PyObject *op, PyObject *args)
     free(path);
     return out;
 }
+
+PyObject *py_made_nameless(PyObject *op, PyObject *args)
+{
+    struct stat st;
+    errint_t err;
+    int fd;
+
+    if (!PyArg_ParseTuple(args, "i:made_nameless", &fd))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = tree_made_nameless(TREE(op), fd, &st);
+    Py_END_ALLOW_THREADS
+    return err < 0 ? raise_errno(err, NULL) : attr_tuple(&st);
+}
+
+PyObject *py_named(PyObject *op, PyObject *args)
+{
+    unsigned long long ino;
+
+    if (!PyArg_ParseTuple(args, "K:named", &ino))
+        return NULL;
+    tree_named(TREE(op), ino);
+    Py_RETURN_NONE;
+}

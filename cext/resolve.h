@@ -43,6 +43,10 @@ errint_t node_lookup(struct tree *t, struct node *parent, const char *name, stru
                      struct node **ret_node);
 void hit_clear(struct tree *t, struct hit *h);
 
+/* The number of a file whose own, `ino`, is taken by something else: by the real inode, for its
+ * links. */
+uint64_t other_file_number(uint64_t ino, const struct stat *st);
+
 /* Looks for w->path in the layers of `parent`, from `first_layer` on. */
 errint_t walk_down(struct walk *w, struct node *parent, uint16_t first_layer);
 /* Marks of the upper's file that was found: number, link count, metadata-only copy, redirect. */

@@ -452,6 +452,7 @@ static const struct {
     [FUSE_RENAME2] = {on_rename2, sizeof(struct fuse_rename2_in), true},
     [FUSE_LSEEK] = {on_lseek, sizeof(struct fuse_lseek_in), false},
     [FUSE_COPY_FILE_RANGE] = {on_copy_file_range, sizeof(struct fuse_copy_file_range_in), false},
+    [FUSE_TMPFILE] = {by_call, sizeof(struct fuse_create_in), false},
 };
 
 static bool is_whole(const struct request *r)
@@ -494,6 +495,7 @@ void serve_undo(struct server *s, const struct request *r, const char *out)
         return;
     switch (r->head->opcode) {
     case FUSE_CREATE:
+    case FUSE_TMPFILE:
         file_release(s->tree, ((const struct fuse_open_out *)(const void *)(entry + 1))->fh);
         __attribute__((fallthrough));
     case FUSE_LOOKUP:

@@ -300,6 +300,11 @@ void tree_set_nlink_diff(struct tree *t, uint64_t ino, int64_t diff);
 errint_t tree_make_impure(struct tree *t, uint64_t ino);
 errint_t tree_set_redirect(struct tree *t, uint64_t ino, const char *redirect);
 errint_t tree_redirect_path(struct tree *t, uint64_t ino, char **ret_path);
+/* O_TMPFILE (nameless.c): a regular file of the upper without a name, `fd` stays the caller's. The
+ * attributes as the union shows them, the lookup count raised by one. */
+errint_t tree_made_nameless(struct tree *t, int fd, struct stat *ret_st);
+/* It has got its first name. */
+void tree_named(struct tree *t, uint64_t ino);
 
 /* Open files (io.c). A handle is a number >= 1. */
 errint_t file_open(struct tree *t, uint64_t ino, int flags, uint64_t *ret_fh);

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import layers
+from tests.rig import layers, syscalls
 from unionfs import _native
 from unionfs._native import ROOT_INO, Tree
 
@@ -329,6 +329,26 @@ def _fill(stack: Stack) -> None:
     (stack.bottom / "lower").write_bytes(b"lower")
 
 
+def test_a_file_without_a_name_gets_one(stack: Stack) -> None:
+    """One node before and after, with the number that its name will have at the next mount."""
+    fd = os.open(stack.upper, os.O_TMPFILE | os.O_RDWR, 0o600)
+    os.write(fd, b"some")
+    made = stack.tree.made_nameless(fd)
+    os.close(fd)
+    ino = made[0]
+    assert (made[1], made[2], made[6]) == (stat.S_IFREG | 0o600, 0, 4)
+    assert stack.tree.info(ino)[4], "it has a name"
+    assert stack.tree.name_of(ino) is None
+    held = stack.tree.open_node(ino, os.O_PATH)
+    syscalls.link_descriptor(held, os.fsencode(stack.upper / "name"))
+    os.close(held)
+    stack.tree.named(ino)
+    assert stack.tree.lookup(ROOT_INO, b"name")[:3] == (ino, stat.S_IFREG | 0o600, 1)
+    assert stack.tree.name_of(ino) == (ROOT_INO, b"name", True)
+    assert stack.read("name") == b"some"
+    assert stack.make().lookup(ROOT_INO, b"name")[0] == ino
+
+
 def _open_and_release(stack: Stack) -> None:
     fh = stack.tree.open(stack.ino("file"), os.O_RDWR)
     stack.tree.read(fh, 0, 100_000, True)
@@ -453,6 +473,14 @@ def _failures(stack: Stack) -> None:
             call()
 
 
+def _nameless(s: Stack) -> None:
+    fd = os.open(s.upper, os.O_TMPFILE | os.O_RDWR, 0o600)
+    ino = s.tree.made_nameless(fd)[0]
+    s.tree.named(ino)
+    s.tree.forget(ino, 1)
+    os.close(fd)
+
+
 LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
     "lookup": (
         lambda s: s.tree.forget(s.tree.lookup(ROOT_INO, b"file")[0], 1),
@@ -481,6 +509,7 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
     ),
     "files": (_open_and_release, {"open", "read", "write", "fsync", "file_info", "release"}),
     "adopt": (_adopt, {"adopt"}),
+    "nameless": (_nameless, {"made_nameless", "named"}),
     "directories": (_list_and_release, {"opendir", "readdir", "dir_ino", "releasedir"}),
     "upper_dir": (_upper_dir, {"upper_dir"}),
     "renamed": (_rename, {"renamed", "set_nlink_diff", "name_made_real", "name_is_real"}),

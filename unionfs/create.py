@@ -100,6 +100,43 @@ def _make_at(dirfd: int, name: bytes, new: New, mode: int) -> int:
     return -1
 
 
+def create_nameless(union: Union, parent: int, new: New, ctx: Caller) -> int:
+    """O_TMPFILE: a file in the upper's file system that has no name yet; a descriptor of it.
+
+    Of PARENT only its default ACL and its set-group-ID count, so it is not copied up: that is for
+    who gives the file a name.
+    """
+    dirfd = union.tree.open_node(parent, os.O_PATH | os.O_DIRECTORY)
+    try:
+        default = acl.default_acl(dirfd)
+        uid, gid = disk_ids(union, ctx.uid, ctx.gid)
+        mode = new.mode if default is not None else new.mode & ~ctx.umask
+        gid = _inherited_gid(dirfd, gid)
+    finally:
+        os.close(dirfd)
+    fd = _open_nameless(union.work_fd, new.flags, 0o600)
+    try:
+        _dress(union, fd, mode, uid, gid, default)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open_nameless(dirfd: int, flags: int, mode: int) -> int:
+    kept = flags & (os.O_ACCMODE | os.O_SYNC | os.O_DSYNC)
+    try:
+        return os.open(".", kept | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=dirfd)
+    except IsADirectoryError as exc:  # of file systems that know nothing of it (open(2))
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from exc
+
+
+def _inherited_gid(dirfd: int, gid: int) -> int:
+    """The group of what is made in a directory: the directory's own if it is set-group-ID."""
+    parent = os.stat(dirfd)
+    return parent.st_gid if parent.st_mode & stat.S_ISGID else gid
+
+
 def _make_in_work(
     union: Union,
     dirfd: int,
@@ -179,7 +216,8 @@ def _publish_new(
 
 
 def link(union: Union, ino: int, parent: int, name: bytes) -> None:
-    """A further name for a file. A lower file is copied up, its metadata only if it is large."""
+    """A further name for a file, or the first of one made by O_TMPFILE. A lower file is copied up,
+    its metadata only if it is large."""
     check_name(union, parent, name)
     ensure_upper(union, ino)
     ensure_upper(union, parent)
@@ -197,6 +235,8 @@ def link(union: Union, ino: int, parent: int, name: bytes) -> None:
             if entry.ino or entry.upper == UPPER_ENTRY:
                 raise _error(errno.EEXIST, name)
             _link_at(union, fd, dirfd, name, entry)
+            if info.unlinked:
+                union.tree.named(ino)
     finally:
         os.close(fd)
 

@@ -231,6 +231,7 @@ class Requests:
             Opcode.LINK: self._link,
             Opcode.OPEN: self._open,
             Opcode.CREATE: self._create,
+            Opcode.TMPFILE: self._tmpfile,
             Opcode.FSYNC: self._fsync,
             Opcode.FSYNCDIR: self._fsyncdir,
             Opcode.GETXATTR: self._getxattr,
@@ -320,6 +321,11 @@ class Requests:
         flags, mode, ctx.umask, _ = _CREATE.unpack_from(body)
         name = _name(body, _CREATE.size)
         info, entry = _run(self._operations.create(ino, name, mode, flags, ctx))
+        return _entry(entry) + _open_out(info)
+
+    def _tmpfile(self, ino: int, ctx: Context, body: bytes) -> Answer:
+        flags, mode, ctx.umask, _ = _CREATE.unpack_from(body)
+        info, entry = _run(self._operations.tmpfile(ino, mode, flags, ctx))
         return _entry(entry) + _open_out(info)
 
     def _fsync(self, ino: int, ctx: Context, body: bytes) -> Answer:

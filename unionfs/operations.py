@@ -238,6 +238,26 @@ class UnionOperations(pyfuse3.Operations):
         return FileInfo(fh=fh, keep_cache=True), self._attributes(attr)
 
     @edge
+    async def tmpfile(
+        self, parent_inode: int, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """open(2) with O_TMPFILE; pyfuse3 has no handler for it."""
+        self._check_writable()
+        new = New(mode=stat.S_IFREG | stat.S_IMODE(mode), flags=flags)
+        fd = await self._work(create.create_nameless, self.union, parent_inode, new, ctx)
+        try:
+            attr = self.union.tree.made_nameless(fd)
+            try:
+                fh = self.union.tree.adopt(attr[0], fd, flags)
+            except BaseException:
+                self.union.tree.forget(attr[0], 1)
+                raise
+        except BaseException:
+            os.close(fd)
+            raise
+        return FileInfo(fh=fh, keep_cache=True), self._attributes(attr)
+
+    @edge
     async def read(self, fh: int, off: int, size: int) -> bytes:
         data = self.union.tree.read(fh, off, size, True)
         if data is None:

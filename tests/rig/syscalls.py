@@ -103,6 +103,12 @@ def birth(path: bytes) -> int:
     return int(seconds) * 10**9 + int(nanos)
 
 
+def link_descriptor(fd: int, path: bytes) -> None:
+    """Give a file made by O_TMPFILE a name."""
+    source = f"/proc/self/fd/{fd}".encode()
+    _check(LIBC.linkat(AT_FDCWD, source, AT_FDCWD, path, AT_SYMLINK_FOLLOW), "linkat")
+
+
 def lseek(fd: int, offset: int) -> int:
     return os.lseek(fd, offset, os.SEEK_SET)
 

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Calls that the reference driver cannot express, by the engine: the same as on a plain directory
+of the upper's file system."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast, get_args
+
+import pytest
+
+from tests.conftest import Stores
+from tests.rig import snapshot, syscalls
+from tests.rig.ground import Kind
+from tests.rig.mounted import Unionfs
+
+KINDS: tuple[Kind, ...] = get_args(Kind) if os.geteuid() == 0 else ("ext4",)
+DEFAULT = "system.posix_acl_default"
+ACCESS = "system.posix_acl_access"
+# user::rwx user:1001:rw- group::r-x mask::rwx other::r--
+ACL = bytes.fromhex(
+    "02000000 01000700ffffffff 02000600e9030000 04000500ffffffff 10000700ffffffff 20000400ffffffff"
+)
+
+
+class Pair:
+    """A union, and beside it, on the file system of its upper, a plain copy of what it shows."""
+
+    def __init__(self, place: Path, upper: Path | None = None) -> None:
+        self.place = place
+        self.lower, self.plain = place / "lower", place / "plain"
+        for name in ("lower", "plain", "upper", "mnt"):
+            (place / name).mkdir()
+        self.union = Unionfs(
+            [self.lower],
+            upper or place / "upper",
+            place / "mnt",
+            options=["driver=engine"],
+        )
+        self.upper, self.mnt = upper or place / "upper", self.union.mnt
+
+    def fill(self, make: Callable[[Path], object]) -> None:
+        """Make something in the lower and in the plain copy."""
+        for root in (self.lower, self.plain):
+            make(root)
+
+    @contextlib.contextmanager
+    def mounted(self) -> Iterator[None]:
+        """Mounted inside; the lower must be what it was."""
+        before = snapshot.take(self.lower)
+        with self.union:
+            yield
+        snapshot.assert_same(snapshot.take(self.lower), before, "the lower changed")
+
+    def both(self, action: Callable[[Path], object]) -> object:
+        """The same on both; what both came to."""
+        got, want = outcome(action, self.mnt), outcome(action, self.plain)
+        assert got == want
+        return got
+
+    def requests(self, kind: str) -> int:
+        counted = cast("dict[str, dict[str, int]]", self.union.status()["requests"])
+        return sum(who.get(kind, 0) for who in counted.values())
+
+
+def outcome(action: Callable[[Path], object], root: Path) -> object:
+    try:
+        return action(root)
+    except OSError as error:
+        return errno.errorcode[error.errno or 0]
+
+
+@pytest.fixture(params=KINDS)
+def pair(request: pytest.FixtureRequest, stores: Stores) -> Iterator[Pair]:
+    """A pair on each kind of file system; as an ordinary user on the one there is."""
+    place = stores.place(request.param)
+    yield Pair(place)
+    stores.base.remove(place)
+
+
+@pytest.fixture
+def single(place: Path) -> Pair:
+    """A pair on one file system, for what does not depend on it."""
+    return Pair(place)
+
+
+# O_TMPFILE and linkat
+
+
+def nameless(folder: Path, mode: int = 0o666, flags: int = os.O_RDWR) -> int:
+    return os.open(folder, os.O_TMPFILE | flags, mode)
+
+
+def facts(status: os.stat_result) -> tuple[object, ...]:
+    return oct(status.st_mode), status.st_nlink, status.st_size, status.st_uid, status.st_gid
+
+
+def life_of_nameless(root: Path) -> object:
+    """Made, used, named twice, one of the names over one that was removed before."""
+    seen: list[object] = []
+    (root / "folder/gone").unlink()
+    fd = nameless(root / "folder", 0o640)
+    try:
+        seen += [facts(os.fstat(fd)), os.listdir(root / "folder")]
+        os.write(fd, b"some text")
+        os.fsync(fd)
+        os.fchmod(fd, 0o604)
+        os.setxattr(fd, "user.one", b"1")
+        os.utime(fd, ns=(5, 10**9 + 7))
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        seen += [facts(os.fstat(fd)), os.read(again, 100), os.getxattr(fd, "user.one")]
+        os.close(again)
+        syscalls.link_descriptor(fd, os.fsencode(root / "folder/gone"))
+        os.link(root / "folder/gone", root / "second")
+        seen += [facts(os.fstat(fd)), os.fstat(fd).st_mtime_ns, sorted(os.listdir(root / "folder"))]
+        assert os.stat(root / "second").st_ino == os.fstat(fd).st_ino
+        seen.append(outcome(lambda root: syscalls.link_descriptor(fd, os.fsencode(root)), root))
+        os.pwrite(fd, b"SOME", 0)
+    finally:
+        os.close(fd)
+    (root / "second").unlink()
+    return [*seen, facts(os.stat(root / "folder/gone")), (root / "folder/gone").read_bytes()]
+
+
+def test_nameless_file(pair: Pair) -> None:
+    def make(root: Path) -> None:
+        (root / "folder").mkdir()
+        (root / "folder/gone").write_text("old")
+        (root / "folder/kept").write_text("kept")
+
+    pair.fill(make)
+    with pair.mounted():
+        pair.both(life_of_nameless)
+        ino = os.stat(pair.mnt / "folder/gone").st_ino
+        pair.union.remount()
+        pair.both(lambda root: facts(os.stat(root / "folder/gone")))
+        assert os.stat(pair.mnt / "folder/gone").st_ino == ino
+        assert (pair.mnt / "folder/gone").read_bytes() == b"SOME text"
+
+
+def test_nameless_forbidden_to_be_named(single: Pair) -> None:
+    with single.mounted():
+
+        def exclusive(root: Path) -> None:
+            fd = nameless(root, flags=os.O_WRONLY | os.O_EXCL)
+            try:
+                syscalls.link_descriptor(fd, os.fsencode(root / "name"))
+            finally:
+                os.close(fd)
+
+        assert single.both(exclusive) == "ENOENT"
+        assert single.both(lambda root: nameless(root, flags=os.O_RDONLY)) == "EINVAL"
+        single.both(lambda root: nameless(root / "missing"))
+        assert os.listdir(single.mnt) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0])
+@pytest.mark.parametrize("bare", [True, False])
+def test_nameless_inherits(single: Pair, umask: int, bare: bool) -> None:
+    """Default ACL, set-group-ID, umask; from a directory of the lower and from one of the upper."""
+
+    def make(root: Path) -> None:
+        (root / "folder").mkdir()
+        if not bare:
+            os.setxattr(root / "folder", DEFAULT, ACL)
+        os.chown(root / "folder", -1, 2000 if os.geteuid() == 0 else -1)
+        (root / "folder").chmod(0o2777)
+
+    def act(root: Path) -> object:
+        fd = nameless(root / "folder", 0o6775)
+        try:
+            syscalls.link_descriptor(fd, os.fsencode(root / f"folder/{len(os.listdir(root))}"))
+            names = sorted(os.listxattr(fd))
+            return facts(os.fstat(fd)), names, [os.getxattr(fd, name) for name in names]
+        finally:
+            os.close(fd)
+
+    single.fill(make)
+    old = os.umask(umask)
+    try:
+        with single.mounted():
+            single.both(act)
+            for root in (single.mnt, single.plain):
+                (root / "another").touch()
+            single.both(act)
+    finally:
+        os.umask(old)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("acl", [True, False])
+def test_nameless_of_another_user(single: Pair, acl: bool) -> None:
+    def make(root: Path) -> None:
+        (root / "folder").mkdir()
+        if acl:
+            os.setxattr(root / "folder", DEFAULT, ACL)
+        (root / "folder").chmod(0o777)
+
+    def act(root: Path) -> object:
+        fd = nameless(root / "folder", 0o640)
+        try:
+            os.write(fd, b"mine")
+            syscalls.link_descriptor(fd, os.fsencode(root / "folder/name"))
+            return facts(os.fstat(fd)), sorted(os.listxattr(fd))
+        finally:
+            os.close(fd)
+
+    single.fill(make)
+    single.union.options.append("allow_other")
+    with single.mounted(), syscalls.identity(1000, 1000, (1000,)):
+        single.both(act)
+
+
+def test_nameless_leaves_nothing(single: Pair) -> None:
+    """Nothing is copied up for a file that gets no name, and nothing is left when the daemon dies
+    with one open."""
+    single.fill(lambda root: (root / "folder").mkdir())
+
+    def below(path: Path) -> list[str]:
+        return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.name != "owner")
+
+    with single.mounted():
+        before = below(single.upper)
+        for _ in range(50):
+            os.close(nameless(single.mnt / "folder"))
+        held = nameless(single.mnt / "folder")
+        os.write(held, b"lost")
+        assert below(single.upper) == before
+        table = cast("dict[str, int]", single.union.status()["table"])
+        assert table["open_files"] == 1
+        assert table["nodes"] <= 4
+        os.kill(single.union.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.close(held)
+        single.union.kill()
+        assert below(single.upper) == before
+        single.union.mount()
+        assert os.listdir(single.mnt / "folder") == []
+        assert below(single.upper) == before
+
+
+def test_nameless_where_nothing_is_written(place: Path) -> None:
+    pair = Pair(place)
+    pair.union.flags = ["--ro"]
+    with pair.union, pytest.raises(OSError, match="Read-only file system"):
+        nameless(pair.mnt)
+
+
+def test_nameless_by_the_reference_driver(place: Path) -> None:
+    """It has no such call; nor has the engine over an upper that has none."""
+    for name in ("below", "inner", "middle"):
+        (place / name).mkdir()
+    middle = Unionfs(
+        [place / "below"], place / "inner", place / "middle", options=["driver=pyfuse3"]
+    )
+    with middle:
+        (place / "middle/upper").mkdir()
+        with pytest.raises(OSError, match="not supported"):
+            nameless(place / "middle")
+        pair = Pair(place, upper=place / "middle/upper")
+        with pair.union, pytest.raises(OSError, match="not supported"):
+            nameless(pair.mnt)
