@@ -77,14 +77,23 @@ static errint_t set_mark(struct tree *t, int fd, const char *mark, const void *v
 
 errint_t mark_origin(struct tree *t, struct node *n, int src, int copy, bool *ret_kept)
 {
+    bool own = n->ino == union_ino(t->layers[n->layer].fs, n->real_ino);
+    int64_t birth = 0;
     struct origin o;
-    char number[17];
-    int len = snprintf(number, sizeof number, "%llx", (unsigned long long)n->ino);
+    char number[36];
     errint_t err = origin_at(t, n->layer, src, "", &o);
 
     *ret_kept = false;
     if (err < 0 || !t->upper_xattrs)
         return err;
+    if (own)
+        birth = birth_time(src, "");
+    else
+        err = node_birth(t, n, &birth);
+    if (err < 0)
+        return err;
+    int len = snprintf(number, sizeof number, birth ? "%llx:%llx" : "%llx",
+                       (unsigned long long)n->ino, (unsigned long long)birth);
     err = set_mark(t, copy, "unionfs.ino", number, (size_t)len);
     if (err == 0 && o.len > 0)
         err = set_mark(t, copy, "origin", o.fb, o.len);

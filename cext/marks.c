@@ -224,10 +224,11 @@ uint64_t origin_number(const struct tree *t, const char *origin, size_t len)
     return ino ? union_ino(fs, ino) : 0;
 }
 
-/* The number of a copy that can carry no attribute (a user's symbolic link or special file, any
- * file of an upper without xattrs): a symbolic link NUMBERS/INO to "NUMBER:BIRTH", which is only
- * believed for the very file it was written for. */
-uint64_t recorded_number(const struct tree *t, int dirfd, const char *name, ino_t ino)
+/* Of a copy that can carry no attribute (a user's symbolic link or special file, any file of an
+ * upper without xattrs): a symbolic link NUMBERS/INO to "NUMBER:BIRTH" or "NUMBER:BIRTH:ORIGIN",
+ * which is only believed for the very file that was born then. */
+static bool read_record(const struct tree *t, int dirfd, const char *name, ino_t ino,
+                        uint64_t *ret_number, int64_t *ret_origin)
 {
     char record[32], text[64];
     char *end;
@@ -235,14 +236,32 @@ uint64_t recorded_number(const struct tree *t, int dirfd, const char *name, ino_
     uint64_t number;
 
     if (t->numbers_fd < 0)
-        return 0;
+        return false;
     (void)snprintf(record, sizeof record, "%llx", (unsigned long long)ino);
     len = readlinkat(t->numbers_fd, record, text, sizeof text - 1);
     if (len < 0)
-        return 0;
+        return false;
     text[len] = '\0';
     number = strtoull(text, &end, 16);
-    if (*end != ':' || strtoll(end + 1, NULL, 16) != birth_time(dirfd, name))
-        return 0;
-    return number;
+    if (*end != ':' || strtoll(end + 1, &end, 16) != birth_time(dirfd, name))
+        return false;
+    *ret_number = number;
+    *ret_origin = *end == ':' ? strtoll(end + 1, NULL, 16) : 0;
+    return true;
+}
+
+uint64_t recorded_number(const struct tree *t, int dirfd, const char *name, ino_t ino)
+{
+    uint64_t number;
+    int64_t origin;
+
+    return read_record(t, dirfd, name, ino, &number, &origin) ? number : 0;
+}
+
+int64_t recorded_birth(const struct tree *t, int fd, ino_t ino)
+{
+    uint64_t number;
+    int64_t origin;
+
+    return read_record(t, fd, "", ino, &number, &origin) ? origin : 0;
 }

@@ -262,3 +262,21 @@ PyObject *py_counts(PyObject *op, PyObject *args)
     return Py_BuildValue("{s:K,s:K,s:I,s:I}", "nodes", (unsigned long long)nodes, "names",
                          (unsigned long long)names, "open_dirs", dirs, "open_files", files);
 }
+
+PyObject *py_birth(PyObject *op, PyObject *args)
+{
+    unsigned long long ino;
+    int64_t birth = 0;
+    errint_t err = -ESTALE;
+
+    if (!PyArg_ParseTuple(args, "K:birth", &ino))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    struct node *n = node_get(TREE(op), ino);
+    if (n) {
+        err = node_birth(TREE(op), n, &birth);
+        node_put(TREE(op), n);
+    }
+    Py_END_ALLOW_THREADS
+    return err < 0 ? raise_errno(err, NULL) : PyLong_FromLongLong(birth);
+}

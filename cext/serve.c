@@ -453,6 +453,7 @@ static const struct {
     [FUSE_LSEEK] = {on_lseek, sizeof(struct fuse_lseek_in), false},
     [FUSE_COPY_FILE_RANGE] = {on_copy_file_range, sizeof(struct fuse_copy_file_range_in), false},
     [FUSE_TMPFILE] = {by_call, sizeof(struct fuse_create_in), false},
+    [WIRE_STATX] = {on_statx, sizeof(struct wire_statx_in), false},
 };
 
 static bool is_whole(const struct request *r)

@@ -18,6 +18,8 @@ typedef ssize_t handler(struct answer *a);
 #define BODY(a, type) ((const struct type *)(const void *)(a)->r->body)
 #define REPLY(a, type) ((struct type *)(void *)(a)->data)
 
+enum { NS_PER_SECOND = 1000000000 };
+
 /* Asks options.call. */
 ssize_t by_call(struct answer *a);
 
@@ -28,5 +30,7 @@ void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct 
 
 /* serve_changes.c */
 handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_unlink, on_rename, on_rename2;
+/* serve_files.c */
+handler on_statx;
 
 #endif

@@ -236,6 +236,8 @@ errint_t node_with_path(struct tree *t, struct node *n,
 
 /* What is said of an inode: numbers, link count, owner as the union shows them. */
 errint_t node_attr(struct tree *t, struct node *n, struct stat *ret_st);
+/* When it was made (birth.c), in nanoseconds; 0 where the layer's file system does not know. */
+errint_t node_birth(struct tree *t, struct node *n, int64_t *ret_birth);
 void override_stat(int mode, const char *path, bool nofollow, struct stat *st);
 void attr_show(struct tree *t, const char *path, bool nofollow, struct stat *st);
 

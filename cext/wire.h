@@ -7,11 +7,28 @@
 #include <linux/fuse.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 
 enum {
     WIRE_OPCODES = 64,    /* numbers above are not requests of ours */
     WIRE_DATA = 1 << 20,  /* bytes of one read or write: 256 pages */
     WIRE_HEADER = 1 << 12 /* more than any request has before its data */
+};
+
+/* Requests of younger kernels, and their structures. */
+enum { WIRE_STATX = 52, WIRE_COPY_FILE_RANGE_64 = 53 };
+
+struct wire_statx_in {
+    uint32_t getattr_flags, reserved;
+    uint64_t fh;
+    uint32_t sx_flags, sx_mask;
+};
+
+struct wire_statx_out {
+    uint64_t attr_valid;
+    uint32_t attr_valid_nsec, flags;
+    uint64_t spare[2];
+    struct statx stat; /* struct fuse_statx is laid out alike */
 };
 
 static inline void wire_attr(struct fuse_attr *out, const struct stat *st)

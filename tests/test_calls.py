@@ -265,3 +265,89 @@ def test_nameless_by_the_reference_driver(place: Path) -> None:
         pair = Pair(place, upper=place / "middle/upper")
         with pair.union, pytest.raises(OSError, match="not supported"):
             nameless(pair.mnt)
+
+
+# Birth time
+
+
+def birth(path: Path) -> int:
+    return syscalls.birth(os.fsencode(path))
+
+
+def test_birth_time(pair: Pair) -> None:
+    """It stays what it is of the lower file, over copy-up, completion, rename, and a remount."""
+
+    def make(root: Path) -> None:
+        (root / "folder").mkdir()
+        (root / "folder/file").write_text("text")
+        (root / "large").write_bytes(bytes(200_000))
+        (root / "link").symlink_to("file")
+        os.mkfifo(root / "fifo")
+        (root / "one").write_text("linked")
+        os.link(root / "one", root / "two")
+
+    pair.fill(make)
+    names = ["folder", "folder/file", "large", "link", "fifo", "one", "two"]
+    wanted = {name: birth(pair.lower / name) for name in names}
+    with pair.mounted():
+
+        def all_as_wanted() -> None:
+            assert {name: birth(pair.mnt / name) for name in names} == wanted
+
+        all_as_wanted()
+        pair.union.remount()
+        for name in names:
+            os.utime(pair.mnt / name, ns=(1, 1), follow_symlinks=False)
+        all_as_wanted()
+        pair.union.remount()
+        all_as_wanted()
+        with open(pair.mnt / "large", "r+b") as file:  # completes the metadata-only copy
+            file.write(b"data")
+        os.rename(pair.mnt / "folder", pair.mnt / "moved")
+        os.rename(pair.mnt / "moved", pair.mnt / "folder")
+        pair.union.remount()
+        all_as_wanted()
+        before = max(wanted.values())
+        (pair.mnt / "new").touch()
+        (pair.mnt / "folder/directory").mkdir()
+        made = [birth(pair.mnt / "new"), birth(pair.mnt / "folder/directory")]
+        assert all(time >= before for time in made) or not before
+        pair.union.remount()
+        assert [birth(pair.mnt / "new"), birth(pair.mnt / "folder/directory")] == made
+
+
+def test_birth_time_costs_who_asks(single: Pair) -> None:
+    single.fill(lambda root: (root / "file").touch())
+    with single.mounted():
+        for _ in range(3):
+            os.stat(single.mnt / "file")
+        assert single.requests("statx") == 0
+        wanted = birth(single.mnt / "file")
+        asked = single.requests("statx"), single.requests("getattr")
+        if not asked[0]:
+            pytest.skip("this kernel does not ask a FUSE file system for times of birth")
+        for _ in range(3):
+            os.stat(single.mnt / "file")
+            assert birth(single.mnt / "file") == wanted
+        assert (single.requests("statx"), single.requests("getattr")) == asked == (1, asked[1])
+
+
+def test_birth_time_of_a_former_upper(single: Pair) -> None:
+    """What was copied up into an upper that is a lower now is as old as it was."""
+    single.fill(lambda root: (root / "file").write_text("text"))
+    wanted = birth(single.lower / "file")
+    with single.union:
+        os.utime(single.mnt / "file")
+        assert birth(single.mnt / "file") == wanted
+    (single.place / "upper2").mkdir()
+    again = Unionfs(
+        [single.upper, single.lower],
+        single.place / "upper2",
+        single.mnt,
+        options=["driver=engine"],
+    )
+    with again:
+        assert birth(single.mnt / "file") == wanted
+        (single.mnt / "file").write_text("other")
+        again.remount()
+        assert birth(single.mnt / "file") == wanted

@@ -493,11 +493,22 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
             s.tree.info(s.ino("dir")),
             s.tree.name_of(s.ino("dir/file")),
             s.tree.readlink(s.ino("link")),
+            s.tree.birth(s.ino("file")),
             s.tree.is_empty(s.ino("dir")),
             s.tree.counts(),
             os.close(s.tree.open_node(s.ino("file"), os.O_PATH)),  # type: ignore[func-returns-value]
         ),
-        {"getattr", "entry", "info", "name_of", "readlink", "is_empty", "counts", "open_node"},
+        {
+            "getattr",
+            "entry",
+            "info",
+            "name_of",
+            "readlink",
+            "birth",
+            "is_empty",
+            "counts",
+            "open_node",
+        },
     ),
     "xattrs": (
         lambda s: (

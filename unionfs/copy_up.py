@@ -304,7 +304,7 @@ def _prepare_metadata(
     index = None
     if not stat.S_ISDIR(status.st_mode):
         if not union.tree.mark_origin(ino, src, fd):
-            numbers.keep(union, fd, ino)
+            numbers.keep(union, fd, ino, union.tree.birth(ino))
         if status.st_nlink > 1 and union.work is not None and union.work.index >= 0:
             _, index = union.tree.origin(ino)
             if marks.xattrs:

@@ -2,9 +2,11 @@
 """Inode numbers of copies that can carry no extended attribute: a user's symbolic links and special
 files, every file of an upper without attributes.
 
-AREA/numbers/INO, a symbolic link to NUMBER:BIRTH, all in hexadecimal: made by one call before the
-copy is published, removed after its last name is. One that was left behind by a cut is not believed
-for another file that gets the same number, since that was made at another time. Read in C.
+AREA/numbers/INO, a symbolic link to NUMBER:BIRTH:ORIGIN, all in hexadecimal: made by one call
+before the copy is published, removed after its last name is. BIRTH is the copy's own time of birth,
+ORIGIN that of what it is a copy of (left out if it is not known). One that was left behind by a cut
+is not believed for another file that gets the same number, since that was made at another time.
+Read in C.
 """
 
 import contextlib
@@ -15,12 +17,13 @@ from unionfs._native import birth_time
 from unionfs.union import Union
 
 
-def keep(union: Union, fd: int, ino: int) -> None:
-    """Record the union's number of what `fd` stands for."""
+def keep(union: Union, fd: int, ino: int, origin: int) -> None:
+    """Record the union's number of what `fd` stands for, and when its origin was made (0: not
+    known)."""
     if union.work is None or union.work.numbers < 0:
         return
     record = f"{os.stat(fd).st_ino:x}"
-    value = f"{ino:x}:{birth_time(fd):x}"
+    value = f"{ino:x}:{birth_time(fd):x}" + (f":{origin:x}" if origin else "")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(record, dir_fd=union.work.numbers)
     os.symlink(value, record, dir_fd=union.work.numbers)

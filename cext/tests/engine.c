@@ -185,6 +185,8 @@ static void test_malformed(void)
         {4096, "", 0, -ENOSYS},
         {0, "", 0, -ENOSYS},
         {FUSE_UNLINK, "no end", 6, -EINVAL},
+        {FUSE_TMPFILE, "1234", 4, -EINVAL},
+        {WIRE_STATX, "1234", 4, -EINVAL},
     };
     struct fuse_in_header lying = {.len = 8000, .opcode = FUSE_GETATTR, .nodeid = ROOT_INO};
     struct fuse_write_in wide = {.fh = 1, .size = 1 << 30};
@@ -207,6 +209,23 @@ static void test_malformed(void)
     CHECK(answer(NULL, 0).error == -EBADF);
     (void)ask(FUSE_READDIRPLUS, &read_in, sizeof read_in);
     CHECK(answer(NULL, 0).error == -EBADF);
+}
+
+static void test_statx(void)
+{
+    struct wire_statx_in in = {.sx_mask = STATX_BTIME};
+    struct wire_statx_out out;
+    struct statx wanted;
+
+    CHECK(statx(tree->layers[0].fd, "", AT_EMPTY_PATH, STATX_BTIME | STATX_BASIC_STATS, &wanted) ==
+          0);
+    (void)ask(WIRE_STATX, &in, sizeof in);
+    CHECK(answer((char *)&out, sizeof out).error == 0);
+    CHECK(out.attr_valid == 1 && out.attr_valid_nsec == 500000000);
+    CHECK(out.stat.stx_mode == wanted.stx_mode && out.stat.stx_ino == ROOT_INO);
+    CHECK(out.stat.stx_mtime.tv_nsec == wanted.stx_mtime.tv_nsec);
+    CHECK((out.stat.stx_mask & STATX_BTIME) == (wanted.stx_mask & STATX_BTIME));
+    CHECK(out.stat.stx_btime.tv_nsec == wanted.stx_btime.tv_nsec);
 }
 
 static void *free_engine(void *arg)
@@ -268,6 +287,7 @@ int main(int argc, char **argv)
     test_many_askers();
     test_stuck_requests_hold_up_no_other();
     test_malformed();
+    test_statx();
     test_end(device[0]);
     CHECK(tree->node_count == 1);
     tree_free(tree);
