@@ -6,89 +6,159 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
-import shutil
-import statistics
+import os
+import shlex
 import sys
-import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks import systems, workloads
-from benchmarks.systems import SYSTEMS, Layers
+from benchmarks import plots, report, rounds, systems
+from benchmarks.report import Run
+from benchmarks.rounds import Scene
+from benchmarks.systems import System
+from benchmarks.workload import DEFAULT, GIB, MIB, QUICK
+from benchmarks.workloads import WORKLOADS
+from tests.rig import as_user, ground
+from tests.rig.ground import Ground
 
-Times = dict[str, list[list[float]]]  # by system: by workload, one a round, microseconds
+GROUNDS = ("tmpfs", "ext4", "xfs")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks/run",
-        description="Time file operations on the unions found here, each on a fresh upper over the "
-        "same lower, in turns. Microseconds an operation (a MiB), medians of the rounds.",
+        description="Time workloads on the unions found here, each on a fresh upper over the same "
+        "lower, in turns. Microseconds an operation, medians of the rounds, as a Markdown table.",
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--system", action="append", choices=SYSTEMS, help="may be repeated")
-    parser.add_argument("--place", type=Path, default=Path("/dev/shm"), help="where the layers lie")
-    parser.add_argument("--json", type=Path, help="write the figures of every round there")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--ground", choices=GROUNDS, default="tmpfs", help="what all layers lie on")
+    add("--rounds", type=int, metavar="N", help="5; with --quick 1")
+    add("--quick", action="store_true", help="smaller data: does everything run?")
+    add("--large", action="store_true", help="also the first write into a file of 4 GiB")
+    add("--workload", action="append", metavar="NAME", help="only this, or these")
+    add("--system", action="append", metavar="NAME", help="only this, or these")
+    add("--list", action="store_true", help="name the workloads and the systems found, and end")
+    add("-o", dest="options", action="append", default=[], metavar="OPTIONS",
+        help="one more system: unionfs with these mount options")  # fmt: skip
+    add("--fuse-overlayfs", action="append", default=[], metavar="PROGRAM",
+        help="one more system: this build of it")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write what every round gave there")
+    add("--plots", metavar="STEM", help="draw STEM-times.png and STEM-requests.png")
+    add("--write", type=Path, metavar="FILE",
+        help="put the tables into the ground's part of a document, plots beside it")  # fmt: skip
+    given = parser.parse_args()
+    given.rounds = given.rounds or (1 if given.quick else 5)
+    for path in (given.json, given.write, given.plots and Path(given.plots)):
+        if path is not None and not path.absolute().parent.is_dir():
+            parser.error(f"{path}: there is no such directory")
+    for name in given.workload or ():
+        if name not in WORKLOADS:
+            parser.error(f"--workload {name!r}: no such workload; --list names them")
+    return given
+
+
+def choose(given: argparse.Namespace) -> dict[str, System]:
+    """The systems that are here and asked for; why others are not is said."""
+    found = {each.name: each for each in systems.known(given.fuse_overlayfs, given.options)}
+    for name in given.system or ():
+        if name not in found:
+            sys.exit(
+                f"benchmarks/run: --system {name}: not found here; here are: {', '.join(found)}"
+            )
+    chosen = {name: each for name, each in found.items() if name in (given.system or found)}
+    why = systems.why_not_user()
+    if why and any(each.user for each in chosen.values()):
+        print(f"benchmarks/run: nothing as an ordinary user: {why}", file=sys.stderr)
+        chosen = {name: each for name, each in chosen.items() if not each.user}
+    return chosen
 
 
 @contextlib.contextmanager
-def mounted(name: str, place: Path, lower: Path) -> Iterator[Path]:
-    """A union of this kind on a fresh upper; nothing of it is left afterwards."""
-    here = place / name
-    layers = Layers(lower, here / "upper", here / "work", here / "mnt")
-    for path in layers[1:]:
-        path.mkdir(parents=True)
-    systems.call(SYSTEMS[name].mount(layers))
+def progress(steps: int) -> Iterator[Callable[[int, str, str], None]]:
+    """A bar on a terminal, by tqdm where it is installed; else a line for each turn."""
     try:
-        yield layers.mnt
-    finally:
-        systems.call(SYSTEMS[name].umount(layers))
-        shutil.rmtree(here)
+        from tqdm import tqdm
+    except ImportError:
+        last = [""]
+
+        def tell(number: int, system: str, workload: str) -> None:
+            turn = f"round {number + 1}: {system}"
+            if turn != last[0]:
+                last[0] = turn
+                print(turn, file=sys.stderr)
+
+        yield tell
+        return
+    with tqdm(total=steps, unit="", mininterval=1, dynamic_ncols=True) as bar:
+
+        def show(number: int, system: str, workload: str) -> None:
+            bar.set_description(f"round {number + 1}, {system}, {workload}", refresh=False)
+            bar.update()
+
+        yield show
 
 
-def time_round(root: Path) -> list[float]:
-    found = []
-    for workload in workloads.WORKLOADS.values():
-        began = time.perf_counter()
-        count = workload(root)
-        found.append((time.perf_counter() - began) / count * 1e6)
-    return found
+@contextlib.contextmanager
+def scene(given: argparse.Namespace) -> Iterator[Scene]:
+    """The lower and the store on the ground; all of it is taken down at the end."""
+    sizes = QUICK if given.quick else DEFAULT
+    sizes = sizes._replace(huge=4 * GIB if given.large else 0)
+    with as_user.fuse_for_all(), Ground("unionfs-benchmark-") as base:
+        if os.geteuid() == 0:
+            # Twice what the lower has (the plain directory's copy), and as much for changes.
+            needed = 4 * (sizes.first_write + sizes.huge + 4 * sizes.large) // MIB + 4096
+            top = base.filesystem("ground", given.ground, needed)
+        else:
+            top = base.directory("ground")
+        made = Scene(top, sizes)
+        made.fill()
+        yield made
 
 
-def table(names: list[str], times: Times) -> Iterator[str]:
-    """Markdown: a row for each workload; in brackets the ratio to the first system."""
-    yield "| µs | " + " | ".join(names) + " |"
-    yield "|---|" + "---:|" * len(names)
-    for row, workload in enumerate(workloads.WORKLOADS):
-        medians = [statistics.median(times[name][row]) for name in names]
-        cells = [f"{medians[0]:.1f}"]
-        cells += [f"{each:.1f} ({each / medians[0]:.2f})" for each in medians[1:]]
-        yield f"| {workload} | " + " | ".join(cells) + " |"
+def deliver(run: Run, given: argparse.Namespace) -> None:
+    text = report.markdown(run)
+    print(text)
+    if given.json:
+        given.json.write_text(json.dumps(report.to_json(run), indent=1))
+    stem = given.plots or (
+        given.write and given.write.with_name(f"{given.write.stem}-{run.ground}")
+    )
+    pictures = []
+    if stem and plots.possible():
+        pictures = plots.write(run, str(stem))
+    elif stem:
+        print(plots.WHY_NOT, file=sys.stderr)
+    if given.write:
+        shown = "".join(f"\n\n![{path.stem}]({path.name})" for path in pictures)
+        document = given.write.read_text()
+        document = report.insert(document, "workloads", report.legend())
+        given.write.write_text(report.insert(document, run.ground, text + shown))
 
 
 def main() -> int:
-    options = parse()
-    names = options.system or systems.found()
-    times: Times = {name: [[] for _ in workloads.WORKLOADS] for name in names}
-    with tempfile.TemporaryDirectory(prefix="unionfs-benchmark-", dir=options.place) as base:
-        lower = Path(base) / "lower"
-        lower.mkdir()
-        workloads.make_lower(lower)
-        for turn in range(options.rounds):
-            for name in names:
-                print(f"round {turn + 1} of {options.rounds}: {name}", file=sys.stderr)
-                with mounted(name, Path(base), lower) as root:
-                    for row, taken in zip(times[name], time_round(root), strict=True):
-                        row.append(taken)
-    machine = f"Linux {platform.release()}, layers in {options.place}, {options.rounds} rounds"
-    print(machine, "", *table(names, times), sep="\n")
-    if options.json:
-        figures = {name: dict(zip(workloads.WORKLOADS, times[name], strict=True)) for name in names}
-        options.json.write_text(json.dumps({"machine": machine, "times": figures}, indent=1))
-    return 0
+    ground.isolate()
+    given = parse()
+    chosen = choose(given)
+    workloads = [name for name in WORKLOADS if name in (given.workload or WORKLOADS)]
+    if given.list:
+        print(*chosen, "", *workloads, sep="\n")
+        return 0
+    if given.write:
+        for part in ("workloads", given.ground):
+            try:
+                report.insert(given.write.read_text(), part, "")
+            except (OSError, ValueError) as error:
+                sys.exit(f"benchmarks/run: --write {given.write}: {error}")
+    with (
+        scene(given) as made,
+        progress(given.rounds * len(chosen) * len(workloads)) as tell,
+    ):
+        results, facts = rounds.run(made, list(chosen.values()), workloads, given.rounds, tell)
+    command = shlex.join(["benchmarks/run", *sys.argv[1:]])
+    run = Run(given.ground, given.rounds, command, chosen, results, facts)
+    deliver(run, given)
+    failed = rounds.troubles(results, "failed").values()
+    return int(any(chosen[system].ours for where in failed for system, _ in where))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,11 @@ def _prefix() -> list[str]:
     ]
 
 
+def command(arguments: Sequence[str]) -> list[str]:
+    """What runs these words as the ordinary user."""
+    return list(arguments) if os.geteuid() != 0 else [*_prefix(), *arguments]
+
+
 @contextlib.contextmanager
 def fuse_for_all() -> Iterator[None]:
     """A /dev/fuse that everybody may open.
@@ -99,10 +104,9 @@ def environment() -> dict[str, str]:
 
 def run(arguments: Sequence[str], *, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     """Run a command in the project's directory as the ordinary user; output is captured."""
-    command = list(arguments) if os.geteuid() != 0 else [*_prefix(), *arguments]
     with fuse_for_all():
         return subprocess.run(
-            command,
+            command(arguments),
             cwd=PROJECT,
             env=environment(),
             capture_output=True,
