@@ -204,7 +204,7 @@ class Harness:
         if os.geteuid() != 0:
             # Nothing is lent in a lower: what its user has closed to himself stays closed there.
             for side in (self.subject, self.control):
-                _open_to_owner(os.fsencode(side.root))
+                open_to_owner(os.fsencode(side.root))
         self.check_tree()
         self._between_mounts()
         assert self.union.upper is not None
@@ -240,7 +240,7 @@ class Harness:
             raise Divergence(f"unmount: {error}") from error
 
 
-def _open_to_owner(name: bytes, dirfd: int | None = None) -> None:
+def open_to_owner(name: bytes, dirfd: int | None = None) -> None:
     """Have all directories below searched and all files read by their owner."""
     status = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
     wanted = 0o700 if stat.S_ISDIR(status.st_mode) else 0o400 if stat.S_ISREG(status.st_mode) else 0
@@ -250,7 +250,7 @@ def _open_to_owner(name: bytes, dirfd: int | None = None) -> None:
         fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=dirfd)
         try:
             for entry in os.listdir(fd):
-                _open_to_owner(os.fsencode(entry), fd)
+                open_to_owner(os.fsencode(entry), fd)
         finally:
             os.close(fd)
 
