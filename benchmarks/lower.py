@@ -65,6 +65,16 @@ def _fill(path: Path, size: int) -> None:
 
 def make_lower(lower: Path, sizes: Sizes) -> None:
     """Fill an empty directory."""
+    make_trees(lower, sizes)
+    for name in ("updates", "info", "triggers", "alternatives", "parts"):
+        (lower / "debian/var/lib/dpkg" / name).mkdir(parents=True)
+    (lower / "debian/var/lib/dpkg/status").touch()
+    _python(lower / "python")
+    _gcc(lower / "gcc")
+
+
+def make_trees(lower: Path, sizes: Sizes) -> None:
+    """What the workloads of names and of data need."""
     names = sources(sizes.files)
     for tree in ("walk", "read1", "read4", "read16", "remove"):
         _copy(names, lower / tree)
@@ -81,11 +91,6 @@ def make_lower(lower: Path, sizes: Sizes) -> None:
         _fill(lower / "large" / "huge", sizes.huge)
     for name in ("read", "random", "fio"):
         _fill(lower / "data" / name, sizes.data)
-    for name in ("updates", "info", "triggers", "alternatives", "parts"):
-        (lower / "debian/var/lib/dpkg" / name).mkdir(parents=True)
-    (lower / "debian/var/lib/dpkg/status").touch()
-    _python(lower / "python")
-    _gcc(lower / "gcc")
 
 
 def _python(top: Path) -> None:
