@@ -7,7 +7,6 @@
 #include <sys/syscall.h>
 #include <sys/xattr.h>
 
-#include "loan.h"
 #include "resolve.h"
 
 enum { MODE_BITS = 07777, SYNC_FLAGS = O_SYNC | O_DSYNC };
@@ -89,6 +88,47 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
     }
     node_put(t, parent);
     return dirfd < 0 && err == 0 ? NOT_PLAIN : err;
+}
+
+errint_t plain_link(struct tree *t, uint64_t ino, uint64_t parent_ino, const char *name)
+{
+    struct node *n, *parent;
+    struct rdir *dir;
+    char path[PROC_BYTES];
+    errint_t err;
+    int dirfd;
+
+    if (!t->plain || is_reserved(parent_ino, name))
+        return NOT_PLAIN;
+    n = node_get(t, ino);
+    parent = node_get(t, parent_ino);
+    err = n && parent ? plain_copy_up(t, ino, false) : -ESTALE;
+    if (err == 0)
+        err = plain_copy_up(t, parent_ino, false);
+    if (err == 0) {
+        pthread_mutex_lock(&t->lock);
+        bool plain = n->upper && !n->metacopy && !n->indexed && !n->unlinked;
+        bool foreign = n->ino != n->real_ino;
+        pthread_mutex_unlock(&t->lock);
+        err = !plain ? NOT_PLAIN : foreign ? tree_make_impure(t, parent_ino) : 0;
+    }
+    cleanup_fd int fd = err == 0 ? node_open(t, n, O_PATH | O_NOFOLLOW, false) : -1;
+    if (err == 0 && fd < 0)
+        err = fd;
+    if (err == 0 && (dirfd = upper_pin(t, parent, &dir)) >= 0) {
+        proc_path(path, fd, NULL);
+        /* Another answer is for those who look what is there: a whiteout, say. */
+        if (linkat(AT_FDCWD, path, dirfd, name, AT_SYMLINK_FOLLOW) < 0)
+            err = NOT_PLAIN;
+        upper_unpin(t, dir);
+    } else if (err == 0) {
+        err = NOT_PLAIN;
+    }
+    if (parent)
+        node_put(t, parent);
+    if (n)
+        node_put(t, n);
+    return err;
 }
 
 /* ---- names ---- */
@@ -254,7 +294,38 @@ static errint_t unlink_known(struct tree *t, struct known *k)
     return err;
 }
 
-errint_t plain_unlink(struct tree *t, uint64_t parent, const char *name)
+/* A directory of the upper alone, and empty there. */
+static errint_t rmdir_known(struct tree *t, struct known *k)
+{
+    struct rdir *dir;
+    bool lower;
+    errint_t err = known_resolve(t, k);
+    int dirfd;
+
+    if (err != 0)
+        return err;
+    if (!S_ISDIR(k->hit->type) || k->hit->upper != UPPER_ENTRY || k->hit->ndirs != 1)
+        return NOT_PLAIN;
+    err = lower_shows(t, k, &lower);
+    if (err < 0 || lower)
+        return err < 0 ? err : NOT_PLAIN;
+    dirfd = upper_pin(t, k->parent, &dir);
+    if (dirfd < 0)
+        return NOT_PLAIN;
+    err = tree_prepare_unlink(t, k->parent->ino, k->name);
+    if (err == 0) {
+        if (unlinkat(dirfd, k->name, AT_REMOVEDIR) < 0) {
+            tree_abandon_unlink(t, k->parent->ino, k->name);
+            err = NOT_PLAIN; /* whiteouts are in it, or what the union shows */
+        } else {
+            err = tree_unlinked(t, k->parent->ino, k->name);
+        }
+    }
+    upper_unpin(t, dir);
+    return err;
+}
+
+static errint_t remove_name(struct tree *t, uint64_t parent, const char *name, bool dir)
 {
     struct known k;
     errint_t err;
@@ -264,16 +335,29 @@ errint_t plain_unlink(struct tree *t, uint64_t parent, const char *name)
     err = known_get(t, parent, name, &k);
     if (err < 0)
         return err;
-    err = k.node && !S_ISDIR(k.node->type) ? plain_copy_up(t, parent, false) : NOT_PLAIN;
+    if (k.node && S_ISDIR(k.node->type) == dir)
+        err = plain_copy_up(t, parent, false);
+    else
+        err = NOT_PLAIN;
     if (err == 0) {
         struct keyhold hold = {.keys = {k.node->ino}};
 
         keys_take(&t->committing, &hold);
-        err = unlink_known(t, &k);
+        err = dir ? rmdir_known(t, &k) : unlink_known(t, &k);
         keys_give(&t->committing, &hold);
     }
     known_done(t, &k);
     return err;
+}
+
+errint_t plain_unlink(struct tree *t, uint64_t parent, const char *name)
+{
+    return remove_name(t, parent, name, false);
+}
+
+errint_t plain_rmdir(struct tree *t, uint64_t parent, const char *name)
+{
+    return remove_name(t, parent, name, true);
 }
 
 /* What may be said of the source and the target of a plain rename. */
@@ -370,48 +454,5 @@ errint_t plain_rename(struct tree *t, uint64_t parent, const char *name, uint64_
     }
     known_done(t, &new);
     known_done(t, &old);
-    return err;
-}
-
-/* ---- attributes ---- */
-
-static errint_t change_at(int fd, const struct change *c)
-{
-    char path[PROC_BYTES];
-    errint_t err = 0;
-
-    /* By the link in /proc: it leads to the inode itself, be it a symbolic link. */
-    proc_path(path, fd, NULL);
-    if ((c->uid >= 0 || c->gid >= 0) && chown(path, (uid_t)c->uid, (gid_t)c->gid) < 0)
-        err = errno_or_eio();
-    if (err == 0 && c->set_mode)
-        err = loan_set_mode(path, c->mode & MODE_BITS);
-    if (err == 0 && c->set_times && utimensat(AT_FDCWD, path, c->times, 0) < 0)
-        err = errno_or_eio();
-    return err;
-}
-
-errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c)
-{
-    struct keyhold hold = {.keys = {ino}};
-    struct node *n;
-    errint_t err = 0;
-
-    if (!t->plain)
-        return NOT_PLAIN;
-    n = node_get(t, ino);
-    if (!n)
-        return -ESTALE;
-    err = plain_copy_up(t, ino, false);
-    if (err == 0) {
-        keys_take(&t->committing, &hold); /* not replaced meanwhile by its completed copy */
-        pthread_mutex_lock(&t->lock);
-        bool upper = n->upper;
-        pthread_mutex_unlock(&t->lock);
-        cleanup_fd int fd = upper ? node_open(t, n, O_PATH | O_NOFOLLOW, false) : -1;
-        err = !upper ? NOT_PLAIN : fd < 0 ? fd : change_at(fd, c);
-        keys_give(&t->committing, &hold);
-    }
-    node_put(t, n);
     return err;
 }

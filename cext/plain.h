@@ -24,8 +24,11 @@ struct new_file {
 /* `ret_fd`: a regular file's descriptor, opened with new->flags, else -1. */
 errint_t plain_make(struct tree *t, uint64_t parent, const char *name, const struct new_file *new,
                     int *ret_fd);
+/* A further name for a file that has one. */
+errint_t plain_link(struct tree *t, uint64_t ino, uint64_t parent, const char *name);
 /* Anything but a directory. */
 errint_t plain_unlink(struct tree *t, uint64_t parent, const char *name);
+errint_t plain_rmdir(struct tree *t, uint64_t parent, const char *name);
 /* Anything but a directory, without flags. */
 errint_t plain_rename(struct tree *t, uint64_t parent, const char *name, uint64_t new_parent,
                       const char *new_name);
@@ -38,6 +41,11 @@ struct change {
 };
 
 errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c);
+enum truncation { TRUNCATE, TRUNCATE_AT_OPEN };
+/* `fh`: the handle it was asked through, or 0; `root`: whoever asks is above set-ID bits. */
+errint_t plain_truncate(struct tree *t, uint64_t ino, off_t size, enum truncation how, uint64_t fh,
+                        bool root);
+errint_t plain_sync(struct tree *t, uint64_t fh, bool datasync);
 /* copy_up.c. A regular file or a directory, and what it lies in; `data`: the file is wanted whole.
  * Nothing to do is 0. */
 errint_t plain_copy_up(struct tree *t, uint64_t ino, bool data);

@@ -39,16 +39,41 @@ PyObject *py_plain_make(PyObject *op, PyObject *args)
     return PyLong_FromLong(fd);
 }
 
-PyObject *py_plain_unlink(PyObject *op, PyObject *args)
+static PyObject *remove_name(PyObject *op, PyObject *args,
+                             errint_t (*call)(struct tree *t, uint64_t parent, const char *name))
 {
     unsigned long long parent;
     const char *name;
     errint_t err;
 
-    if (!PyArg_ParseTuple(args, "Ky:plain_unlink", &parent, &name))
+    if (!PyArg_ParseTuple(args, "Ky", &parent, &name))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    err = plain_unlink(TREE(op), parent, name);
+    err = call(TREE(op), parent, name);
+    Py_END_ALLOW_THREADS
+    return plain_or_errno(err, name);
+}
+
+PyObject *py_plain_unlink(PyObject *op, PyObject *args)
+{
+    return remove_name(op, args, plain_unlink);
+}
+
+PyObject *py_plain_rmdir(PyObject *op, PyObject *args)
+{
+    return remove_name(op, args, plain_rmdir);
+}
+
+PyObject *py_plain_link(PyObject *op, PyObject *args)
+{
+    unsigned long long ino, parent;
+    const char *name;
+    errint_t err;
+
+    if (!PyArg_ParseTuple(args, "KKy:plain_link", &ino, &parent, &name))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = plain_link(TREE(op), ino, parent, name);
     Py_END_ALLOW_THREADS
     return plain_or_errno(err, name);
 }

@@ -170,8 +170,14 @@ static ssize_t on_open(struct answer *a)
     uint64_t fh = 0;
     errint_t err;
 
-    if (in->flags & O_TRUNC)
-        return by_call(a);
+    if (in->flags & O_TRUNC) {
+        err = plain_truncate(a->s->tree, a->r->head->nodeid, 0, TRUNCATE_AT_OPEN, 0,
+                             a->r->head->uid == 0);
+        if (err == NOT_PLAIN)
+            return by_call(a);
+        if (err < 0)
+            return err;
+    }
     err = file_open(a->s->tree, a->r->head->nodeid, (int)in->flags, &fh);
     if (err == -EROFS) { /* it has to be copied up first */
         err = plain_copy_up(a->s->tree, a->r->head->nodeid, true);
@@ -425,15 +431,15 @@ static const struct {
     [FUSE_MKNOD] = {on_mknod, sizeof(struct fuse_mknod_in), true},
     [FUSE_MKDIR] = {on_mkdir, sizeof(struct fuse_mkdir_in), true},
     [FUSE_UNLINK] = {on_unlink, 0, true},
-    [FUSE_RMDIR] = {by_call, 0, true},
+    [FUSE_RMDIR] = {on_rmdir, 0, true},
     [FUSE_RENAME] = {on_rename, sizeof(struct fuse_rename_in), true},
-    [FUSE_LINK] = {by_call, sizeof(struct fuse_link_in), true},
+    [FUSE_LINK] = {on_link, sizeof(struct fuse_link_in), true},
     [FUSE_OPEN] = {on_open, sizeof(struct fuse_open_in), false},
     [FUSE_READ] = {on_read, sizeof(struct fuse_read_in), false},
     [FUSE_WRITE] = {on_write, sizeof(struct fuse_write_in), false},
     [FUSE_STATFS] = {on_statfs, 0, false},
     [FUSE_RELEASE] = {on_release, sizeof(struct fuse_release_in), false},
-    [FUSE_FSYNC] = {by_call, sizeof(struct fuse_fsync_in), false},
+    [FUSE_FSYNC] = {on_fsync, sizeof(struct fuse_fsync_in), false},
     [FUSE_SETXATTR] = {by_call, FUSE_COMPAT_SETXATTR_IN_SIZE, true},
     [FUSE_GETXATTR] = {on_getxattr, sizeof(struct fuse_getxattr_in), true},
     [FUSE_LISTXATTR] = {on_listxattr, sizeof(struct fuse_getxattr_in), false},

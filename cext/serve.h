@@ -29,7 +29,8 @@ uint32_t valid_rest(const struct answer *a);
 void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct stat *st);
 
 /* serve_changes.c */
-handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_unlink, on_rename, on_rename2;
+handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_link, on_unlink, on_rmdir;
+handler on_rename, on_rename2, on_fsync;
 /* serve_files.c */
 handler on_statx;
 

@@ -32,18 +32,43 @@ static struct timespec wanted_time(uint32_t valid, uint32_t set, uint32_t now, u
     return (struct timespec){.tv_nsec = UTIME_OMIT};
 }
 
+/* As truncate(2) and ftruncate(2) ask for it. */
+static bool only_size(uint32_t valid)
+{
+    return (valid & ~(uint32_t)(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME)) == FATTR_SIZE;
+}
+
+static ssize_t answer_attr(struct answer *a, errint_t err)
+{
+    struct fuse_attr_out *out = REPLY(a, fuse_attr_out);
+    struct node *n = err < 0 ? NULL : node_get(a->s->tree, a->r->head->nodeid);
+    struct stat st;
+
+    if (err == 0)
+        err = n ? node_attr(a->s->tree, n, &st) : -ESTALE;
+    if (n)
+        node_put(a->s->tree, n);
+    if (err < 0)
+        return err;
+    *out = (struct fuse_attr_out){.attr_valid = valid_seconds(a), .attr_valid_nsec = valid_rest(a)};
+    wire_attr(&out->attr, &st);
+    return sizeof *out;
+}
+
 ssize_t on_setattr(struct answer *a)
 {
     const struct fuse_setattr_in *in = BODY(a, fuse_setattr_in);
-    struct fuse_attr_out *out = REPLY(a, fuse_attr_out);
     uint32_t valid = in->valid;
     struct change c = {.mode = in->mode, .uid = -1, .gid = -1};
-    struct node *n;
-    struct stat st;
     errint_t err;
 
-    /* Sizes; a change of nothing, which stands for more than it says; set-group-ID, which is not
-     * everybody's to give: attributes.py. */
+    if (only_size(valid)) {
+        err = plain_truncate(a->s->tree, a->r->head->nodeid, (off_t)in->size, TRUNCATE,
+                             valid & FATTR_FH ? in->fh : 0, a->r->head->uid == 0);
+        return err == NOT_PLAIN ? by_call(a) : answer_attr(a, err);
+    }
+    /* Sizes and more; a change of nothing, which stands for more than it says; set-group-ID, which
+     * is not everybody's to give: attributes.py. */
     if (valid & ~(uint32_t)PLAIN || !(valid & (FATTR_MODE | OWNER | TIMES)) ||
         (valid & FATTR_MODE && in->mode & S_ISGID && a->r->head->uid != 0))
         return by_call(a);
@@ -58,16 +83,15 @@ ssize_t on_setattr(struct answer *a)
     err = plain_change(a->s->tree, a->r->head->nodeid, &c);
     if (err == NOT_PLAIN)
         return by_call(a);
-    n = err < 0 ? NULL : node_get(a->s->tree, a->r->head->nodeid);
-    if (err == 0)
-        err = n ? node_attr(a->s->tree, n, &st) : -ESTALE;
-    if (n)
-        node_put(a->s->tree, n);
-    if (err < 0)
-        return err;
-    *out = (struct fuse_attr_out){.attr_valid = valid_seconds(a), .attr_valid_nsec = valid_rest(a)};
-    wire_attr(&out->attr, &st);
-    return sizeof *out;
+    return answer_attr(a, err);
+}
+
+ssize_t on_fsync(struct answer *a)
+{
+    const struct fuse_fsync_in *in = BODY(a, fuse_fsync_in);
+    errint_t err = plain_sync(a->s->tree, in->fh, in->fsync_flags & FUSE_FSYNC_FDATASYNC);
+
+    return err == NOT_PLAIN ? by_call(a) : err;
 }
 
 /* ---- new files ---- */
@@ -160,6 +184,24 @@ ssize_t on_create(struct answer *a)
 }
 
 /* ---- names ---- */
+
+ssize_t on_link(struct answer *a)
+{
+    const struct fuse_link_in *in = BODY(a, fuse_link_in);
+    const char *name = (const char *)(in + 1);
+    errint_t err = plain_link(a->s->tree, in->oldnodeid, a->r->head->nodeid, name);
+
+    if (err == NOT_PLAIN)
+        return by_call(a);
+    return err < 0 ? err : answer_entry(a, name);
+}
+
+ssize_t on_rmdir(struct answer *a)
+{
+    errint_t err = plain_rmdir(a->s->tree, a->r->head->nodeid, a->r->body);
+
+    return err == NOT_PLAIN ? by_call(a) : err;
+}
 
 ssize_t on_unlink(struct answer *a)
 {

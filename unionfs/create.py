@@ -221,6 +221,8 @@ def link(union: Union, ino: int, parent: int, name: bytes) -> None:
     check_name(union, parent, name)
     ensure_upper(union, ino)
     ensure_upper(union, parent)
+    if union.tree.plain_link(ino, parent, name):
+        return
     info = union.info(ino)
     fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
     try:

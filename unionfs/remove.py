@@ -59,6 +59,8 @@ def rmdir(union: Union, parent: int, name: bytes) -> None:
     if not union.tree.is_empty(entry.ino):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), name)
     ensure_upper(union, parent)
+    if union.tree.plain_rmdir(parent, name):
+        return
     with union.committing(entry.ino):
         entry = union.entry(parent, name)
         union.tree.prepare_unlink(parent, name)
