@@ -48,6 +48,7 @@ class Stack:
         self.fds = [os.open(path, flags) for path in (*self.paths, self.index)]
         self.max_open_dirs = max_open_dirs
         self.tree = self.make()
+        self.changing: Tree | None = None
 
     def make(self, **changed: object) -> Tree:
         words: dict[str, object] = {
@@ -69,6 +70,17 @@ class Stack:
         } | NOT_PLAIN
         described = [(fd, 0, False, False, bytes(16)) for fd in self.fds[:3]]
         return Tree(described, **(words | changed))  # type: ignore[arg-type]
+
+    def plain(self) -> Tree:
+        """One that makes plain changes, over the same layers; it is made once."""
+        if self.changing is None:
+            work = self.place / "work"
+            work.mkdir()
+            self.fds.append(os.open(work, os.O_RDONLY | os.O_DIRECTORY))
+            self.changing = self.make(
+                plain=True, work_fd=self.fds[-1], index_fd=-1, sync_copies=False
+            )
+        return self.changing
 
     def ino(self, path: str) -> int:
         """Look a path up, one reference for each part."""
@@ -473,6 +485,39 @@ def _failures(stack: Stack) -> None:
             call()
 
 
+def _plain(s: Stack) -> None:
+    """Everything made, moved and removed in C, so that each round finds what the first found."""
+    tree = s.plain()
+    us = (os.geteuid(), os.getegid())
+    regular, directory = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755
+    fd = tree.plain_make(ROOT_INO, b"made", regular, 0o22, 0, b"", os.O_RDWR, *us)
+    assert fd is not None
+    assert tree.plain_make(ROOT_INO, b"folder", directory, 0o22, 0, b"", 0, *us) == -1
+    made, folder = (tree.lookup(ROOT_INO, name)[0] for name in (b"made", b"folder"))
+    assert tree.plain_link(made, folder, b"linked")
+    tree.lookup(folder, b"linked")
+    assert tree.plain_rename(ROOT_INO, b"made", folder, b"moved")
+    assert not tree.plain_rmdir(ROOT_INO, b"folder")
+    for name in (b"moved", b"linked"):
+        assert tree.plain_unlink(folder, name)
+    assert tree.plain_rmdir(ROOT_INO, b"folder")
+    os.close(fd)
+    tree.forget(made, 2)
+    tree.forget(folder, 1)
+    lower = tree.lookup(ROOT_INO, b"lower")[0]
+    with tree.copying(lower + 1), tree.committing(lower, lower + 1):
+        fd = os.open(s.upper / "file", os.O_RDWR)
+        assert tree.mark_origin(lower, fd, fd)
+        os.close(fd)
+    assert tree.plain_copy_up(lower, True)
+    assert (s.upper / "lower").read_bytes() == b"lower"
+    os.unlink(s.upper / "lower")  # behind its back: so it is a lower file again next time
+    tree.unlinked(ROOT_INO, b"lower")
+    tree.forget(lower, 1)
+    tree.temp_name()
+    tree.metacopy_noted()
+
+
 def _nameless(s: Stack) -> None:
     fd = os.open(s.upper, os.O_TMPFILE | os.O_RDWR, 0o600)
     ino = s.tree.made_nameless(fd)[0]
@@ -520,6 +565,22 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
     ),
     "files": (_open_and_release, {"open", "read", "write", "fsync", "file_info", "release"}),
     "adopt": (_adopt, {"adopt"}),
+    "plain": (
+        _plain,
+        {
+            "plain_make",
+            "plain_link",
+            "plain_rename",
+            "plain_unlink",
+            "plain_rmdir",
+            "plain_copy_up",
+            "mark_origin",
+            "copying",
+            "committing",
+            "temp_name",
+            "metacopy_noted",
+        },
+    ),
     "nameless": (_nameless, {"made_nameless", "named"}),
     "directories": (_list_and_release, {"opendir", "readdir", "dir_ino", "releasedir"}),
     "upper_dir": (_upper_dir, {"upper_dir"}),
