@@ -85,6 +85,8 @@ errint_t file_open(struct tree *t, uint64_t ino, int flags, uint64_t *ret_fh)
         cleanup_fd int fd = node_open(t, n, flags_below(flags), true);
         if (fd == -EPERM && (flags & O_NOATIME))
             fd = node_open(t, n, flags_below(flags & ~O_NOATIME), true);
+        if (fd == -EPERM && (flags & O_APPEND)) /* append-only: the kernel writes at the end */
+            fd = node_open(t, n, flags_below(flags) | O_APPEND, true);
         if (fd < 0) {
             err = fd;
             fd = -1;

@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 
 #include "copy.h"
+#include "flags.h"
 #include "loan.h"
 
 /* OSError(errno, text, name). */
@@ -195,6 +196,50 @@ static PyObject *py_mode_of(PyObject *module, PyObject *args)
     return err < 0 ? raise_errno(err, NULL) : PyLong_FromUnsignedLong(st.st_mode);
 }
 
+static PyObject *py_copy_flags(PyObject *module, PyObject *args)
+{
+    int src, dst;
+    uint32_t late;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "ii:copy_flags", &src, &dst))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    copy_flags(src, dst, &late);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromUnsignedLong(late);
+}
+
+static PyObject *py_add_flags(PyObject *module, PyObject *args)
+{
+    int fd;
+    unsigned flags;
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iI:add_flags", &fd, &flags))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = add_flags(fd, flags);
+    Py_END_ALLOW_THREADS
+    return none_or_errno(err, NULL);
+}
+
+static PyObject *py_lift_flags(PyObject *module, PyObject *args)
+{
+    int fd;
+    uint32_t lifted = 0;
+    errint_t err;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "i:lift_flags", &fd))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = lift_flags(fd, &lifted);
+    Py_END_ALLOW_THREADS
+    return err < 0 ? raise_errno(err, NULL) : PyLong_FromUnsignedLong(lifted);
+}
+
 static PyObject *py_renameat2(PyObject *module, PyObject *args)
 {
     int olddir, newdir;
@@ -214,6 +259,9 @@ static PyObject *py_renameat2(PyObject *module, PyObject *args)
 static PyMethodDef functions[] = {
     {"copy_data", py_copy_data, METH_VARARGS, NULL},
     {"copy_xattrs", py_copy_xattrs, METH_VARARGS, NULL},
+    {"copy_flags", py_copy_flags, METH_VARARGS, NULL},
+    {"add_flags", py_add_flags, METH_VARARGS, NULL},
+    {"lift_flags", py_lift_flags, METH_VARARGS, NULL},
     {"birth_time", py_birth_time, METH_VARARGS, NULL},
     {"lend", py_lend, METH_VARARGS, NULL},
     {"give_back", py_give_back, METH_VARARGS, NULL},

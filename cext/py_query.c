@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Tree: what is there. */
+#include "flags.h"
 #include "glue.h"
 
 #include <fcntl.h>
@@ -279,4 +280,42 @@ PyObject *py_birth(PyObject *op, PyObject *args)
     }
     Py_END_ALLOW_THREADS
     return err < 0 ? raise_errno(err, NULL) : PyLong_FromLongLong(birth);
+}
+
+PyObject *py_flags(PyObject *op, PyObject *args)
+{
+    unsigned long long ino;
+    int extended;
+    errint_t err = -ESTALE;
+    union {
+        uint32_t flags;
+        struct fsxattr attr;
+    } u = {0};
+
+    if (!PyArg_ParseTuple(args, "Kp:flags", &ino, &extended))
+        return NULL;
+    size_t size = extended ? sizeof u.attr : sizeof u.flags;
+    Py_BEGIN_ALLOW_THREADS
+    struct node *n = node_get(TREE(op), ino);
+    if (n) {
+        err = node_flags(TREE(op), n, extended ? FS_IOC_FSGETXATTR : FS_IOC_GETFLAGS, &u, size);
+        node_put(TREE(op), n);
+    }
+    Py_END_ALLOW_THREADS
+    return err < 0 ? raise_errno(err, NULL)
+                   : PyBytes_FromStringAndSize((const char *)&u, (Py_ssize_t)size);
+}
+
+PyObject *py_changeable(PyObject *op, PyObject *args)
+{
+    unsigned long long ino;
+    int append, upper;
+    errint_t err;
+
+    if (!PyArg_ParseTuple(args, "Kpp:changeable", &ino, &append, &upper))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = tree_changeable(TREE(op), ino, append != 0, upper != 0);
+    Py_END_ALLOW_THREADS
+    return none_or_errno(err, NULL);
 }

@@ -319,13 +319,6 @@ static ssize_t on_copy_file_range(struct answer *a)
     return sizeof(struct fuse_write_out);
 }
 
-/* Every open() of a Python program asks for a terminal's settings; it must cost little. */
-static ssize_t on_ioctl(struct answer *a)
-{
-    (void)a;
-    return -ENOTTY;
-}
-
 /* ---- directories ---- */
 
 static ssize_t on_opendir(struct answer *a)

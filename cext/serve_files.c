@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Answers to what is asked of files seldom. */
+#include "flags.h"
 #include "serve.h"
 
 static struct statx_timestamp wire_time(const struct timespec *ts)
@@ -48,4 +49,74 @@ ssize_t on_statx(struct answer *a)
             },
     };
     return sizeof *out;
+}
+
+/* The kernel does not know that a change of flags changes ctime (fuse_fileattr_set of
+ * fs/fuse/ioctl.c), and would go on showing the attributes that it has. */
+static void forget_attributes(const struct answer *a)
+{
+    struct {
+        struct fuse_out_header head;
+        struct fuse_notify_inval_inode_out which;
+    } notice = {
+        .head = {.len = sizeof notice, .error = FUSE_NOTIFY_INVAL_INODE},
+        .which = {.ino = a->r->head->nodeid, .off = -1}, /* no pages */
+    };
+
+    (void)!write(a->s->options.device, &notice, sizeof notice);
+}
+
+static ssize_t get_flags(struct answer *a, unsigned long cmd, size_t size)
+{
+    struct node *n;
+    errint_t err;
+
+    if (BODY(a, fuse_ioctl_in)->out_size < size)
+        return -EINVAL;
+    n = node_get(a->s->tree, a->r->head->nodeid);
+    if (!n)
+        return -ESTALE;
+    err = node_flags(a->s->tree, n, cmd, a->data + sizeof(struct fuse_ioctl_out), size);
+    node_put(a->s->tree, n);
+    if (err < 0)
+        return err;
+    *REPLY(a, fuse_ioctl_out) = (struct fuse_ioctl_out){0};
+    return (ssize_t)(sizeof(struct fuse_ioctl_out) + size);
+}
+
+static ssize_t set_flags(struct answer *a, size_t size)
+{
+    const struct fuse_ioctl_in *in = BODY(a, fuse_ioctl_in);
+    ssize_t n;
+
+    if (in->in_size < size || in->in_size > a->r->len - sizeof *in)
+        return -EINVAL;
+    /* With the program's own pointer it is not from vfs_fileattr_set, which asks whether the
+     * program may: a kernel before 5.13. */
+    if (in->arg)
+        return -ENOTTY;
+    n = by_call(a);
+    if (n >= 0)
+        forget_attributes(a);
+    return n;
+}
+
+/* File flags; every other is not for a regular file or a directory. Each open() of a Python program
+ * asks for a terminal's settings, so that must cost little: no answer keeps the kernel from
+ * asking (fuse_send_ioctl). */
+ssize_t on_ioctl(struct answer *a)
+{
+    switch (BODY(a, fuse_ioctl_in)->cmd) {
+    case FS_IOC_GETFLAGS: /* a long by its number, an int in truth */
+    case FS_IOC_GETVERSION:
+        return get_flags(a, BODY(a, fuse_ioctl_in)->cmd, sizeof(int));
+    case FS_IOC_FSGETXATTR:
+        return get_flags(a, FS_IOC_FSGETXATTR, sizeof(struct fsxattr));
+    case FS_IOC_SETFLAGS:
+        return set_flags(a, sizeof(int));
+    case FS_IOC_FSSETXATTR:
+        return set_flags(a, sizeof(struct fsxattr));
+    default:
+        return -ENOTTY;
+    }
 }

@@ -518,6 +518,17 @@ def _plain(s: Stack) -> None:
     tree.metacopy_noted()
 
 
+def _flags(s: Stack) -> None:
+    with contextlib.suppress(OSError):  # a file system without flags
+        s.tree.flags(s.ino("file"), False)
+        s.tree.flags(s.ino("dir"), True)
+    s.tree.changeable(s.ino("file"), False, True)
+    held = s.tree.open_node(s.ino("file"), os.O_PATH)
+    _native.copy_flags(held, held)
+    assert not _native.lift_flags(held)
+    os.close(held)
+
+
 def _nameless(s: Stack) -> None:
     fd = os.open(s.upper, os.O_TMPFILE | os.O_RDWR, 0o600)
     ino = s.tree.made_nameless(fd)[0]
@@ -563,6 +574,7 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
         ),
         {"getxattr", "listxattr", "xattr_stored"},
     ),
+    "flags": (_flags, {"flags", "changeable"}),
     "files": (_open_and_release, {"open", "read", "write", "fsync", "file_info", "release"}),
     "adopt": (_adopt, {"adopt"}),
     "plain": (

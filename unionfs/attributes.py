@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from unionfs.union import Union
 
 ACL_PREFIX = b"system.posix_acl_"
 CAPABILITY = b"security.capability"
+JUST_NOW = 10**9  # ns: how long a request may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Change:
 
 def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | None = None) -> None:
     """Apply a change. `handle_fd`: the writable descriptor it was asked through, if any."""
+    union.tree.changeable(ino, False, False)
     if what.mode is not None and what.mode & stat.S_ISGID:
         what = _without_foreign_setgid(union, ino, what, ctx)
     if what.size is not None:
@@ -64,7 +67,17 @@ def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | N
             now = os.stat(fd)
             atime = now.st_atime_ns if what.atime_ns is None else what.atime_ns
             mtime = now.st_mtime_ns if what.mtime_ns is None else what.mtime_ns
-            os.utime(fd_path(fd), ns=(atime, mtime))
+            _set_times(fd, atime, mtime)
+
+
+def _set_times(fd: int, atime: int, mtime: int) -> None:
+    """utimensat(2). Times of an append-only file may be set to now, and to nothing else."""
+    try:
+        os.utime(fd_path(fd), ns=(atime, mtime))
+    except PermissionError:
+        if atime != mtime or abs(time.time_ns() - mtime) > JUST_NOW:
+            raise
+        os.utime(fd_path(fd))
 
 
 @contextlib.contextmanager
@@ -222,6 +235,7 @@ def _override(union: Union, ino: int, fd: int, what: Change) -> None:
 def set_xattr(union: Union, ino: int, name: bytes, value: bytes, ctx: Caller) -> None:
     """setxattr(2)."""
     stored = _stored(union, name)
+    union.tree.changeable(ino, False, False)
     ensure_upper(union, ino)
     with _opened(union, ino) as fd:
         os.setxattr(fd_path(fd), stored, value)
@@ -234,6 +248,7 @@ def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
     stored = _stored(union, name)
     if not name.startswith(ACL_PREFIX):
         union.tree.getxattr(ino, name)  # ENODATA before anything is copied up for nothing
+    union.tree.changeable(ino, False, False)
     ensure_upper(union, ino)
     with _opened(union, ino) as fd:
         os.removexattr(fd_path(fd), stored)

@@ -221,15 +221,34 @@ def _copy_node(union: Union, ino: int, info: Info, *, data: bool, truncate: int 
             fd = _make_temp(union, ino, temp, status, src, metacopy=metacopy, truncate=truncate)
             try:
                 index = _prepare_metadata(union, ino, src, fd, status, metacopy=metacopy)
+                late = _flags_of_copy(src, fd, info.type)
                 if union.options.fsync != "volatile" and (
                     (stat.S_ISREG(info.type) and not metacopy) or union.options.fsync == "strict"
                 ):
                     _sync(fd, info.type)
                 _publish(union, ino, temp, fd, status, index, metacopy=metacopy)
+                if late:
+                    _native.add_flags(fd, late)
             finally:
                 os.close(fd)
     finally:
         os.close(src)
+
+
+def _flags_of_copy(src: int, fd: int, kind: int) -> int:
+    """File flags go with the copy; those to be added when it is published, or 0."""
+    return _native.copy_flags(src, fd) if stat.S_ISREG(kind) or stat.S_ISDIR(kind) else 0
+
+
+@contextlib.contextmanager
+def unprotected(dirfd: int) -> Iterator[None]:
+    """What a union copies up into an immutable or append-only directory is no change of it."""
+    lifted = _native.lift_flags(dirfd)
+    try:
+        yield
+    finally:
+        if lifted:
+            _native.add_flags(dirfd, lifted)
 
 
 def _sync(fd: int, kind: int) -> None:
@@ -345,14 +364,15 @@ def _publish(
         parent, name, _ = place
         ensure_upper(union, parent)
         directory = stat.S_ISDIR(status.st_mode)
-        if union.marks.xattrs and not directory:
-            tree.make_impure(parent)
         with (
             tree.upper_dir(parent) as dirfd,
+            unprotected(dirfd),
             times_kept(dirfd),
             lent(dirfd, 0o300),
             lent(fd, stat.S_IWUSR, when=directory),
         ):
+            if union.marks.xattrs and not directory:
+                tree.make_impure(parent)
             if index is None:
                 _native.renameat2(work, temp, dirfd, name, RENAME_NOREPLACE)
             else:
@@ -419,9 +439,15 @@ def _replace(
                     return False
                 with lent(src, stat.S_IRUSR):
                     _prepare_metadata(union, ino, src, fd, now, metacopy=False)
+                    _flags_of_copy(src, fd, now.st_mode)
                 if synced:
                     os.fsync(fd)
-                with tree.upper_dir(place[0]) as dirfd, times_kept(dirfd), lent(dirfd, 0o300):
+                with (
+                    tree.upper_dir(place[0]) as dirfd,
+                    unprotected(dirfd),
+                    times_kept(dirfd),
+                    lent(dirfd, 0o300),
+                ):
                     os.rename(temp, place[1], src_dir_fd=work, dst_dir_fd=dirfd)
                 tree.copied_up(ino, place[0], place[1], metacopy=False)
         finally:

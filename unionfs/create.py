@@ -68,6 +68,7 @@ def check_name(union: Union, parent: int, name: bytes) -> None:
 def create(union: Union, parent: int, name: bytes, new: New, ctx: Caller) -> int:
     """Make NAME; a descriptor of it (a regular file's is open with new.flags)."""
     check_name(union, parent, name)
+    union.tree.changeable(parent, True, False)
     ensure_upper(union, parent)
     made = union.tree.plain_make(
         parent, name, new.mode, ctx.umask, new.rdev, new.target, new.flags, ctx.uid, ctx.gid
@@ -106,6 +107,7 @@ def create_nameless(union: Union, parent: int, new: New, ctx: Caller) -> int:
     Of PARENT only its default ACL and its set-group-ID count, so it is not copied up: that is for
     who gives the file a name.
     """
+    union.tree.changeable(parent, True, True)
     dirfd = union.tree.open_node(parent, os.O_PATH | os.O_DIRECTORY)
     try:
         default = acl.default_acl(dirfd)
@@ -219,6 +221,8 @@ def link(union: Union, ino: int, parent: int, name: bytes) -> None:
     """A further name for a file, or the first of one made by O_TMPFILE. A lower file is copied up,
     its metadata only if it is large."""
     check_name(union, parent, name)
+    union.tree.changeable(ino, False, False)
+    union.tree.changeable(parent, True, False)
     ensure_upper(union, ino)
     ensure_upper(union, parent)
     if union.tree.plain_link(ino, parent, name):

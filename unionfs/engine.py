@@ -23,6 +23,7 @@ import pyfuse3
 import trio
 
 from unionfs._native import Engine
+from unionfs.flags import FSSETXATTR, SETFLAGS
 from unionfs.handshake import InitFlag, Wishes, answer_init
 from unionfs.operations import UnionOperations
 
@@ -43,6 +44,8 @@ _LINK: Final = struct.Struct("=Q")
 _RENAME: Final = struct.Struct("=Q")
 _RENAME2: Final = struct.Struct("=QII")
 _FSYNC: Final = struct.Struct("=QII")
+_IOCTL: Final = struct.Struct("=QIIQII")
+_IOCTL_OUT: Final = struct.Struct("=iIII")
 _SETATTR: Final = struct.Struct("=IIQQQqqqIIIIIIII")
 _KEEP_CACHE: Final = 1 << 1
 _DATASYNC: Final = 1
@@ -232,6 +235,7 @@ class Requests:
             Opcode.OPEN: self._open,
             Opcode.CREATE: self._create,
             Opcode.TMPFILE: self._tmpfile,
+            Opcode.IOCTL: self._ioctl,
             Opcode.FSYNC: self._fsync,
             Opcode.FSYNCDIR: self._fsyncdir,
             Opcode.GETXATTR: self._getxattr,
@@ -337,6 +341,14 @@ class Requests:
         fh, flags, _ = _FSYNC.unpack_from(body)
         _run(self._operations.fsyncdir(fh, bool(flags & _DATASYNC)))
         return b""
+
+    def _ioctl(self, ino: int, ctx: Context, body: bytes) -> Answer:
+        _, _, command, _, size, _ = _IOCTL.unpack_from(body)
+        if command not in (SETFLAGS, FSSETXATTR):
+            return -errno.ENOTTY
+        wanted = body[_IOCTL.size : _IOCTL.size + size]
+        _run(self._operations.set_flags(ino, wanted, command == FSSETXATTR))
+        return _IOCTL_OUT.pack(0, 0, 0, 0)
 
     def _getxattr(self, ino: int, ctx: Context, body: bytes) -> Answer:
         size, _ = _GETXATTR.unpack_from(body)

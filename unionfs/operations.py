@@ -24,7 +24,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
-from unionfs import attributes, copy_up, create, remove, rename
+from unionfs import attributes, copy_up, create, flags, remove, rename
 from unionfs._native import ROOT_INO
 from unionfs.attributes import Change
 from unionfs.create import New
@@ -211,8 +211,10 @@ class UnionOperations(pyfuse3.Operations):
             await self._work(self._open_for_writing, inode, flags, ctx)
         return FileInfo(fh=self.union.tree.open(inode, flags), keep_cache=not self.live)
 
-    def _open_for_writing(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> None:
-        if flags & os.O_TRUNC:
+    def _open_for_writing(self, inode: int, how: int, ctx: pyfuse3.RequestContext) -> None:
+        append = how & (os.O_APPEND | os.O_TRUNC) == os.O_APPEND
+        self.union.tree.changeable(inode, append, False)
+        if how & os.O_TRUNC:
             attributes.truncate_at_open(self.union, inode, ctx)
         else:
             copy_up.ensure_upper(self.union, inode, data=True)
@@ -451,6 +453,12 @@ class UnionOperations(pyfuse3.Operations):
         if inode == ROOT_INO and name == STATUS_XATTR:
             raise FUSEError(errno.EPERM)
         await self._work(attributes.set_xattr, self.union, inode, name, value, ctx)
+
+    @edge
+    async def set_flags(self, inode: int, wanted: bytes, extended: bool) -> None:
+        """FS_IOC_SETFLAGS or FS_IOC_FSSETXATTR; pyfuse3 has no handler for them."""
+        self._check_writable()
+        await self._work(flags.set_flags, self.union, inode, wanted, extended=extended)
 
     @edge
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:

@@ -9,6 +9,7 @@ import stat
 from unionfs import numbers
 from unionfs._native import renameat2
 from unionfs.copy_up import ensure_name, ensure_upper, write_nlink
+from unionfs.flags import may_remove
 from unionfs.marks import lent_at
 from unionfs.union import UPPER_ENTRY, Entry, Union
 from unionfs.work import empty_directory
@@ -19,6 +20,7 @@ def unlink(union: Union, parent: int, name: bytes) -> None:
     entry = union.entry(parent, name)
     if not entry.ino:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+    may_remove(union, parent, entry)
     ensure_upper(union, parent)
     if union.tree.plain_unlink(parent, name):
         return
@@ -57,7 +59,9 @@ def rmdir(union: Union, parent: int, name: bytes) -> None:
     if not stat.S_ISDIR(entry.type):
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
     if not union.tree.is_empty(entry.ino):
+        may_remove(union, parent, entry, upper=True)
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), name)
+    may_remove(union, parent, entry)
     ensure_upper(union, parent)
     if union.tree.plain_rmdir(parent, name):
         return

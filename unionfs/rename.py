@@ -14,6 +14,7 @@ from unionfs import numbers
 from unionfs._native import copy_xattrs, renameat2
 from unionfs.copy_up import ensure_name, ensure_upper, temporary, write_nlink
 from unionfs.create import check_name, redirect_path, set_data_redirect
+from unionfs.flags import may_remove
 from unionfs.marks import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, fd_path, lent, lent_at
 from unionfs.remove import count_link_removed, discard_dir, drop_index, keep_links
 from unionfs.union import UPPER_ENTRY, UPPER_WHITEOUT, Entry, Union
@@ -40,7 +41,12 @@ def rename(
     if new.ino == old.ino:
         return  # two names of one file: rename(2) does nothing
     if new.ino and not exchange and stat.S_ISDIR(new.type) and not union.tree.is_empty(new.ino):
+        may_remove(union, parent, old, upper=True)
+        may_remove(union, new_parent, new, upper=True)
         raise _error(errno.ENOTEMPTY, new_name)
+    may_remove(union, parent, old)
+    may_remove(union, new_parent, new)
+    union.tree.changeable(new_parent, True, False)
     ensure_upper(union, parent)
     ensure_upper(union, new_parent)
     if not flags and union.tree.plain_rename(parent, name, new_parent, new_name):

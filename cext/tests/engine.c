@@ -9,6 +9,7 @@
 #include <sys/socket.h>
 
 #include "../engine.h"
+#include "../flags.h"
 
 enum { ASKERS = 4, STUCK = 60, PATIENCE_MS = 30000 };
 
@@ -185,6 +186,7 @@ static void test_malformed(void)
         {4096, "", 0, -ENOSYS},
         {0, "", 0, -ENOSYS},
         {FUSE_UNLINK, "no end", 6, -EINVAL},
+        {FUSE_IOCTL, "1234", 4, -EINVAL},
         {FUSE_TMPFILE, "1234", 4, -EINVAL},
         {WIRE_STATX, "1234", 4, -EINVAL},
     };
@@ -226,6 +228,40 @@ static void test_statx(void)
     CHECK(out.stat.stx_mtime.tv_nsec == wanted.stx_mtime.tv_nsec);
     CHECK((out.stat.stx_mask & STATX_BTIME) == (wanted.stx_mask & STATX_BTIME));
     CHECK(out.stat.stx_btime.tv_nsec == wanted.stx_btime.tv_nsec);
+}
+
+static int32_t ask_ioctl(unsigned long cmd, uint64_t arg, uint32_t in_size, uint32_t out_size)
+{
+    struct {
+        struct fuse_ioctl_in in;
+        char data[4];
+    } body = {.in = {.cmd = (uint32_t)cmd, .arg = arg, .in_size = in_size, .out_size = out_size}};
+
+    (void)ask(FUSE_IOCTL, &body, sizeof body);
+    return answer(NULL, 0).error;
+}
+
+static void test_ioctl(void)
+{
+    struct {
+        struct fuse_ioctl_in in;
+        uint32_t flags;
+    } body = {.in = {.cmd = FS_IOC_SETFLAGS, .in_size = 4}};
+    struct fuse_out_header notice;
+    uint64_t unique;
+
+    CHECK(ask_ioctl(0x5401, 0, 0, 0) == -ENOTTY); /* TCGETS */
+    CHECK(ask_ioctl(FS_IOC_GETFLAGS, 0, 0, 3) == -EINVAL);
+    CHECK(ask_ioctl(FS_IOC_FSGETXATTR, 0, 0, 4) == -EINVAL);
+    CHECK(ask_ioctl(FS_IOC_SETFLAGS, 0, 3, 0) == -EINVAL);
+    CHECK(ask_ioctl(FS_IOC_SETFLAGS, 0, 9, 0) == -EINVAL);
+    CHECK(ask_ioctl(FS_IOC_SETFLAGS, 0, UINT32_MAX, 0) == -EINVAL);
+    CHECK(ask_ioctl(FS_IOC_FSSETXATTR, 0, 4, 0) == -EINVAL);
+    CHECK(ask_ioctl(FS_IOC_SETFLAGS, 4096, 4, 0) == -ENOTTY); /* nobody has checked it */
+    unique = ask(FUSE_IOCTL, &body, sizeof body);
+    notice = answer(NULL, 0);
+    CHECK(notice.unique == 0 && notice.error == FUSE_NOTIFY_INVAL_INODE);
+    CHECK(answer(NULL, 0).unique == unique);
 }
 
 static void *free_engine(void *arg)
@@ -288,6 +324,7 @@ int main(int argc, char **argv)
     test_stuck_requests_hold_up_no_other();
     test_malformed();
     test_statx();
+    test_ioctl();
     test_end(device[0]);
     CHECK(tree->node_count == 1);
     tree_free(tree);

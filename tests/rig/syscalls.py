@@ -9,6 +9,7 @@ tests do not share it, so that a mistake there cannot hide itself.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import struct
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ AT_SYMLINK_FOLLOW = 0x400
 PR_SET_CHILD_SUBREAPER = 36
 UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 _STATX_BTIME = 0x800
+FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_GETVERSION = 0x8008_6601, 0x4008_6602, 0x8008_7601
+FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR = 0x801C_581F, 0x401C_5820
 
 
 class _Timespec(ctypes.Structure):
@@ -107,6 +110,43 @@ def link_descriptor(fd: int, path: bytes) -> None:
     """Give a file made by O_TMPFILE a name."""
     source = f"/proc/self/fd/{fd}".encode()
     _check(LIBC.linkat(AT_FDCWD, source, AT_FDCWD, path, AT_SYMLINK_FOLLOW), "linkat")
+
+
+def get_flags(path: str | os.PathLike[str]) -> int:
+    """FS_IOC_GETFLAGS of a file or directory."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        (flags,) = struct.unpack_from("=I", fcntl.ioctl(fd, FS_IOC_GETFLAGS, bytes(8)))
+        return int(flags)
+    finally:
+        os.close(fd)
+
+
+def set_flags(path: str | os.PathLike[str], flags: int) -> None:
+    """FS_IOC_SETFLAGS."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, struct.pack("=Q", flags))
+    finally:
+        os.close(fd)
+
+
+def get_xflags(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """FS_IOC_FSGETXATTR: xflags, extsize, nextents, projid, cowextsize."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        return struct.unpack_from("=5I", fcntl.ioctl(fd, FS_IOC_FSGETXATTR, bytes(28)))
+    finally:
+        os.close(fd)
+
+
+def set_xflags(path: str | os.PathLike[str], values: tuple[int, ...]) -> None:
+    """FS_IOC_FSSETXATTR."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fcntl.ioctl(fd, FS_IOC_FSSETXATTR, struct.pack("=5I8x", *values))
+    finally:
+        os.close(fd)
 
 
 def lseek(fd: int, offset: int) -> int:
