@@ -300,12 +300,14 @@ static ssize_t on_copy_file_range(struct answer *a)
     struct file *from = file_get(a->s->tree, in->fh_in);
     struct file *to = file_get(a->s->tree, in->fh_out);
     off_t off_in = (off_t)in->off_in, off_out = (off_t)in->off_out;
+    bool wide = a->r->head->opcode == WIRE_COPY_FILE_RANGE_64;
+    uint64_t most = wide ? INT64_MAX : UINT32_MAX / 2;
     ssize_t n = -EBADF;
 
     /* Across file systems, or where one cannot: the kernel then moves the bytes itself. */
     if (from && to) {
-        n = copy_file_range(from->fd, &off_in, to->fd, &off_out,
-                            in->len < UINT32_MAX / 2 ? in->len : UINT32_MAX / 2, 0);
+        n = copy_file_range(from->fd, &off_in, to->fd, &off_out, in->len < most ? in->len : most,
+                            0);
         if (n < 0)
             n = errno_or_eio();
     }
@@ -315,6 +317,10 @@ static ssize_t on_copy_file_range(struct answer *a)
         file_put(a->s->tree, to);
     if (n < 0)
         return n;
+    if (wide) {
+        *REPLY(a, wire_copy_file_range_out) = (struct wire_copy_file_range_out){(uint64_t)n};
+        return sizeof(struct wire_copy_file_range_out);
+    }
     *REPLY(a, fuse_write_out) = (struct fuse_write_out){.size = (uint32_t)n};
     return sizeof(struct fuse_write_out);
 }
@@ -452,6 +458,8 @@ static const struct {
     [FUSE_LSEEK] = {on_lseek, sizeof(struct fuse_lseek_in), false},
     [FUSE_COPY_FILE_RANGE] = {on_copy_file_range, sizeof(struct fuse_copy_file_range_in), false},
     [FUSE_TMPFILE] = {by_call, sizeof(struct fuse_create_in), false},
+    [WIRE_COPY_FILE_RANGE_64] = {on_copy_file_range, sizeof(struct fuse_copy_file_range_in), false},
+    [FUSE_SYNCFS] = {on_syncfs, sizeof(struct fuse_syncfs_in), false},
     [WIRE_STATX] = {on_statx, sizeof(struct wire_statx_in), false},
 };
 

@@ -32,6 +32,6 @@ void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct 
 handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_link, on_unlink, on_rmdir;
 handler on_rename, on_rename2, on_fsync;
 /* serve_files.c */
-handler on_statx, on_ioctl;
+handler on_statx, on_ioctl, on_syncfs;
 
 #endif

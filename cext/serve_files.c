@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Answers to what is asked of files seldom. */
+#include <fcntl.h>
+
 #include "flags.h"
 #include "serve.h"
 
@@ -119,4 +121,15 @@ ssize_t on_ioctl(struct answer *a)
     default:
         return -ENOTTY;
     }
+}
+
+/* Kernels ask this of some FUSE file systems only (virtiofs, those on a block device), of others
+ * they just write the pages that they hold: fuse_sync_fs of fs/fuse/inode.c. */
+ssize_t on_syncfs(struct answer *a)
+{
+    cleanup_fd int fd = reopen_fd(a->s->options.statfs_fd, O_RDONLY | O_DIRECTORY);
+
+    if (fd < 0)
+        return fd;
+    return syncfs(fd) < 0 ? errno_or_eio() : 0;
 }

@@ -31,6 +31,10 @@ struct wire_statx_out {
     struct statx stat; /* struct fuse_statx is laid out alike */
 };
 
+struct wire_copy_file_range_out {
+    uint64_t bytes_copied;
+};
+
 static inline void wire_attr(struct fuse_attr *out, const struct stat *st)
 {
     *out = (struct fuse_attr){

@@ -97,6 +97,7 @@ class Opcode(IntEnum):
     SYNCFS = 50
     TMPFILE = 51
     STATX = 52
+    COPY_FILE_RANGE_64 = 53
 
 
 class _Valid(IntEnum):

@@ -188,6 +188,8 @@ static void test_malformed(void)
         {FUSE_UNLINK, "no end", 6, -EINVAL},
         {FUSE_IOCTL, "1234", 4, -EINVAL},
         {FUSE_TMPFILE, "1234", 4, -EINVAL},
+        {FUSE_SYNCFS, "1234", 4, -EINVAL},
+        {WIRE_COPY_FILE_RANGE_64, "1234", 4, -EINVAL},
         {WIRE_STATX, "1234", 4, -EINVAL},
     };
     struct fuse_in_header lying = {.len = 8000, .opcode = FUSE_GETATTR, .nodeid = ROOT_INO};
@@ -228,6 +230,14 @@ static void test_statx(void)
     CHECK(out.stat.stx_mtime.tv_nsec == wanted.stx_mtime.tv_nsec);
     CHECK((out.stat.stx_mask & STATX_BTIME) == (wanted.stx_mask & STATX_BTIME));
     CHECK(out.stat.stx_btime.tv_nsec == wanted.stx_btime.tv_nsec);
+}
+
+static void test_syncfs(void)
+{
+    struct fuse_syncfs_in in = {0};
+
+    (void)ask(FUSE_SYNCFS, &in, sizeof in);
+    CHECK(answer(NULL, 0).error == 0);
 }
 
 static int32_t ask_ioctl(unsigned long cmd, uint64_t arg, uint32_t in_size, uint32_t out_size)
@@ -325,6 +335,7 @@ int main(int argc, char **argv)
     test_malformed();
     test_statx();
     test_ioctl();
+    test_syncfs();
     test_end(device[0]);
     CHECK(tree->node_count == 1);
     tree_free(tree);

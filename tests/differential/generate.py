@@ -16,7 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from tests.differential.operations import ACTORS, Json, Op
-from tests.rig.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, UTIME_NOW, UTIME_OMIT
+from tests.rig.syscalls import (
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+    FALLOC_ZERO_RANGE,
+    RENAME_EXCHANGE,
+    RENAME_NOREPLACE,
+    UTIME_NOW,
+    UTIME_OMIT,
+)
 
 T = TypeVar("T")
 
@@ -40,6 +48,16 @@ TRUSTED = ("trusted.one",)
 MODES = (0o644, 0o600, 0o755, 0o700, 0o777, 0o000, 0o444, 0o4755, 0o2755, 0o6711, 0o2644)
 DIRECTORY_MODES = (0o755, 0o700, 0o777, 0o1777, 0o2755, 0o2777, 0o3777, 0o500, 0o711)
 UMASKS = (0o022, 0o022, 0o000, 0o077, 0o027)
+# What the kernel lets through to a FUSE file system.
+FALLOCATE_MODES = (
+    0,
+    FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE,
+    FALLOC_ZERO_RANGE,
+    FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE,
+    FALLOC_PUNCH_HOLE,
+)
+ENGINE_ONLY = ("tmpfile", "link_fd", "seek_data", "fallocate", "copy_range", "flags")
 TIMES = (0, 1, 1_000_000_000, 1_234_567_890, 2**31 + 7, 2**33)
 
 
@@ -117,7 +135,15 @@ CAPABILITY = struct.pack("<IIIII", 0x0200_0001, 1 << 13, 0, 0, 0).hex()
 
 
 class Generator:
-    def __init__(self, known: Known, *, root: bool, overlay: bool, links: bool = True) -> None:
+    def __init__(
+        self,
+        known: Known,
+        *,
+        root: bool,
+        overlay: bool,
+        links: bool = True,
+        engine: bool = True,
+    ) -> None:
         self.known = known
         self.root = root
         self.links = links
@@ -125,6 +151,8 @@ class Generator:
         # reading the old file. Long-lived descriptors are therefore opened for writing there. A
         # write through a memory map does not move its mtime.
         self.overlay = overlay
+        # Calls that the reference driver cannot express.
+        self.engine = engine
 
     def next(self, choose: Chooser) -> Op:
         return self.make(choose, choose.pick(TABLE))
@@ -134,6 +162,10 @@ class Generator:
             kind = choose.pick(("unlink", "unlink", "rmdir"))
         if kind == "link" and not self.links:
             kind = "symlink"
+        if kind == "link_fd" and not self.links:
+            kind = "tmpfile"
+        if (kind in ENGINE_ONLY and not self.engine) or (kind == "flags" and self.overlay):
+            kind = "stat"
         if kind == "map_write" and self.overlay:
             kind = "map_read"
         makers: dict[str, Callable[[Chooser], dict[str, Json]]] = MAKERS
@@ -191,6 +223,21 @@ class Generator:
             "flags": flags,
             "mode": choose.pick(MODES),
         }
+
+    def _tmpfile(self, choose: Chooser) -> dict[str, Json]:
+        flags = choose.pick((os.O_RDWR, os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_EXCL, os.O_RDONLY))
+        return {
+            "slot": choose.number(0, SLOTS - 1),
+            "path": self._folder(choose),
+            "flags": flags,
+            "mode": choose.pick(MODES),
+        }
+
+    def _link_fd(self, choose: Chooser) -> dict[str, Json]:
+        return {"slot": choose.number(0, SLOTS - 1), "to": self._new(choose)}
+
+    def _flags(self, choose: Chooser) -> dict[str, Json]:
+        return {"path": self._path(choose), "bits": choose.pick((0, 0x40, 0x80, 0xC0))}
 
     def _opendir(self, choose: Chooser) -> dict[str, Json]:
         slot = choose.number(0, SLOTS - 1)
@@ -346,6 +393,24 @@ MAKERS: dict[str, Callable[[Chooser], dict[str, Json]]] = {
         "offset": _size(c),
         "whence": c.pick((os.SEEK_SET, os.SEEK_CUR, os.SEEK_END)),
     },
+    "seek_data": lambda c: {
+        "slot": _slot(c),
+        "offset": _size(c),
+        "whence": c.pick((os.SEEK_DATA, os.SEEK_HOLE)),
+    },
+    "fallocate": lambda c: {
+        "slot": _slot(c),
+        "mode": c.pick(FALLOCATE_MODES),
+        "offset": _size(c),
+        "length": _size(c),
+    },
+    "copy_range": lambda c: {
+        "slot": _slot(c),
+        "source": _slot(c),
+        "size": _size(c),
+        "offset": _size(c),
+        "source_offset": _size(c),
+    },
     "fstat": lambda c: {"slot": _slot(c)},
     "ftruncate": lambda c: {"slot": _slot(c), "size": _size(c)},
     "fsync": lambda c: {"slot": _slot(c)},
@@ -412,6 +477,12 @@ WEIGHTS = {
     "map_write": 3,
     "map_read": 3,
     "openat": 3,
+    "tmpfile": 4,
+    "link_fd": 4,
+    "seek_data": 2,
+    "fallocate": 4,
+    "copy_range": 4,
+    "flags": 3,
     "mkdirat": 2,
     "unlinkat": 2,
 }

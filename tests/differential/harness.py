@@ -8,6 +8,7 @@ moved; `check_tree` compares everything, and each file's inode number with the o
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -56,6 +57,17 @@ def tolerated(op: Op, got: Result, want: Result, backend: Backend) -> bool:
     return op.name == "removexattr" and acl and (got, want) == absent
 
 
+def has_engine(root: Path) -> bool:
+    """Whether the calls are there that the reference driver cannot express."""
+    try:
+        os.close(os.open(root, os.O_TMPFILE | os.O_RDWR))
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
+
+
 Watch = dict[str, os.stat_result | None]
 
 
@@ -67,7 +79,9 @@ class Harness:
         self.subject = Side(str(subject.mnt))
         self.control = Side(str(control))
         self.start = time.time_ns() - TICK
-        self._inodes: dict[tuple[int, int], tuple[int, bytes]] = {}
+        # By the control's number and birth: number, birth and name in the union.
+        self._inodes: dict[tuple[int, int], tuple[int, int, bytes]] = {}
+        self.engine = has_engine(subject.mnt)
         self.done = 0
 
     def step(self, op: Op) -> Result:
@@ -168,7 +182,7 @@ class Harness:
 
     def _check_inodes(self, got: snapshot.Tree, want: snapshot.Tree) -> None:
         """An inode of the control, known by number and birth, keeps its number in the union."""
-        now: dict[tuple[int, int], tuple[int, bytes]] = {}
+        now: dict[tuple[int, int], tuple[int, int, bytes]] = {}
         taken: dict[int, tuple[bytes, tuple[int, int]]] = {}
         for name in sorted(want):
             if not want[name].ino:
@@ -178,12 +192,17 @@ class Harness:
             old = self._inodes.get(key)
             if old is not None and old[0] != number:
                 raise Divergence(
-                    f"st_ino of {name!r} is {number}, was {old[0]} (then named {old[1]!r})"
+                    f"st_ino of {name!r} is {number}, was {old[0]} (then named {old[2]!r})"
                 )
+            born = 0
+            if self.engine and self.union.backend == "unionfs":
+                born = syscalls.birth(self.subject.path(os.fsdecode(name)))
+            if old is not None and old[1] != born:
+                raise Divergence(f"{name!r} was born at {born}, was {old[1]} (then {old[2]!r})")
             other = taken.setdefault(number, (name, key))
             if other[1] != key:
                 raise Divergence(f"{name!r} and {other[0]!r} are two files, both with ino {number}")
-            now[key] = number, name
+            now[key] = number, born, name
         self._inodes = now
 
     def _alive(self) -> None:

@@ -33,6 +33,10 @@ ACTORS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
 )
 
 
+# FS_SYNC_FL, FS_NODUMP_FL, FS_NOATIME_FL; and FS_IMMUTABLE_FL, FS_APPEND_FL, which must not come.
+FLAGS = 0x08 | 0x40 | 0x80 | 0x10 | 0x20
+
+
 @dataclass(frozen=True)
 class Op:
     name: str
@@ -137,6 +141,12 @@ class Side:
         raw = os.fsencode(name)
         return self._keep(slot, os.open(raw, flags | os.O_NONBLOCK, mode, dir_fd=self.fd(at)))
 
+    def do_tmpfile(self, slot: int, path: str, flags: int, mode: int) -> object:
+        return self._keep(slot, os.open(self.path(path), os.O_TMPFILE | flags, mode))
+
+    def do_link_fd(self, slot: int, to: str) -> None:
+        syscalls.link_descriptor(self.fd(slot), self.path(to))
+
     def do_close(self, slot: int) -> object:
         held = self.maps.pop(slot, None)
         if held is not None:
@@ -163,6 +173,47 @@ class Side:
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             return "a directory's offsets are its own"
         return os.lseek(fd, offset, whence)
+
+    def do_seek_data(self, slot: int, offset: int, whence: int) -> object:
+        """Where holes are is the file system's affair; what it says to be one must read as zeros."""
+        fd = self.fd(slot)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return "not for what has no data"
+        size = os.fstat(fd).st_size
+        try:
+            found = os.lseek(fd, offset, whence)
+        except OSError as error:
+            if error.errno != errno.ENXIO or offset >= size:
+                raise
+            found = size  # a hole up to the end
+        reads = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY
+        if whence == os.SEEK_DATA and reads:
+            assert not any(os.pread(fd, found - offset, offset)), f"data before {found}"
+        assert offset <= found <= size
+        os.lseek(fd, offset, os.SEEK_SET)
+        return size
+
+    def do_fallocate(self, slot: int, mode: int, offset: int, length: int) -> None:
+        syscalls.fallocate(self.fd(slot), mode, offset, length)
+
+    def do_copy_range(
+        self, slot: int, source: int, size: int, offset: int, source_offset: int
+    ) -> object:
+        return os.copy_file_range(self.fd(source), self.fd(slot), size, source_offset, offset)
+
+    def do_flags(self, path: str, bits: int) -> object:
+        """File flags; changed only of files, since new files inherit those of directories, and
+        what is prepared elsewhere cannot."""
+        place = os.fsdecode(self.path(path))
+        kind = stat.S_IFMT(os.lstat(place).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            return "the kernel asks a FUSE file system for no other kind's"
+        if kind == stat.S_IFDIR:
+            bits = 0
+        now = syscalls.get_flags(place)
+        if bits:
+            syscalls.set_flags(place, now ^ bits)
+        return syscalls.get_flags(place) & FLAGS
 
     def do_fstat(self, slot: int) -> object:
         return facts(os.fstat(self.fd(slot)))

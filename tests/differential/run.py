@@ -139,7 +139,13 @@ class Runner:
         overlay = plan.backend == "overlay"
         # What a rotated upper's link counts hide is as unknowable as a lower's.
         links = not plan.shape.rotate
-        generator = Generator(known, root=self.root, overlay=overlay, links=links)
+        generator = Generator(
+            known,
+            root=self.root,
+            overlay=overlay,
+            links=links,
+            engine=harness.engine,
+        )
         chooser = Seeded(plan.shape.seed)
         for number in range(1, plan.ops + 1):
             known.refresh(harness.control.root)

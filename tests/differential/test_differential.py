@@ -78,7 +78,11 @@ def machine(base: Ground, backend: Backend) -> type[RuleBasedStateMachine]:
             self.union.mount()
             self.harness = Harness(self.union, control, runner.watchdog)
             self.generator = Generator(
-                Known(), root=runner.root, overlay=backend == "overlay", links=not shape.rotate
+                Known(),
+                root=runner.root,
+                overlay=backend == "overlay",
+                links=not shape.rotate,
+                engine=self.harness.engine,
             )
 
         @rule(data=st.data(), kind=st.sampled_from(KINDS))

@@ -22,6 +22,8 @@ CLONE_NEWNS = 0x0002_0000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND = 1, 2, 4, 4096
 MS_REC, MS_PRIVATE = 16384, 1 << 18
 MNT_DETACH = 2
+FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE = 0x1, 0x2, 0x10
+FALLOC_COLLAPSE_RANGE, FALLOC_INSERT_RANGE, FALLOC_UNSHARE_RANGE = 0x8, 0x20, 0x40
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 AT_FDCWD = -100
 AT_SYMLINK_NOFOLLOW = 0x100
@@ -147,6 +149,12 @@ def set_xflags(path: str | os.PathLike[str], values: tuple[int, ...]) -> None:
         fcntl.ioctl(fd, FS_IOC_FSSETXATTR, struct.pack("=5I8x", *values))
     finally:
         os.close(fd)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) in all its modes."""
+    size = ctypes.c_int64(length)
+    _check(LIBC.fallocate(fd, ctypes.c_int(mode), ctypes.c_int64(offset), size), "fallocate")
 
 
 def lseek(fd: int, offset: int) -> int:
