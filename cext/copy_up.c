@@ -8,13 +8,14 @@
 #include <sys/xattr.h>
 
 #include "copy.h"
+#include "flags.h"
 #include "loan.h"
 #include "marks.h"
 #include "plain.h"
 
 /* One copy-up on its way. */
 struct copying {
-    int src;        /* O_PATH of a directory */
+    int src;
     struct stat st; /* of src */
     bool metacopy;  /* its data stay where they are */
     char temp[TEMP_BYTES];
@@ -58,6 +59,8 @@ static errint_t check_source(struct tree *t, const struct copying *c)
 
     if (S_ISREG(c->st.st_mode) && t->index && c->st.st_nlink > 1)
         return NOT_PLAIN;
+    if (has_flags_to_heed(c->src))
+        return NOT_PLAIN;
     if (c->metacopy && !atomic_load(&t->metacopy_noted))
         return NOT_PLAIN;
     proc_path(path, c->src, NULL);
@@ -99,7 +102,7 @@ static errint_t copy_metadata(struct tree *t, struct node *n, const struct copyi
     /* The owner first: chown clears set-ID bits and capabilities. */
     if (err == 0 && (now.st_uid != c->st.st_uid || now.st_gid != c->st.st_gid))
         err = give_owner(path, c->st.st_uid, c->st.st_gid, &mode);
-    if (err == 0 && (S_ISDIR(c->st.st_mode) || flistxattr(c->src, NULL, 0) != 0))
+    if (err == 0 && flistxattr(c->src, NULL, 0) != 0)
         err = copy_xattrs(src_path, path, t->prefix, NULL);
     if (err == 0 && S_ISREG(c->st.st_mode))
         err = write_marks(t, n, c);
@@ -196,6 +199,8 @@ static errint_t publish(struct tree *t, struct node *n, const struct copying *c)
     }
     if (err == 0)
         err = tree_copied_up(t, &done);
+    else if (err == -EPERM)
+        err = NOT_PLAIN; /* flags of the directory, which are lifted for a copy-up */
     target_done(t, &g);
     return err;
 }
@@ -253,7 +258,7 @@ static errint_t copy_by_temp(struct tree *t, struct node *n, struct copying *c)
 /* Precondition: copying(n). */
 static errint_t copy_up_node(struct tree *t, struct node *n, bool data)
 {
-    int how = S_ISDIR(n->type) ? O_PATH | O_DIRECTORY : O_RDONLY | O_NONBLOCK;
+    int how = O_RDONLY | O_NONBLOCK | O_NOFOLLOW | (S_ISDIR(n->type) ? O_DIRECTORY : 0);
     struct copying c = {.fd = -1};
     struct target g;
     errint_t err;
@@ -269,7 +274,7 @@ static errint_t copy_up_node(struct tree *t, struct node *n, bool data)
     target_done(t, &g);
     if (!at_hand)
         return NOT_PLAIN;
-    cleanup_fd int src = node_open(t, n, how | O_NOFOLLOW, true);
+    cleanup_fd int src = node_open(t, n, how, true);
     if (src < 0)
         return src == -EACCES ? NOT_PLAIN : src;
     err = stat_fd(src, &c.st);

@@ -102,6 +102,18 @@ static uint32_t protecting(int fd)
            (stx.stx_attributes & STATX_ATTR_APPEND ? FS_APPEND_FL : 0U);
 }
 
+bool is_protected(int fd)
+{
+    return protecting(fd) != 0;
+}
+
+bool has_flags_to_heed(int fd)
+{
+    uint32_t flags = 0;
+
+    return flags_of(fd, &flags) == 0 && flags & (CARRIED | PROTECTING);
+}
+
 errint_t lift_flags(int fd, uint32_t *ret_lifted)
 {
     uint32_t lifted = protecting(fd), now = 0;

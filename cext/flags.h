@@ -22,6 +22,11 @@ errint_t add_flags(int fd, uint32_t flags);
  * add_flags to give back. */
 errint_t lift_flags(int fd, uint32_t *ret_lifted);
 
+/* Immutable or append-only. A descriptor, perhaps O_PATH. */
+bool is_protected(int fd);
+/* Whether a copy has to be given flags, or its origin must not be changed; not O_PATH. */
+bool has_flags_to_heed(int fd);
+
 /* Whether flags of the real file forbid to change it (-EPERM): immutable, and append-only unless
  * `append` says that the change is one that it allows. What lies in the upper is left to its file
  * system, which will be asked to make the change, unless `upper`. */

@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <sys/xattr.h>
 
+#include "flags.h"
 #include "resolve.h"
 
 enum { MODE_BITS = 07777, SYNC_FLAGS = O_SYNC | O_DSYNC };
@@ -234,6 +235,15 @@ static bool goes_plainly(struct tree *t, const struct known *k)
            k->node->ino == h->st.st_ino;
 }
 
+/* Of a lower file we must refuse what flags forbid: the upper's file system is not asked. */
+static bool is_forbidden(struct tree *t, const struct known *k, int dirfd)
+{
+    if (!k->hit->any || k->hit->upper == UPPER_ENTRY)
+        return false;
+    cleanup_fd int fd = node_open(t, k->node, O_PATH | O_NOFOLLOW, false);
+    return fd < 0 || is_protected(fd) || is_protected(dirfd);
+}
+
 static errint_t make_whiteout(int dirfd, const char *name)
 {
     return mknodat(dirfd, name, S_IFCHR, 0) < 0 ? errno_or_eio() : 0;
@@ -282,7 +292,7 @@ static errint_t unlink_known(struct tree *t, struct known *k)
     dirfd = upper_pin(t, k->parent, &dir);
     if (dirfd < 0)
         return NOT_PLAIN;
-    err = tree_prepare_unlink(t, k->parent->ino, k->name);
+    err = is_forbidden(t, k, dirfd) ? NOT_PLAIN : tree_prepare_unlink(t, k->parent->ino, k->name);
     if (err == 0) {
         err = remove_at(t, dirfd, k->name, k->hit, lower);
         if (err < 0)
@@ -384,8 +394,9 @@ static errint_t move_at(struct tree *t, const struct known *old, const struct kn
         return NOT_PLAIN;
     new_fd = upper_pin(t, new->parent, &new_dir);
     if (new_fd >= 0) {
-        err = 0;
-        if (syscall(SYS_renameat2, old_fd, old->name, new_fd, new->name, flags) < 0)
+        if (!new->node || !is_forbidden(t, new, new_fd))
+            err = 0;
+        if (err == 0 && syscall(SYS_renameat2, old_fd, old->name, new_fd, new->name, flags) < 0)
             err = errno_or_eio();
         upper_unpin(t, new_dir);
     }

@@ -42,6 +42,8 @@ errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c)
         pthread_mutex_unlock(&t->lock);
         cleanup_fd int fd = upper ? node_open(t, n, O_PATH | O_NOFOLLOW, false) : -1;
         err = !upper ? NOT_PLAIN : fd < 0 ? fd : change_at(fd, c);
+        if (err == -EPERM)
+            err = NOT_PLAIN; /* append-only files may be given the time that is now */
         keys_give(&t->committing, &hold);
     }
     node_put(t, n);

@@ -175,7 +175,7 @@ class Side:
         return os.lseek(fd, offset, whence)
 
     def do_seek_data(self, slot: int, offset: int, whence: int) -> object:
-        """Where holes are is the file system's affair; what it says to be one must read as zeros."""
+        """Where holes are is the file system's affair; what it calls one must read as zeros."""
         fd = self.fd(slot)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return "not for what has no data"
