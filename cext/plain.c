@@ -67,6 +67,8 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
 
     if (!t->plain || is_reserved(parent_ino, name))
         return NOT_PLAIN;
+    if (S_ISCHR(mode) && new->rdev == 0) /* would be a whiteout */
+        return NOT_PLAIN;
     parent = node_get(t, parent_ino);
     if (!parent)
         return -ESTALE;
