@@ -15,7 +15,6 @@ from pathlib import Path
 from benchmarks import plots, report, rounds, systems
 from benchmarks.report import Run
 from benchmarks.rounds import Scene
-from benchmarks.systems import System
 from benchmarks.workload import DEFAULT, GIB, MIB, QUICK
 from benchmarks.workloads import WORKLOADS
 from tests.rig import as_user, ground
@@ -55,22 +54,6 @@ def parse() -> argparse.Namespace:
         if name not in WORKLOADS:
             parser.error(f"--workload {name!r}: no such workload; --list names them")
     return given
-
-
-def choose(given: argparse.Namespace) -> dict[str, System]:
-    """The systems that are here and asked for; why others are not is said."""
-    found = {each.name: each for each in systems.known(given.fuse_overlayfs, given.options)}
-    for name in given.system or ():
-        if name not in found:
-            sys.exit(
-                f"benchmarks/run: --system {name}: not found here; here are: {', '.join(found)}"
-            )
-    chosen = {name: each for name, each in found.items() if name in (given.system or found)}
-    why = systems.why_not_user()
-    if why and any(each.user for each in chosen.values()):
-        print(f"benchmarks/run: nothing as an ordinary user: {why}", file=sys.stderr)
-        chosen = {name: each for name, each in chosen.items() if not each.user}
-    return chosen
 
 
 @contextlib.contextmanager
@@ -138,7 +121,7 @@ def deliver(run: Run, given: argparse.Namespace) -> None:
 def main() -> int:
     ground.isolate()
     given = parse()
-    chosen = choose(given)
+    chosen = systems.choose(given.system, given.fuse_overlayfs, given.options)
     workloads = [name for name in WORKLOADS if name in (given.workload or WORKLOADS)]
     if given.list:
         print(*chosen, "", *workloads, sep="\n")

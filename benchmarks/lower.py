@@ -54,7 +54,7 @@ def _copy(names: Sequence[str], target: Path) -> None:
         shutil.copy(_LIBRARY / name, target / name)
 
 
-def _fill(path: Path, size: int) -> None:
+def fill(path: Path, size: int) -> None:
     """Written to the end, so that nothing of it is a hole."""
     path.parent.mkdir(exist_ok=True)
     piece = os.urandom(MIB)
@@ -85,12 +85,12 @@ def make_trees(lower: Path, sizes: Sizes) -> None:
     (lower / "missing").mkdir()
     (lower / "missing" / "one").touch()
     for name in ("chmod", "chown"):
-        _fill(lower / "large" / name, sizes.large)
-    _fill(lower / "large" / "first-write", sizes.first_write)
+        fill(lower / "large" / name, sizes.large)
+    fill(lower / "large" / "first-write", sizes.first_write)
     if sizes.huge:
-        _fill(lower / "large" / "huge", sizes.huge)
+        fill(lower / "large" / "huge", sizes.huge)
     for name in ("read", "random", "fio"):
-        _fill(lower / "data" / name, sizes.data)
+        fill(lower / "data" / name, sizes.data)
 
 
 def _python(top: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -129,5 +130,17 @@ def known(programs: Sequence[str], options: Sequence[str]) -> Iterator[System]:
         )
 
 
-def why_not_user() -> str | None:
-    return as_user.why_impossible() or mounted.user_mount_possible()
+def choose(
+    wanted: Sequence[str] | None, programs: Sequence[str], options: Sequence[str]
+) -> dict[str, System]:
+    """The systems that are here and asked for; why others are not is said."""
+    found = {each.name: each for each in known(programs, options)}
+    for name in wanted or ():
+        if name not in found:
+            sys.exit(f"benchmarks/run: --system {name}: not here; here are: {', '.join(found)}")
+    chosen = {name: each for name, each in found.items() if name in (wanted or found)}
+    why = as_user.why_impossible() or mounted.user_mount_possible()
+    if why and any(each.user and each.mount for each in chosen.values()):
+        print(f"benchmarks/run: nothing as an ordinary user: {why}", file=sys.stderr)
+        chosen = {name: each for name, each in chosen.items() if not (each.user and each.mount)}
+    return chosen

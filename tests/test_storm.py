@@ -57,4 +57,4 @@ def test_storm(place: Path, options: str) -> None:
 
 def test_beside_the_oracle(place: Path) -> None:
     """tools/stress, in short."""
-    assert stress.run(place, stress.Plan(seconds=SECONDS, processes=4)) == []
+    assert stress.run(place, stress.Plan(seconds=SECONDS, processes=2)) == []
