@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,7 +88,7 @@ def scene(given: argparse.Namespace) -> Iterator[Scene]:
     with as_user.fuse_for_all(), Ground("unionfs-benchmark-") as base:
         if os.geteuid() == 0:
             # Twice what the lower has (the plain directory's copy), and as much for changes.
-            needed = 4 * (sizes.first_write + sizes.huge + 4 * sizes.large) // MIB + 4096
+            needed = 4 * (sizes.first_write + sizes.huge + 8 * sizes.large) // MIB + 4096
             top = base.filesystem("ground", given.ground, needed)
         else:
             top = base.directory("ground")
@@ -137,7 +136,7 @@ def main() -> int:
         progress(given.rounds * len(chosen) * len(workloads)) as tell,
     ):
         results, facts = rounds.run(made, list(chosen.values()), workloads, given.rounds, tell)
-    command = shlex.join(["benchmarks/run", *sys.argv[1:]])
+    command = report.command("benchmarks/run", *sys.argv[1:])
     run = Run(given.ground, given.rounds, command, chosen, results, facts)
     deliver(run, given)
     failed = rounds.troubles(results, "failed").values()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -171,7 +170,7 @@ def main() -> int:
             for name, system in chosen.items():
                 print(f"round {number + 1}: {name}", file=sys.stderr)
                 found[name].append(measure(scene, system))
-    command = shlex.join(["benchmarks/run", "latency", *sys.argv[1:]])
+    command = report.command("benchmarks/run", "latency", *sys.argv[1:])
     told = report.machine()
     lines = [
         f"{told['kernel']}, {told['cores']} cores of {told['cpu']}; {given.rounds} rounds on "

@@ -22,6 +22,7 @@ from benchmarks.programs import MIXING, MODULES
 from benchmarks.workload import MIB, Sizes
 
 SMALL = MIB
+LARGE = 3  # files
 HEADERS = "stdio stdlib string unistd errno fcntl math pthread signal time sys/stat sys/socket"
 _LIBRARY = Path(sysconfig.get_path("stdlib"))
 _CONTROL = """\
@@ -56,7 +57,7 @@ def _copy(names: Sequence[str], target: Path) -> None:
 
 def fill(path: Path, size: int) -> None:
     """Written to the end, so that nothing of it is a hole."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     piece = os.urandom(MIB)
     with open(path, "wb") as file:
         for _ in range(size // MIB):
@@ -85,7 +86,8 @@ def make_trees(lower: Path, sizes: Sizes) -> None:
     (lower / "missing").mkdir()
     (lower / "missing" / "one").touch()
     for name in ("chmod", "chown"):
-        fill(lower / "large" / name, sizes.large)
+        for number in range(LARGE):
+            fill(lower / "large" / name / str(number), sizes.large)
     fill(lower / "large" / "first-write", sizes.first_write)
     if sizes.huge:
         fill(lower / "large" / "huge", sizes.huge)

@@ -240,11 +240,11 @@ def chown(place: Place) -> Timed:
     return _chown(files(place, "chown", place.sizes.changed))
 
 
-@workload("chmod of a large lower file", "file", "another mode for a file of 128 MiB")
+@workload("chmod of large lower files", "file", "another mode for files of 64 MiB")
 def chmod_large(place: Place) -> Timed:
-    return _chmod([f"{place.root}/large/chmod"])
+    return _chmod(files(place, "large/chmod"))
 
 
-@workload("chown of a large lower file", "file", "another group for a file of 128 MiB")
+@workload("chown of large lower files", "file", "another group for files of 64 MiB")
 def chown_large(place: Place) -> Timed:
-    return _chown([f"{place.root}/large/chown"])
+    return _chown(files(place, "large/chown"))

@@ -56,6 +56,7 @@ def _times(run: Run) -> Figure | None:
         axes.plot(values, rows, next(marks), label=system.name, markersize=size, alpha=0.8)
     axes.axvline(1, color="gray", linewidth=1)
     axes.set_xscale("log")
+    axes.set_xlim(left=1e-3)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)

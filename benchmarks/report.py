@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,6 +78,11 @@ def machine() -> dict[str, str]:
         "memory": f"{memory:.0f} GiB",
         "python": platform.python_version(),
     }
+
+
+def command(*words: str) -> str:
+    """As it was called, but for where programs and files lie on this machine."""
+    return shlex.join(os.path.basename(word) if word.startswith("/") else word for word in words)
 
 
 def to_json(run: Run) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
     changed: int = 200  # files of the lower that are changed
     new: int = 1000
     missing: int = 2000
-    large: int = 128 * MIB  # of which only the mode or owner is changed
+    large: int = 64 * MIB  # of which only the mode or owner is changed
     first_write: int = 512 * MIB
     huge: int = 0  # 0: none
     data: int = 64 * MIB  # read and written in sequence

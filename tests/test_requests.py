@@ -43,7 +43,7 @@ BOUNDS = {
     "append to lower files": 5.2,
     "chmod of lower files": 2.2,
     "chown of lower files": 3.2,
-    "chmod of a large lower file": 3.0,
+    "chmod of large lower files": 2.7,
     "first write into a large lower file": 5.0,
     "sequential read, first": 9.0,
     "sequential read, again": 0.5,
