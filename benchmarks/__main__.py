@@ -8,8 +8,10 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks import plots, report, rounds, systems
 from benchmarks.report import Run
@@ -29,7 +31,7 @@ def parse() -> argparse.Namespace:
         "lower, in turns. Microseconds an operation, medians of the rounds, as a Markdown table.",
     )
     add = parser.add_argument
-    add("--ground", choices=GROUNDS, default="tmpfs", help="what all layers lie on")
+    add("--ground", choices=GROUNDS, help="what all layers lie on (tmpfs); only as root")
     add("--rounds", type=int, metavar="N", help="5; with --quick 1")
     add("--quick", action="store_true", help="smaller data: does everything run?")
     add("--large", action="store_true", help="also the first write into a file of 4 GiB")
@@ -45,6 +47,10 @@ def parse() -> argparse.Namespace:
     add("--write", type=Path, metavar="FILE",
         help="put the tables into the ground's part of a document, plots beside it")  # fmt: skip
     given = parser.parse_args()
+    root = os.geteuid() == 0
+    if not root and (given.ground or given.write):
+        parser.error("--ground and --write: only as root")
+    given.ground = given.ground or ("tmpfs" if root else tempfile.gettempdir())
     given.rounds = given.rounds or (1 if given.quick else 5)
     for path in (given.json, given.write, given.plots and Path(given.plots)):
         if path is not None and not path.absolute().parent.is_dir():
@@ -58,26 +64,35 @@ def parse() -> argparse.Namespace:
 @contextlib.contextmanager
 def progress(steps: int) -> Iterator[Callable[[int, str, str], None]]:
     """A bar on a terminal, by tqdm where it is installed; else a line for each turn."""
+    bar = _bar(steps)
+    last = [""]
+
+    def line(number: int, system: str, _workload: str) -> None:
+        turn = f"round {number + 1}: {system}"
+        if turn != last[0]:
+            last[0] = turn
+            print(turn, file=sys.stderr)
+
+    def advance(number: int, system: str, workload: str) -> None:
+        bar.set_description(f"round {number + 1}, {system}, {workload}", refresh=False)
+        bar.update()
+
+    if bar is None:
+        yield line
+    else:
+        with bar:
+            yield advance
+
+
+def _bar(steps: int) -> Any:  # noqa: ANN401
+    """tqdm's, which has no types; None where it cannot be shown."""
+    if not sys.stderr.isatty():
+        return None
     try:
         from tqdm import tqdm
     except ImportError:
-        last = [""]
-
-        def tell(number: int, system: str, workload: str) -> None:
-            turn = f"round {number + 1}: {system}"
-            if turn != last[0]:
-                last[0] = turn
-                print(turn, file=sys.stderr)
-
-        yield tell
-        return
-    with tqdm(total=steps, unit="", mininterval=1, dynamic_ncols=True) as bar:
-
-        def show(number: int, system: str, workload: str) -> None:
-            bar.set_description(f"round {number + 1}, {system}, {workload}", refresh=False)
-            bar.update()
-
-        yield show
+        return None
+    return tqdm(total=steps, unit="", mininterval=1, dynamic_ncols=True)
 
 
 @contextlib.contextmanager
