@@ -157,7 +157,7 @@ def run(
             except RuntimeError as error:
                 for name in workloads:
                     if len(found[name]) <= number:
-                        found[name].append({"failed": str(error)})
+                        found[name].append({"failed": str(error).replace(str(scene.base), "BASE")})
     return results, facts
 
 

@@ -60,8 +60,8 @@ def call(command: Sequence[str]) -> None:
         check=False,
     )
     if done.returncode:
-        words = (done.stderr or done.stdout).strip().splitlines()
-        raise RuntimeError(f"{os.path.basename(command[0])}: {' '.join(words[-1:])}")
+        words = " ".join((done.stderr or done.stdout).split())
+        raise RuntimeError(words or f"{os.path.basename(command[0])}: exit {done.returncode}")
 
 
 def _places(at: Layers) -> str:
@@ -102,13 +102,12 @@ def known(programs: Sequence[str], options: Sequence[str]) -> Iterator[System]:
     root = os.geteuid() == 0
     yield System(PLAIN, user=not root, mount=None)
     if root:
-        words = "redirect_dir=on,index=on,metacopy=off"
         yield System(
             OVERLAY,
             False,
             lambda at: [
                 *("mount", "-t", "overlay", "overlay", str(at.mnt)),
-                *("-o", f"{_places(at)},{words}"),
+                *("-o", f"{_places(at)},redirect_dir=on,index=on,metacopy=off"),
             ],
         )
         yield _unionfs(UNIONFS, False)
@@ -122,11 +121,13 @@ def known(programs: Sequence[str], options: Sequence[str]) -> Iterator[System]:
             yield _fuse_overlayfs(name, program, False)
         yield _fuse_overlayfs(f"{name}-user", program, True)
     if root and shutil.which("unionfs-fuse"):
-        shared = "cow,allow_other,default_permissions,use_ino,suid,dev"
         yield System(
             "unionfs-fuse",
             False,
-            lambda at: ["unionfs-fuse", "-o", shared, f"{at.upper}=RW:{at.lower}=RO", str(at.mnt)],
+            lambda at: [
+                *("unionfs-fuse", "-o", "cow,allow_other,default_permissions,use_ino,suid,dev"),
+                *(f"{at.upper}=RW:{at.lower}=RO", str(at.mnt)),
+            ],
         )
 
 
