@@ -7,12 +7,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from tests.rig import as_user, ground
 from tests.rig.arena import Arena, backends
 from tests.rig.ground import Ground, Kind
+from tests.rig.pair import Pair
 
 # While this file is imported the process has one thread, so all of pytest moves at once.
 ground.isolate()
@@ -83,6 +85,20 @@ def arena(request: pytest.FixtureRequest, place: Path) -> Iterator[Arena]:
     yield arena
     if arena.union is not None:
         arena.union.abandon()
+
+
+@pytest.fixture(params=get_args(Kind) if os.geteuid() == 0 else ("ext4",))
+def pair(request: pytest.FixtureRequest, stores: Stores) -> Iterator[Pair]:
+    """A pair on each kind of file system; as an ordinary user on the one there is."""
+    place = stores.place(request.param)
+    yield Pair(place)
+    stores.base.remove(place)
+
+
+@pytest.fixture
+def single(place: Path) -> Pair:
+    """A pair on one file system, for what does not depend on it."""
+    return Pair(place)
 
 
 @pytest.fixture

@@ -157,6 +157,10 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     _check(LIBC.fallocate(fd, ctypes.c_int(mode), ctypes.c_int64(offset), size), "fallocate")
 
 
+def syncfs(fd: int) -> None:
+    _check(LIBC.syncfs(fd), "syncfs")
+
+
 def lseek(fd: int, offset: int) -> int:
     return os.lseek(fd, offset, os.SEEK_SET)
 
