@@ -12,6 +12,7 @@
  *
  * Locking: `lock` protects the fields so marked; it is never held over a request. */
 #include "engine.h"
+#include "face.h"
 
 #include <malloc.h>
 #include <poll.h>
@@ -330,6 +331,7 @@ errint_t engine_start(struct tree *t, const struct engine_options *options, stru
         free(e);
         return errno_or_eio();
     }
+    face_start(t, options->device, options->passthrough);
     e->one_processor = only_one_processor();
     /* Signals are for the thread that started us. */
     sigfillset(&all);

@@ -24,6 +24,7 @@ struct engine_options {
     bool keep_cache;  /* pages and listings stay in the kernel when a file is closed */
     int64_t only_uid; /* allow_root: others but root are refused; -1: nobody is */
     bool flush;       /* close(2) can fail below: FLUSH is answered, and is not waved away */
+    enum passthrough passthrough; /* of what the INIT has agreed */
     /* Answers into `out` (of `cap` bytes): its length, or -errno. */
     ssize_t (*call)(void *arg, const struct request *r, char *out, size_t cap);
     /* Told before a thread that has called ends. */

@@ -5,7 +5,7 @@
 #include <string.h>
 #include <sys/uio.h>
 
-#include "tree.h"
+#include "face.h"
 
 static errint_t file_add_locked(struct tree *t, struct file *f, uint64_t *ret_fh)
 {
@@ -156,14 +156,17 @@ void file_put(struct tree *t, struct file *f)
 void file_release(struct tree *t, uint64_t fh)
 {
     struct file *f = NULL;
+    int32_t backing = 0;
 
     pthread_mutex_lock(&t->lock);
     if (fh >= 1 && fh <= t->nfiles && (f = t->files[fh - 1])) {
         t->files[fh - 1] = NULL;
         if (fh - 1 < t->file_hint)
             t->file_hint = (uint32_t)(fh - 1);
+        backing = face_closed_locked(t, f);
     }
     pthread_mutex_unlock(&t->lock);
+    face_close_backing(t, backing);
     if (f)
         file_put(t, f);
 }

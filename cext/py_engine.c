@@ -81,24 +81,25 @@ static ssize_t call_python(void *arg, const struct request *r, char *out, size_t
 
 static PyObject *engine_new_object(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"tree",  "device",   "statfs_fd", "valid_ns", "keep_cache",
-                            "flush", "only_uid", "call",      NULL};
+    static char *names[] = {"tree",  "device",   "statfs_fd",   "valid_ns", "keep_cache",
+                            "flush", "only_uid", "passthrough", "call",     NULL};
     struct engine_options o = {.call = call_python, .leave = thread_ends};
     PyObject *tree, *call;
-    int keep_cache, flush;
+    int keep_cache, flush, passthrough;
     long long valid_ns, only_uid;
     struct module_state *state = PyType_GetModuleState(type);
     EngineObject *self;
     errint_t err;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$iiLppLO:Engine", names, state->tree_type,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$iiLppLiO:Engine", names, state->tree_type,
                                      &tree, &o.device, &o.statfs_fd, &valid_ns, &keep_cache, &flush,
-                                     &only_uid, &call))
+                                     &only_uid, &passthrough, &call))
         return NULL;
     o.valid_ns = valid_ns;
     o.only_uid = only_uid;
     o.keep_cache = keep_cache != 0;
     o.flush = flush != 0;
+    o.passthrough = (enum passthrough)passthrough;
     self = (EngineObject *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;
@@ -181,12 +182,20 @@ static PyObject *engine_py_counts(PyObject *op, PyObject *unused)
     return out;
 }
 
+static PyObject *engine_passed(PyObject *op, PyObject *unused)
+{
+    struct tree *t = ((EngineObject *)op)->tree->tree;
+
+    (void)unused;
+    return Py_BuildValue("KKi", (unsigned long long)atomic_load(&t->opened_backed),
+                         (unsigned long long)atomic_load(&t->opened_anew),
+                         atomic_load(&t->refused));
+}
+
 static PyMethodDef engine_methods[] = {
-    {"fileno", engine_fileno, METH_NOARGS, NULL},
-    {"stop", engine_py_stop, METH_NOARGS, NULL},
-    {"close", engine_close, METH_NOARGS, NULL},
-    {"counts", engine_py_counts, METH_NOARGS, NULL},
-    {NULL, NULL, 0, NULL},
+    {"fileno", engine_fileno, METH_NOARGS, NULL}, {"stop", engine_py_stop, METH_NOARGS, NULL},
+    {"close", engine_close, METH_NOARGS, NULL},   {"counts", engine_py_counts, METH_NOARGS, NULL},
+    {"passed", engine_passed, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot engine_slots[] = {

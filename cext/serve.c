@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/statvfs.h>
 
+#include "face.h"
 #include "plain.h"
 #include "serve.h"
 #include "xattrs.h"
@@ -55,7 +56,7 @@ static ssize_t on_lookup(struct answer *a)
 
 static ssize_t on_forget(struct answer *a)
 {
-    node_forget(a->s->tree, a->r->head->nodeid, BODY(a, fuse_forget_in)->nlookup);
+    face_forget(a->s->tree, a->id, BODY(a, fuse_forget_in)->nlookup);
     return SILENT;
 }
 
@@ -66,7 +67,7 @@ static ssize_t on_batch_forget(struct answer *a)
     size_t fit = (a->r->len - sizeof *in) / sizeof *one;
 
     for (size_t i = 0; i < in->count && i < fit; i++)
-        node_forget(a->s->tree, one[i].nodeid, one[i].nlookup);
+        face_forget(a->s->tree, one[i].nodeid, one[i].nlookup);
     return SILENT;
 }
 
@@ -376,6 +377,7 @@ static int put_direntplus(void *arg, const struct dirent_out *entry)
     }
     memset(out, 0, step);
     put_entry(a, &out->entry_out, seen ? &st : NULL);
+    face_show(a->s->tree, &out->entry_out);
     out->dirent.ino = st.st_ino;
     out->dirent.off = entry->next;
     out->dirent.namelen = (uint32_t)name_len;
@@ -512,7 +514,7 @@ void serve_undo(struct server *s, const struct request *r, const char *out)
     case FUSE_SYMLINK:
     case FUSE_LINK:
         if (entry->nodeid)
-            node_forget(s->tree, entry->nodeid, 1);
+            face_forget(s->tree, entry->nodeid, 1);
         break;
     case FUSE_OPEN:
         file_release(s->tree, ((const struct fuse_open_out *)data)->fh);
@@ -528,14 +530,20 @@ void serve_undo(struct server *s, const struct request *r, const char *out)
 size_t serve(struct server *s, const struct request *r, char *out)
 {
     struct fuse_out_header *head = (void *)out;
-    struct answer a = {.s = s, .r = r, .data = out + sizeof *head, .cap = WIRE_DATA};
-    uint32_t opcode = r->head->opcode;
+    struct fuse_in_header in = *r->head;
+    struct request inner = {.head = &in, .body = r->body, .len = r->len};
+    struct answer a = {
+        .s = s, .r = &inner, .id = in.nodeid, .data = out + sizeof *head, .cap = WIRE_DATA};
+    uint32_t opcode = in.opcode;
     ssize_t n = -ENOSYS; /* of most requests the kernel then knows not to send them again */
 
+    in.nodeid = face_ino(s->tree, a.id);
     if (!may_ask(s, r->head))
         n = -EACCES;
+    else if (in.nodeid != a.id && !in.nodeid)
+        n = opcode == FUSE_FORGET ? SILENT : -ESTALE;
     else if (opcode < WIRE_OPCODES && handlers[opcode].handler)
-        n = is_whole(r) ? handlers[opcode].handler(&a) : -EINVAL;
+        n = is_whole(r) ? with_faces(&a, handlers[opcode].handler) : -EINVAL;
     if (n == SILENT)
         return 0;
     *head = (struct fuse_out_header){

@@ -8,7 +8,8 @@
 struct answer {
     struct server *s;
     const struct request *r;
-    char *data; /* after the header */
+    uint64_t id; /* what the request calls its node; r->head has the node's number */
+    char *data;  /* after the header */
     size_t cap;
 };
 
@@ -28,6 +29,9 @@ uint32_t valid_rest(const struct answer *a);
 /* Without attributes: a name that the kernel may remember not to be there. */
 void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct stat *st);
 
+/* serve_faces.c: runs a handler; its answer says how the kernel is to get a file's data, and by
+ * which numbers and for how long it may know what it is told of. */
+ssize_t with_faces(struct answer *a, handler *handler);
 /* serve_changes.c */
 handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_link, on_unlink, on_rmdir;
 handler on_rename, on_rename2, on_fsync;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The tables: nodes by inode number, aliases by parent and name, and their life. */
-#include "tree.h"
+#include "face.h"
 
 #include <fcntl.h>
 #include <stdarg.h>
@@ -166,6 +166,7 @@ static void node_clear_locked(struct tree *t, struct node *n)
     if (n->data_dir)
         rdir_put_locked(t, n->data_dir);
     closing_add_locked(t, n->pin);
+    faces_drop_locked(t, n);
     free(n->dirs);
     free(n->data_name);
     free(n->index_name);
@@ -346,6 +347,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     if (!t)
         return -ENOMEM;
     pthread_mutex_init(&t->lock, NULL);
+    pthread_rwlock_init(&t->leasing, NULL);
     t->nlayers = nlayers;
     t->has_upper = options->has_upper;
     t->live = options->live;
@@ -369,6 +371,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     (void)getrandom(&t->temps, sizeof t->temps, GRND_NONBLOCK);
     keylocks_init(&t->copying);
     keylocks_init(&t->committing);
+    t->device = -1;
     t->squash_uid = options->squash_uid;
     t->squash_gid = options->squash_gid;
     t->nuids = options->nuids;
@@ -423,6 +426,7 @@ void tree_free(struct tree *t)
                 rdir_put_locked(t, n->data_dir);
             if (n->pin >= 0)
                 (void)close(n->pin);
+            faces_drop_locked(t, n);
             free(n->dirs);
             free(n->data_name);
             free(n->index_name);
@@ -434,6 +438,7 @@ void tree_free(struct tree *t)
         free(t->index->name);
         free(t->index);
     }
+    free(t->faces);
     free(t->nodes);
     free(t->names);
     free(t->uids);
@@ -442,5 +447,6 @@ void tree_free(struct tree *t)
     keylocks_destroy(&t->committing);
     keylocks_destroy(&t->copying);
     pthread_mutex_destroy(&t->lock);
+    pthread_rwlock_destroy(&t->leasing);
     free(t);
 }

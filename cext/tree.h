@@ -67,6 +67,8 @@ struct file {
     int flags;
     bool lower; /* fd stands for a lower file: replaced when the node is copied up */
     uint32_t refs;
+    struct face *face; /* face.h: while it is counted there */
+    enum { OPEN_BY_ITSELF, OPEN_CACHED, OPEN_BACKED } how;
 };
 
 struct node {
@@ -95,9 +97,15 @@ struct node {
     int64_t nlink_diff; /* indexed: union's link count less the real one (overlay.nlink) */
     int pin;            /* descriptor held while unlinked but known, else -1 */
     struct file *files;
+    struct face *faces; /* face.h */
+    bool pages_old;     /* the kernel's own pages are older than the data */
+    bool mapped;        /* perhaps mapped for writing, which changes times unseen by the kernel */
 };
 
 struct dirhandle;
+
+/* Which files the kernel reads and writes by itself. */
+enum passthrough { PASSTHROUGH_OFF, PASSTHROUGH_UPPER, PASSTHROUGH_ALL };
 
 struct tree {
     pthread_mutex_t lock;
@@ -145,7 +153,21 @@ struct tree {
     uint32_t ndirhandles;
     int closing[64]; /* descriptors to close once the lock is dropped: it may free a large file */
     uint32_t nclosing;
-    char warning[512]; /* the newest complaint about what lies on disk */
+    /* face.h; the first two are set before the engine's threads start */
+    int device; /* that passthrough is asked of, or -1 */
+    enum passthrough passthrough;
+    struct face **faces; /* by number, without FACE_BIT, less 1 */
+    uint32_t nfaces;
+    _Atomic uint32_t odd_nodes; /* nodes with several faces, or perhaps mapped */
+    struct {
+        uint32_t thread;
+        uint64_t id;
+    } sent[16]; /* who has been told ESTALE of what */
+    uint32_t nsent;
+    pthread_rwlock_t leasing; /* above `lock`; read: a file is being opened for writing */
+    _Atomic uint64_t opened_backed, opened_anew; /* for the status */
+    _Atomic int refused;                         /* why a file was not passed through: errno */
+    char warning[512];                           /* the newest complaint about what lies on disk */
 };
 
 struct idrange {

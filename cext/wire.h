@@ -5,7 +5,9 @@
 #define UNIONFS_WIRE_H
 
 #include <linux/fuse.h>
+#include <stddef.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 
@@ -34,6 +36,25 @@ struct wire_statx_out {
 struct wire_copy_file_range_out {
     uint64_t bytes_copied;
 };
+
+/* Linux 6.9 */
+#ifndef FOPEN_PASSTHROUGH
+#define FOPEN_PASSTHROUGH (1U << 7)
+struct fuse_backing_map {
+    int32_t fd;
+    uint32_t flags;
+    uint64_t padding;
+};
+#define FUSE_DEV_IOC_BACKING_OPEN _IOW(FUSE_DEV_IOC_MAGIC, 1, struct fuse_backing_map)
+#define FUSE_DEV_IOC_BACKING_CLOSE _IOW(FUSE_DEV_IOC_MAGIC, 2, uint32_t)
+#endif
+
+/* Older headers call the field `padding`. */
+static inline void wire_set_backing(struct fuse_open_out *out, int32_t backing)
+{
+    memcpy((char *)out + offsetof(struct fuse_open_out, open_flags) + sizeof out->open_flags,
+           &backing, sizeof backing);
+}
 
 static inline void wire_attr(struct fuse_attr *out, const struct stat *st)
 {

@@ -214,9 +214,13 @@ class Engine:
         keep_cache: bool,
         flush: bool,  # close(2) can fail below
         only_uid: int,  # -1: everybody whom the kernel lets
+        passthrough: int,  # 0: of no file, 1: of files in the upper, 2: of all
         call: Callable[[int, int, int, int, int, bytes], bytes | int],
     ) -> Self: ...
     def fileno(self) -> int: ...  # readable when the last thread has ended
     def stop(self) -> None: ...
     def close(self) -> None: ...
     def counts(self) -> dict[int, tuple[int, int]]: ...  # opcode: by the engine, by `call`
+    # Files opened in passthrough; names that were given a new inode for it; the last errno of one
+    # that was refused.
+    def passed(self) -> tuple[int, int, int]: ...

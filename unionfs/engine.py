@@ -8,6 +8,7 @@ again (include/uapi/linux/fuse.h). Called by daemon.py.
 """
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -22,6 +23,7 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
+from unionfs import passthrough
 from unionfs._native import Engine
 from unionfs.flags import FSSETXATTR, SETFLAGS
 from unionfs.handshake import InitFlag, Wishes, answer_init
@@ -393,15 +395,22 @@ class EngineLoop:
         self._only_uid = os.geteuid() if only_root_and_us else -1
         self._wishes = wishes
         self._engine: Engine | None = None
+        self._no_passthrough: str | None = None
         self.flags = InitFlag(0)
 
     async def run(self, operations: pyfuse3.Operations, on_init: Callable[[], None]) -> None:
         """Serve until the file system is unmounted; `on_init` when the kernel has its answer."""
         assert isinstance(operations, UnionOperations)
         await trio.lowlevel.wait_readable(self._device)
-        self.flags = answer_init(self._device, self._wishes)
         operations.in_place = True
         union = operations.union
+        self._no_passthrough = passthrough.not_wanted(union.options)
+        wishes = self._wishes
+        if self._no_passthrough is None:
+            wishes = dataclasses.replace(wishes, stack_depth=passthrough.STACK_DEPTH)
+        self.flags = answer_init(self._device, wishes)
+        if self._no_passthrough is None:
+            self._no_passthrough = self._try_passthrough()
         union.kills_privileges = InitFlag.HANDLE_KILLPRIV_V2 in self.flags
         layer = union.upper if union.upper is not None else union.lowers[0]
         self._engine = Engine(
@@ -412,11 +421,32 @@ class EngineLoop:
             keep_cache=not operations.live,
             flush=operations.flush_matters,
             only_uid=self._only_uid,
+            passthrough=passthrough.OFF
+            if self._no_passthrough
+            else passthrough.which(union.options),
             call=Requests(operations),
         )
         union.requests = self._counts
+        union.passthrough = self._passed
         on_init()
         await trio.lowlevel.wait_readable(self._engine.fileno())
+
+    def _try_passthrough(self) -> str | None:
+        if InitFlag.PASSTHROUGH not in self.flags:
+            return "this kernel has no FUSE passthrough (Linux 6.9)"
+        return passthrough.refused(self._device)
+
+    def _passed(self) -> dict[str, Any]:
+        """Whether files are passed through, how many were, and why one was not."""
+        assert self._engine is not None
+        opened, anew, code = self._engine.passed()
+        reason = self._no_passthrough or (passthrough.explain(code) if code else None)
+        return {
+            "active": self._no_passthrough is None,
+            "opened": opened,
+            "opened_anew": anew,
+            "reason": reason,
+        }
 
     def _counts(self) -> dict[str, dict[str, int]]:
         """Requests by kind and by who answered them."""

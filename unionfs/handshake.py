@@ -75,6 +75,7 @@ class InitFlag(IntFlag):
     HANDLE_KILLPRIV_V2 = 1 << 28
     SETXATTR_EXT = 1 << 29
     INIT_EXT = 1 << 30
+    PASSTHROUGH = 1 << 37
 
 
 # DONT_MASK: the handlers get the mode as it was asked for and the umask beside it, since a
@@ -99,6 +100,7 @@ class Wishes:
 
     wanted: InitFlag
     unwanted: InitFlag
+    stack_depth: int = 0  # with PASSTHROUGH
 
     @classmethod
     def of(cls, options: MountOptions) -> "Wishes":
@@ -156,7 +158,11 @@ def patch_init(request: bytes, reply: bytes, wishes: Wishes) -> tuple[bytes, Ini
 # HANDLE_KILLPRIV_V2 spares a GETXATTR of security.capability before every write; libfuse does not
 # pass on what we then need to know.
 _ENGINE: Final = (
-    InitFlag.DO_READDIRPLUS | InitFlag.INIT_EXT | InitFlag.ASYNC_DIO | InitFlag.HANDLE_KILLPRIV_V2
+    InitFlag.DO_READDIRPLUS
+    | InitFlag.INIT_EXT
+    | InitFlag.ASYNC_DIO
+    | InitFlag.HANDLE_KILLPRIV_V2
+    | InitFlag.PASSTHROUGH
 )
 _ENGINE_MINOR: Final = 38
 _MAX_WRITE: Final = _PAGES * 4096
@@ -173,6 +179,8 @@ def answer_init(device: int, wishes: Wishes) -> InitFlag:
     request = os.read(device, _READ_SIZE)
     unique = _IN_HEADER.unpack_from(request)[2]
     flags = (wishes.wanted | _ENGINE) & ~wishes.unwanted & offered_flags(request)
+    if not wishes.stack_depth:
+        flags &= ~InitFlag.PASSTHROUGH
     major, minor, readahead, _, _ = _INIT_IN.unpack_from(request.ljust(64, b"\0"), _IN_HEADER.size)
     if major != _MAJOR:
         raise UnionfsError(f"the kernel speaks FUSE {major}.{minor}, not {_MAJOR}")
@@ -188,7 +196,7 @@ def answer_init(device: int, wishes: Wishes) -> InitFlag:
         _PAGES,
         0,
         int(flags) >> 32,
-        0,
+        wishes.stack_depth if InitFlag.PASSTHROUGH in flags else 0,
     )
     os.write(device, _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, unique) + body)
     log.debug("INIT agreed: %r", flags)

@@ -186,6 +186,7 @@ OWN_WORDS = {
     "whiteout": Word("whiteout", read=one_of(auto="auto", char="char", wh="wh")),
     "lower": Word("lower_live", read=one_of(live=True, sealed=False)),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
+    "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),
     "sloppy": Word("sloppy", flag=True),
 }
 

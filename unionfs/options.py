@@ -73,6 +73,7 @@ class MountOptions:
     noxattrs: bool = False
     static_nlink: bool = False
     driver: Literal["engine", "pyfuse3"] = "engine"
+    passthrough: Literal["auto", "upper", "off"] = "auto"  # what the kernel reads by itself
 
 
 class _Fields(TypedDict, total=False):
@@ -108,6 +109,7 @@ class _Fields(TypedDict, total=False):
     noxattrs: bool
     static_nlink: bool
     driver: Literal["engine", "pyfuse3"]
+    passthrough: Literal["auto", "upper", "off"]
 
 
 FIELDS = frozenset(_Fields.__annotations__)

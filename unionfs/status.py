@@ -35,11 +35,7 @@ def describe(union: "Union") -> dict[str, Any]:
         status["size"] = space.f_blocks * space.f_frsize
         features = union.upper.features
         status["features"] = {name: getattr(features, name) for name in FEATURES}
-        status["features"]["passthrough"] = False
         status["reasons"] = dict(features.reasons)
-        status["reasons"]["passthrough"] = (
-            f"the {union.options.driver} driver has no FUSE passthrough"
-        )
     status["marks"] = {
         "prefix": union.marks.prefix if union.marks.xattrs else None,
         "whiteout": "wh" if union.marks.wh else "char",
@@ -47,6 +43,13 @@ def describe(union: "Union") -> dict[str, Any]:
         "metacopy": union.options.metacopy and union.marks.xattrs,
         "index": union.work is not None and union.work.index >= 0,
     }
+    told = union.passthrough()
+    status["passthrough"] = {"mode": union.options.passthrough} | told
+    status.setdefault("features", {})["passthrough"] = (
+        union.options.passthrough if told["active"] else False
+    )
+    if told["reason"]:
+        status.setdefault("reasons", {})["passthrough"] = told["reason"]
     status["table"] = union.tree.counts()
     if union.requests is not None:
         status["requests"] = union.requests()

@@ -131,6 +131,11 @@ class Union:
         # Then: whose capability was taken away last, and by which process (attributes.py).
         self.capability_killed: tuple[int, int] | None = None
         self.requests: Callable[[], dict[str, dict[str, int]]] | None = None  # the driver's counts
+        # The engine's; it replaces this.
+        self.passthrough: Callable[[], dict[str, Any]] = lambda: {
+            "active": False,
+            "reason": f"the {options.driver} driver has no FUSE passthrough",
+        }
         self._allowed = threading.local()
         self._incompat = False
         self.tree = self._make_tree()
