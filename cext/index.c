@@ -75,16 +75,39 @@ static errint_t set_mark(struct tree *t, int fd, const char *mark, const void *v
     return setxattr(path, name, value, len, 0) < 0 ? errno_or_eio() : 0;
 }
 
+/* Of a metadata-only copy that is being completed: what it says. */
+static errint_t origin_of_copy(struct tree *t, int fd, struct origin *ret_origin)
+{
+    char path[PROC_BYTES], name[64];
+    cleanup_free char *value = NULL;
+    struct origin o = {.len = 0};
+    errint_t err;
+
+    proc_path(path, fd, NULL);
+    (void)snprintf(name, sizeof name, "%sorigin", t->prefix);
+    err = read_xattr(path, false, name, &value, &o.len);
+    if (err == -ENODATA || (err == 0 && o.len > sizeof o.fb))
+        o.len = 0;
+    else if (err < 0)
+        return err;
+    memcpy(o.fb, value ? value : "", o.len);
+    *ret_origin = o;
+    return 0;
+}
+
 errint_t mark_origin(struct tree *t, struct node *n, int src, int copy, bool *ret_kept)
 {
     bool own = n->ino == union_ino(t->layers[n->layer].fs, n->real_ino);
     int64_t birth = 0;
     struct origin o;
     char number[36];
-    errint_t err = origin_at(t, n->layer, src, "", &o);
+    errint_t err;
 
     *ret_kept = false;
-    if (err < 0 || !t->upper_xattrs)
+    if (!t->upper_xattrs)
+        return 0;
+    err = n->upper ? origin_of_copy(t, src, &o) : origin_at(t, n->layer, src, "", &o);
+    if (err < 0)
         return err;
     if (own)
         birth = birth_time(src, "");

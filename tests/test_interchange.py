@@ -249,3 +249,25 @@ def test_same_script_gives_the_same_tree_on_both(place: Path) -> None:
         lines = snapshot.differences(trees[1], trees[0], fresh=OLD + 10**9, slack=60 * 10**9)
         lines = [line for line in lines if ": content " not in line or "big" not in line]
         assert not lines, f"{script.__name__}: {lines}"
+
+
+def test_a_completed_copy_says_where_it_came_from(place: Path) -> None:
+    """The lower file, as its metadata-only copy did; not that copy."""
+    for name in ("lower", "upper", "mnt"):
+        (place / name).mkdir()
+    (place / "lower/large").write_bytes(bytes(1 << 20))
+    copy = place / "upper/large"
+
+    def marks() -> dict[str, bytes]:
+        return {
+            name: os.getxattr(copy, name) for name in os.listxattr(copy) if "metacopy" not in name
+        }
+
+    with Unionfs([place / "lower"], place / "upper", place / "mnt"):
+        os.chmod(place / "mnt/large", 0o600)
+        assert "trusted.overlay.metacopy" in os.listxattr(copy)
+        before = marks()
+        with open(place / "mnt/large", "ab") as file:
+            file.write(b"more")
+        assert "trusted.overlay.metacopy" not in os.listxattr(copy)
+        assert marks() == before
