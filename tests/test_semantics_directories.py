@@ -153,7 +153,9 @@ def test_removed_open_directory(arena: Arena) -> None:
             os.close(os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=fd))
         with pytest.raises(FileNotFoundError):
             syscalls.getdents(fd, 4096)
+        os.fsync(fd)
         os.fchmod(fd, 0o711)
+        os.fsync(fd)
         os.utime(fd, ns=(5, 7))
         os.setxattr(fd, "user.x", b"y")
         status = os.fstat(fd)

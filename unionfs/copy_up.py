@@ -522,7 +522,9 @@ def sync_names(union: Union, ino: int) -> None:
 
 
 def sync_directory(union: Union, ino: int) -> None:
-    """fsync of a directory's upper part; what lies in lower layers is on disk."""
-    if union.info(ino).upper:
+    """fsync of a directory's upper part; what lies in lower layers is on disk, and of what has been
+    removed nothing is to be."""
+    info = union.info(ino)
+    if info.upper and not info.unlinked:
         with union.tree.upper_dir(ino) as dirfd:
             sync_dir(dirfd)

@@ -25,6 +25,8 @@ from tests.rig import syscalls
 Json = str | int | bool | None | list["Json"]
 Result = tuple[str, object]
 
+SET_ID = stat.S_ISUID | stat.S_ISGID
+
 # Who acts: index 0 is the process's own identity (root, or the ordinary user).
 ACTORS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
     (0, 0, ()),
@@ -193,8 +195,11 @@ class Side:
         os.lseek(fd, offset, os.SEEK_SET)
         return size
 
-    def do_fallocate(self, slot: int, mode: int, offset: int, length: int) -> None:
+    def do_fallocate(self, slot: int, mode: int, offset: int, length: int) -> object:
+        if mode & syscalls.FALLOC_ZERO_RANGE and os.fstat(self.fd(slot)).st_mode & SET_ID:
+            return "the kernel takes set-ID bits away before FUSE can say that it has no such mode"
         syscalls.fallocate(self.fd(slot), mode, offset, length)
+        return None
 
     def do_copy_range(
         self, slot: int, source: int, size: int, offset: int, source_offset: int
