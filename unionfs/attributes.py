@@ -199,7 +199,8 @@ def _settle_privileges(fd: int, ctx: Caller) -> None:
     """
     status = os.stat(fd)
     mode = stat.S_IMODE(_native.mode_of(fd))
-    if stat.S_ISLNK(status.st_mode):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        # Nobody writes to it through us: chown, which takes set-ID bits of special files too.
         os.chown(fd_path(fd), -1, -1)
         return
     if (
