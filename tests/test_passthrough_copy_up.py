@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -27,6 +28,8 @@ from tests.rig.spots import (
     open_files,
     opened,
     shared,
+    skip_without,
+    told,
     wait_until,
 )
 
@@ -330,3 +333,48 @@ def test_storm(place: Path, options: str) -> None:
         for name in ("big", "other", "third", "linked", "small2"):
             assert (union.mnt / name).read_bytes() == (plain / name).read_bytes()
             assert (place / "lower" / name).read_bytes()[:1000] == BIG[:1000]
+
+
+def test_forgotten_while_it_is_opened_anew(place: Path) -> None:
+    """The kernel forgets numbers while others are sent from one to the other."""
+    (place / "lower").mkdir()
+    names = [f"f{number}" for number in range(60)]
+    for name in names:
+        (place / "lower" / name).write_bytes(BIG)
+    wrong: list[str] = []
+    done = threading.Event()
+
+    def drop() -> None:
+        while not done.wait(0.005):
+            Path("/proc/sys/vm/drop_caches").write_text("2")
+
+    def write(union: Unionfs, number: int) -> None:
+        word = b"%d" % number
+        for name in names:
+            path = union.mnt / name
+            try:
+                with opened(path, os.O_RDONLY) as early, opened(path, os.O_RDWR) as late:
+                    os.pwrite(late, word, number)
+                    with opened(path, os.O_RDONLY) as after:
+                        got = {os.pread(fd, 1, number) for fd in (late, after)}
+                    if got != {word} or os.fstat(early).st_ino != path.stat().st_ino:
+                        wrong.append(f"{name}: {got!r}")
+            except OSError as error:
+                wrong.append(repr(error))
+
+    (place / "upper").mkdir()
+    (place / "mnt").mkdir()
+    with Unionfs([place / "lower"], place / "upper", place / "mnt") as union:
+        skip_without(union)
+        dropper = threading.Thread(target=drop)
+        writers = [threading.Thread(target=write, args=(union, number)) for number in range(6)]
+        for thread in (dropper, *writers):
+            thread.start()
+        for thread in writers:
+            thread.join(PATIENCE)
+        done.set()
+        dropper.join(PATIENCE)
+        assert not wrong
+        for name in names:
+            assert (union.mnt / name).read_bytes() == b"012345" + BIG[6:]
+        assert cast("int", told(union)["opened_anew"]) > 0

@@ -88,6 +88,7 @@ def _lines(entry: MountEntry, answer: Answer) -> Iterator[str]:
     yield from _field("free", _space(facts))
     yield from _field("since", _since(facts.get("since")))
     yield from _field("daemon", _daemon(facts))
+    yield from _field("kernel", _passed(facts))
     works, lacks = _features(facts)
     yield from _field("works", _wrapped(works))
     yield from _field("lacks", lacks)
@@ -147,6 +148,14 @@ def _daemon(facts: dict[str, object]) -> list[str]:
     if isinstance(driver := facts.get("driver"), str):
         text += f", driver {driver}"
     return [text.removeprefix(", ")] if text else []
+
+
+def _passed(facts: dict[str, object]) -> list[str]:
+    """How many files the kernel was given to read and write by itself."""
+    told = facts.get("passthrough")
+    if not isinstance(told, dict) or not told.get("active"):
+        return []
+    return [f"{integer(told, 'opened') or 0} opened in passthrough"]
 
 
 def _user(uid: int) -> str:
