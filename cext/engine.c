@@ -10,9 +10,13 @@
  * To be woken on another processor takes longer than most answers. So while requests follow one
  * another closely, the thread looks for the next one for a moment before it sleeps (docs/adr/0010).
  *
+ * Where the kernel gives requests over io_uring, two threads for each processor wait there
+ * (uring.c), and by the device comes what is left: forgets and interrupts. To a queue whose threads
+ * are all held up, the watch adds one.
+ *
  * Locking: `lock` protects the fields so marked; it is never held over a request. */
-#include "engine.h"
 #include "face.h"
+#include "uring.h"
 
 #include <malloc.h>
 #include <poll.h>
@@ -51,15 +55,21 @@ struct engine {
     int threads, resting;   /* protected by lock */
     int wanted;             /* resting threads that are to go on; protected by lock */
     struct worker *workers; /* protected by lock */
+
+    unsigned queues;           /* of io_uring; 0: there are none; protected by lock */
+    bool *helped;              /* queues with a thread that goes on; protected by lock */
+    _Atomic bool rings_over;   /* nothing more comes by io_uring */
+    _Atomic errint_t ring_err; /* the kernel's, when it refused them */
 };
 
 struct worker {
     struct worker *next;
     struct engine *e;
     pthread_t thread;
-    char *in, *out;
-    int64_t answered_at; /* CLOCK_MONOTONIC */
-    int eager;           /* how many of the last requests came soon, at most EAGER_MOST */
+    struct ring_worker *ring; /* NULL: it reads the device, */
+    char *in, *out;           /* with these */
+    int64_t answered_at;      /* CLOCK_MONOTONIC */
+    int eager;                /* how many of the last requests came soon, at most EAGER_MOST */
 };
 
 static void *buffer_new(void)
@@ -70,14 +80,26 @@ static void *buffer_new(void)
 
 static void worker_free(struct worker *w)
 {
+    ring_worker_free(w->ring);
     free(w->in);
     free(w->out);
     free(w);
 }
 
-/* Wakes the watch if it sleeps: from now on there is work. */
-static void note_work(struct engine *e)
+struct server *engine_server(struct engine *e)
 {
+    return &e->server;
+}
+
+bool engine_is_stopping(const struct engine *e)
+{
+    return atomic_load(&e->stopping);
+}
+
+/* Counts it, and wakes the watch if that sleeps: from now on there is work. */
+void engine_note(struct engine *e, uint32_t opcode)
+{
+    atomic_fetch_add_explicit(&e->counts[opcode % WIRE_OPCODES], 1, memory_order_relaxed);
     atomic_fetch_add(&e->answered, 1);
     if (atomic_load(&e->watch_sleeps)) {
         pthread_mutex_lock(&e->lock);
@@ -128,7 +150,7 @@ static void answer(struct worker *w, size_t n)
 
     if (n < sizeof *head || head->len != n)
         return; /* not the kernel's */
-    atomic_fetch_add_explicit(&e->counts[head->opcode % WIRE_OPCODES], 1, memory_order_relaxed);
+    engine_note(e, head->opcode);
     len = serve(&e->server, &r, w->out);
     /* ENOENT: nobody waits for the answer any more. Other errors read(2) will tell too. */
     if (len > 0 && write(e->server.options.device, w->out, len) < 0 && errno == ENOENT)
@@ -166,13 +188,10 @@ static ssize_t next_request(struct worker *w)
     return n;
 }
 
-static void *work(void *arg)
+static void serve_device(struct worker *w)
 {
-    struct worker *w = arg;
     struct engine *e = w->e;
-    uint64_t one = 1;
 
-    (void)prctl(PR_SET_NAME, "unionfs-engine");
     while (may_read(e)) {
         ssize_t n;
 
@@ -180,13 +199,25 @@ static void *work(void *arg)
         n = next_request(w);
         atomic_fetch_sub(&e->waiting, 1);
         if (n >= 0) {
-            note_work(e);
             answer(w, (size_t)n);
             w->answered_at = now_ns();
         } else if (errno != EINTR && errno != EAGAIN && errno != ENOENT) {
             stop_all(e); /* ENODEV: unmounted */
         }
     }
+}
+
+static void *work(void *arg)
+{
+    struct worker *w = arg;
+    struct engine *e = w->e;
+    uint64_t one = 1;
+
+    (void)prctl(PR_SET_NAME, w->ring ? "unionfs-ring" : "unionfs-engine");
+    if (w->ring)
+        ring_worker_run(w->ring);
+    else
+        serve_device(w);
     if (e->server.options.leave)
         e->server.options.leave(e->server.options.arg);
     pthread_mutex_lock(&e->lock);
@@ -202,23 +233,16 @@ static void *work(void *arg)
     return NULL;
 }
 
-static bool start_worker_locked(struct engine *e)
+/* Frees the worker if it fails. */
+static bool launch_locked(struct engine *e, struct worker *w)
 {
-    struct worker *w;
     pthread_attr_t attr;
     bool started;
 
-    if (e->threads >= MAX_THREADS)
-        return false;
-    w = calloc(1, sizeof *w);
-    if (!w)
-        return false;
     w->e = e;
-    w->in = buffer_new();
-    w->out = buffer_new();
     pthread_attr_init(&attr);
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
-    started = w->in && w->out && pthread_create(&w->thread, &attr, work, w) == 0;
+    started = pthread_create(&w->thread, &attr, work, w) == 0;
     pthread_attr_destroy(&attr);
     if (!started) {
         worker_free(w);
@@ -228,6 +252,35 @@ static bool start_worker_locked(struct engine *e)
     w->next = e->workers;
     e->workers = w;
     return true;
+}
+
+static bool start_worker_locked(struct engine *e)
+{
+    struct worker *w = e->threads < MAX_THREADS ? calloc(1, sizeof *w) : NULL;
+
+    if (!w)
+        return false;
+    w->in = buffer_new();
+    w->out = buffer_new();
+    if (!w->in || !w->out) {
+        worker_free(w);
+        return false;
+    }
+    return launch_locked(e, w);
+}
+
+/* With `given`, or a ring of its own. */
+static bool start_ring_worker_locked(struct engine *e, unsigned queue, struct ring *given)
+{
+    struct worker *w = calloc(1, sizeof *w);
+
+    if (!w)
+        return false;
+    if (ring_worker_new(e, queue, given, &w->ring) < 0) {
+        free(w);
+        return false;
+    }
+    return launch_locked(e, w);
 }
 
 static void nap(long ns)
@@ -247,6 +300,31 @@ static void let_one_more_read(struct engine *e)
         (void)start_worker_locked(e);
     }
     pthread_mutex_unlock(&e->lock);
+}
+
+/* Adds a thread to each queue whose threads have all been held up for a while. Whether a request
+ * is in hand. */
+static bool help_queues(struct engine *e)
+{
+    bool busy = false;
+
+    if (!e->server.options.rings || atomic_load(&e->rings_over))
+        return false;
+    pthread_mutex_lock(&e->lock);
+    for (unsigned i = 0; i < e->queues; i++)
+        e->helped[i] = false;
+    for (struct worker *w = e->workers; w; w = w->next) {
+        if (!w->ring)
+            continue;
+        busy = busy || ring_worker_is_busy(w->ring);
+        if (!ring_worker_is_stuck(w->ring))
+            e->helped[ring_worker_queue(w->ring)] = true;
+    }
+    for (unsigned i = 0; i < e->queues; i++)
+        if (!e->helped[i] && e->threads < MAX_THREADS + 2 * (int)e->queues)
+            (void)start_ring_worker_locked(e, i, NULL);
+    pthread_mutex_unlock(&e->lock);
+    return busy;
 }
 
 static void sleep_until_work(struct engine *e, uint64_t seen)
@@ -286,12 +364,13 @@ static void *watch(void *arg)
     (void)prctl(PR_SET_NAME, "unionfs-watch");
     while (!atomic_load(&e->stopping)) {
         uint64_t now = atomic_load(&e->answered);
+        bool busy = help_queues(e);
 
         if (atomic_load(&e->waiting) == 0) {
             quiet = 0;
             if (requests_wait(e))
                 let_one_more_read(e);
-        } else if (now != seen) {
+        } else if (busy || now != seen) {
             quiet = 0;
         } else if (++quiet > QUIET_TICKS) {
             sleep_until_work(e, now);
@@ -302,6 +381,37 @@ static void *watch(void *arg)
     }
     nudge_until_ended(e);
     return NULL;
+}
+
+void engine_ring_refused(struct engine *e, errint_t err)
+{
+    if (err < 0)
+        atomic_store(&e->ring_err, err);
+    atomic_store(&e->rings_over, true);
+}
+
+errint_t engine_ring_error(const struct engine *e)
+{
+    return atomic_load(&e->ring_err);
+}
+
+static bool start_rings_locked(struct engine *e, struct rings *rings)
+{
+    bool started = true;
+
+    if (!rings)
+        return true;
+    e->helped = calloc(rings->n, sizeof *e->helped);
+    if (!e->helped)
+        return false;
+    e->queues = rings->n;
+    for (unsigned i = 0; i < rings->n && started; i++) {
+        started = start_ring_worker_locked(e, i, &rings->ring[i]);
+        /* A second one, for what comes while the first is held up. */
+        if (started)
+            (void)start_ring_worker_locked(e, i, NULL);
+    }
+    return started;
 }
 
 static bool only_one_processor(void)
@@ -339,7 +449,7 @@ errint_t engine_start(struct tree *t, const struct engine_options *options, stru
     pthread_sigmask(SIG_SETMASK, &all, &old);
     e->watching = pthread_create(&e->watch, NULL, watch, e) == 0;
     pthread_mutex_lock(&e->lock);
-    started = e->watching && start_worker_locked(e);
+    started = e->watching && start_worker_locked(e) && start_rings_locked(e, options->rings);
     pthread_mutex_unlock(&e->lock);
     pthread_sigmask(SIG_SETMASK, &old, NULL);
     if (!started) {
@@ -371,6 +481,7 @@ void engine_free(struct engine *e)
     pthread_cond_destroy(&e->rest);
     pthread_cond_destroy(&e->wake);
     pthread_mutex_destroy(&e->lock);
+    free(e->helped);
     close_keep_errno(e->ended_fd);
     free(e);
 }

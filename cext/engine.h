@@ -17,6 +17,8 @@ struct request {
     size_t len; /* of the body */
 };
 
+struct rings; /* of a union to be, a ring for each processor; opened before INIT is answered */
+
 struct engine_options {
     int device;       /* of the mount, INIT answered; stays the caller's */
     int statfs_fd;    /* whose file system's space is shown */
@@ -25,6 +27,7 @@ struct engine_options {
     int64_t only_uid; /* allow_root: others but root are refused; -1: nobody is */
     bool flush;       /* close(2) can fail below: FLUSH is answered, and is not waved away */
     enum passthrough passthrough; /* of what the INIT has agreed */
+    struct rings *rings; /* the kernel was told to use them; taken out by engine_start; or NULL */
     /* Answers into `out` (of `cap` bytes): its length, or -errno. */
     ssize_t (*call)(void *arg, const struct request *r, char *out, size_t cap);
     /* Told before a thread that has called ends. */
@@ -34,6 +37,10 @@ struct engine_options {
 
 struct engine;
 
+/* One for each of the kernel's queues. -EPERM: the administrator allows no io_uring. */
+errint_t rings_open(unsigned queues, struct rings **ret_rings);
+/* What engine_start has not taken out is closed. */
+void rings_free(struct rings *rings);
 errint_t engine_start(struct tree *t, const struct engine_options *options, struct engine **ret_e);
 /* Readable when the last thread has ended: unmounted, or stopped. */
 int engine_ended_fd(const struct engine *e);
@@ -44,6 +51,9 @@ void engine_free(struct engine *e);
 /* Requests by number (FUSE_*), and how many of them `call` answered. */
 void engine_counts(const struct engine *e, uint64_t all[static WIRE_OPCODES],
                    uint64_t called[static WIRE_OPCODES]);
+
+/* Why the kernel did not take the rings: all requests come by the device. 0: it did. */
+errint_t engine_ring_error(const struct engine *e);
 
 /* serve.c. Answers one request into `out`, a struct fuse_out_header and what follows it: its
  * length, 0 where no answer is due. */

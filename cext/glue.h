@@ -53,6 +53,7 @@ extern PyType_Spec tree_spec, dir_spec, engine_spec, hold_spec;
 #define DECLARE(name) PyObject *py_##name(PyObject *op, PyObject *args);
 TREE_METHODS(DECLARE)
 #undef DECLARE
+PyObject *open_rings(PyObject *module, PyObject *queues); /* py_engine.c */
 PyObject *py_copied_up(PyObject *op, PyObject *args, PyObject *kwargs);
 
 #endif

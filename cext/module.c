@@ -269,6 +269,7 @@ static PyMethodDef functions[] = {
     {"give_owner", py_give_owner, METH_VARARGS, NULL},
     {"mode_of", py_mode_of, METH_VARARGS, NULL},
     {"renameat2", py_renameat2, METH_VARARGS, NULL},
+    {"open_rings", open_rings, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

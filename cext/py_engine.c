@@ -79,21 +79,50 @@ static ssize_t call_python(void *arg, const struct request *r, char *out, size_t
     return n;
 }
 
+static const char RINGS[] = "unionfs rings";
+
+static void rings_dealloc(PyObject *capsule)
+{
+    rings_free(PyCapsule_GetPointer(capsule, RINGS));
+}
+
+PyObject *open_rings(PyObject *module, PyObject *queues)
+{
+    unsigned long n = PyLong_AsUnsignedLong(queues);
+    struct rings *rings;
+    PyObject *capsule;
+    errint_t err;
+
+    (void)module;
+    if (PyErr_Occurred())
+        return NULL;
+    err = rings_open((unsigned)n, &rings);
+    if (err < 0)
+        return raise_errno(err, NULL);
+    capsule = PyCapsule_New(rings, RINGS, rings_dealloc);
+    if (!capsule)
+        rings_free(rings);
+    return capsule;
+}
+
 static PyObject *engine_new_object(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static char *names[] = {"tree",  "device",   "statfs_fd",   "valid_ns", "keep_cache",
-                            "flush", "only_uid", "passthrough", "call",     NULL};
+    static char *names[] = {"tree",       "device", "statfs_fd", "valid_ns",
+                            "keep_cache", "flush",  "only_uid",  "passthrough",
+                            "call",       "rings",  NULL};
     struct engine_options o = {.call = call_python, .leave = thread_ends};
-    PyObject *tree, *call;
+    PyObject *tree, *call, *rings;
     int keep_cache, flush, passthrough;
     long long valid_ns, only_uid;
     struct module_state *state = PyType_GetModuleState(type);
     EngineObject *self;
     errint_t err;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$iiLppLiO:Engine", names, state->tree_type,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$iiLppLiOO:Engine", names, state->tree_type,
                                      &tree, &o.device, &o.statfs_fd, &valid_ns, &keep_cache, &flush,
-                                     &only_uid, &passthrough, &call))
+                                     &only_uid, &passthrough, &call, &rings))
+        return NULL;
+    if (rings != Py_None && !(o.rings = PyCapsule_GetPointer(rings, RINGS)))
         return NULL;
     o.valid_ns = valid_ns;
     o.only_uid = only_uid;
@@ -192,10 +221,20 @@ static PyObject *engine_passed(PyObject *op, PyObject *unused)
                          atomic_load(&t->refused));
 }
 
+static PyObject *engine_py_ring_error(PyObject *op, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(-engine_ring_error(((EngineObject *)op)->engine));
+}
+
 static PyMethodDef engine_methods[] = {
-    {"fileno", engine_fileno, METH_NOARGS, NULL}, {"stop", engine_py_stop, METH_NOARGS, NULL},
-    {"close", engine_close, METH_NOARGS, NULL},   {"counts", engine_py_counts, METH_NOARGS, NULL},
-    {"passed", engine_passed, METH_NOARGS, NULL}, {NULL, NULL, 0, NULL},
+    {"fileno", engine_fileno, METH_NOARGS, NULL},
+    {"stop", engine_py_stop, METH_NOARGS, NULL},
+    {"close", engine_close, METH_NOARGS, NULL},
+    {"ring_error", engine_py_ring_error, METH_NOARGS, NULL},
+    {"passed", engine_passed, METH_NOARGS, NULL},
+    {"counts", engine_py_counts, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot engine_slots[] = {

@@ -8,6 +8,8 @@
 #include <string.h>
 #include <sys/random.h>
 
+enum { SOON = 4096 };
+
 static uint64_t hash_ino(uint64_t ino)
 {
     ino ^= ino >> 33;
@@ -212,6 +214,19 @@ void node_put(struct tree *t, struct node *n)
     pthread_mutex_lock(&t->lock);
     node_put_locked(t, n);
     unlock_and_close(t);
+}
+
+uint64_t some_known_file(struct tree *t, uint64_t from)
+{
+    uint64_t found = 0;
+
+    pthread_mutex_lock(&t->lock);
+    for (uint64_t i = 0; i < SOON && i <= t->node_mask && !found; i++)
+        for (const struct node *n = t->nodes[(from + i) & t->node_mask]; n; n = n->hash_next)
+            if (S_ISREG(n->type) && n->nlookup > 0)
+                found = n->ino;
+    pthread_mutex_unlock(&t->lock);
+    return found;
 }
 
 void node_forget(struct tree *t, uint64_t ino, uint64_t nlookup)

@@ -204,6 +204,9 @@ void closing_add_locked(struct tree *t, int fd);
 /* Drops the lock and closes what has come together. */
 void unlock_and_close(struct tree *t);
 struct node *node_new_locked(struct tree *t, uint64_t ino, mode_t type);
+/* The number of a regular file that the kernel knows, from some place of the table on; 0 if none
+ * was met soon. */
+uint64_t some_known_file(struct tree *t, uint64_t from);
 void node_forget(struct tree *t, uint64_t ino, uint64_t nlookup);
 struct alias *alias_find_locked(struct tree *t, struct node *parent, const char *name);
 errint_t alias_add_locked(struct tree *t, struct node *parent, const char *name, struct node *n,

@@ -56,6 +56,35 @@ static inline void wire_set_backing(struct fuse_open_out *out, int32_t backing)
            &backing, sizeof backing);
 }
 
+/* FUSE over io_uring, Linux 6.14. */
+#ifndef FUSE_URING_IN_OUT_HEADER_SZ
+struct fuse_uring_ent_in_out {
+    uint64_t flags;
+    uint64_t commit_id;
+    uint32_t payload_sz;
+    uint32_t padding;
+    uint64_t reserved;
+};
+
+struct fuse_uring_req_header {
+    char in_out[128];
+    char op_in[128];
+    struct fuse_uring_ent_in_out ring_ent_in_out;
+};
+
+enum fuse_uring_cmd {
+    FUSE_IO_URING_CMD_REGISTER = 1,
+    FUSE_IO_URING_CMD_COMMIT_AND_FETCH = 2,
+};
+
+struct fuse_uring_cmd_req {
+    uint64_t flags;
+    uint64_t commit_id;
+    uint16_t qid;
+    uint8_t padding[6];
+};
+#endif
+
 static inline void wire_attr(struct fuse_attr *out, const struct stat *st)
 {
     *out = (struct fuse_attr){

@@ -23,7 +23,7 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-from unionfs import passthrough
+from unionfs import passthrough, uring
 from unionfs._native import Engine
 from unionfs.flags import FSSETXATTR, SETFLAGS
 from unionfs.handshake import InitFlag, Wishes, answer_init
@@ -392,6 +392,7 @@ class EngineLoop:
     def __init__(self, device: int, wishes: Wishes, *, only_root_and_us: bool) -> None:
         """Take over `device`, the descriptor of /dev/fuse that was mounted."""
         self._device = device
+        self._no_rings = uring.REFUSED  # why; empty: there are some
         self._only_uid = os.geteuid() if only_root_and_us else -1
         self._wishes = wishes
         self._engine: Engine | None = None
@@ -408,7 +409,7 @@ class EngineLoop:
         wishes = self._wishes
         if self._no_passthrough is None:
             wishes = dataclasses.replace(wishes, stack_depth=passthrough.STACK_DEPTH)
-        self.flags = answer_init(self._device, wishes)
+        rings = self._answer_init(wishes, union.options.io_uring)
         if self._no_passthrough is None:
             self._no_passthrough = self._try_passthrough()
         union.kills_privileges = InitFlag.HANDLE_KILLPRIV_V2 in self.flags
@@ -425,11 +426,25 @@ class EngineLoop:
             if self._no_passthrough
             else passthrough.which(union.options),
             call=Requests(operations),
+            rings=rings,
         )
         union.requests = self._counts
         union.passthrough = self._passed
+        union.without_io_uring = self._without_rings
         on_init()
         await trio.lowlevel.wait_readable(self._engine.fileno())
+
+    def _answer_init(self, wishes: Wishes, io_uring: bool) -> object | None:
+        """Rings, if the kernel agreed to use them."""
+        rings = None
+        if io_uring:
+            rings, self._no_rings = uring.prepare()
+        if rings is not None:
+            wishes = dataclasses.replace(wishes, wanted=wishes.wanted | InitFlag.OVER_IO_URING)
+        self.flags = answer_init(self._device, wishes)
+        if rings is not None and InitFlag.OVER_IO_URING not in self.flags:
+            rings, self._no_rings = None, uring.SWITCHED_OFF
+        return rings
 
     def _try_passthrough(self) -> str | None:
         if InitFlag.PASSTHROUGH not in self.flags:
@@ -447,6 +462,12 @@ class EngineLoop:
             "opened_anew": anew,
             "reason": reason,
         }
+
+    def _without_rings(self) -> str:
+        """Why requests do not come over io_uring; empty if they do."""
+        if self._engine is not None and (error := self._engine.ring_error()):
+            return f"the kernel refused the rings: {os.strerror(error)}"
+        return self._no_rings
 
     def _counts(self) -> dict[str, dict[str, int]]:
         """Requests by kind and by who answered them."""

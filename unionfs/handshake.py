@@ -76,6 +76,7 @@ class InitFlag(IntFlag):
     SETXATTR_EXT = 1 << 29
     INIT_EXT = 1 << 30
     PASSTHROUGH = 1 << 37
+    OVER_IO_URING = 1 << 41
 
 
 # DONT_MASK: the handlers get the mode as it was asked for and the umask beside it, since a

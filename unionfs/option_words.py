@@ -187,6 +187,7 @@ OWN_WORDS = {
     "lower": Word("lower_live", read=one_of(live=True, sealed=False)),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
     "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),
+    "io_uring": Word("io_uring", read=one_of(auto=True, off=False)),
     "sloppy": Word("sloppy", flag=True),
 }
 

@@ -74,6 +74,7 @@ class MountOptions:
     static_nlink: bool = False
     driver: Literal["engine", "pyfuse3"] = "engine"
     passthrough: Literal["auto", "upper", "off"] = "auto"  # what the kernel reads by itself
+    io_uring: bool = True  # where the kernel allows it
 
 
 class _Fields(TypedDict, total=False):
@@ -110,6 +111,7 @@ class _Fields(TypedDict, total=False):
     static_nlink: bool
     driver: Literal["engine", "pyfuse3"]
     passthrough: Literal["auto", "upper", "off"]
+    io_uring: bool
 
 
 FIELDS = frozenset(_Fields.__annotations__)

@@ -29,13 +29,16 @@ def describe(union: "Union") -> dict[str, Any]:
     status["work"] = union.work.path if union.work is not None else None
     status["readonly"] = union.readonly
     status["ephemeral"] = union.options.ephemeral
+    why_not = union.without_io_uring()
+    status["features"] = {"io_uring": not why_not}
+    status["reasons"] = {"io_uring": why_not} if why_not else {}
     if union.upper is not None:
         space = os.fstatvfs(union.upper.fd)
         status["free"] = space.f_bavail * space.f_frsize
         status["size"] = space.f_blocks * space.f_frsize
         features = union.upper.features
-        status["features"] = {name: getattr(features, name) for name in FEATURES}
-        status["reasons"] = dict(features.reasons)
+        status["features"].update({name: getattr(features, name) for name in FEATURES})
+        status["reasons"].update(features.reasons)
     status["marks"] = {
         "prefix": union.marks.prefix if union.marks.xattrs else None,
         "whiteout": "wh" if union.marks.wh else "char",
@@ -45,11 +48,9 @@ def describe(union: "Union") -> dict[str, Any]:
     }
     told = union.passthrough()
     status["passthrough"] = {"mode": union.options.passthrough} | told
-    status.setdefault("features", {})["passthrough"] = (
-        union.options.passthrough if told["active"] else False
-    )
+    status["features"]["passthrough"] = union.options.passthrough if told["active"] else False
     if told["reason"]:
-        status.setdefault("reasons", {})["passthrough"] = told["reason"]
+        status["reasons"]["passthrough"] = told["reason"]
     status["table"] = union.tree.counts()
     if union.requests is not None:
         status["requests"] = union.requests()

@@ -136,6 +136,10 @@ class Union:
             "active": False,
             "reason": f"the {options.driver} driver has no FUSE passthrough",
         }
+        # Why requests do not come over io_uring; empty if they do.
+        self.without_io_uring: Callable[[], str] = lambda: (
+            f"the {options.driver} driver has no io_uring"
+        )
         self._allowed = threading.local()
         self._incompat = False
         self.tree = self._make_tree()
