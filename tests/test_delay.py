@@ -307,9 +307,10 @@ def test_slow_reads_delay_no_other_file(slowly: Slowly) -> None:
 def test_killed_while_copying(slowly: Slowly) -> None:
     """The daemon dies in the middle; the file is the old one, and no temporary is left."""
     opened = slowly.copying("big0")
-    slowly.union.kill()
+    slowly.union.die()
     with pytest.raises(OSError, match=r"connected|abort"):
         opened.result(PATIENCE)
+    slowly.union.clear()
     slowly.source.go()
     slowly.union.mount()
     assert slowly.temporaries() == []

@@ -261,6 +261,11 @@ class Unionfs(Mounted):
 
     def kill(self) -> None:
         """kill -9, then a plain unmount of what is left."""
+        self.die()
+        self.clear()
+
+    def die(self) -> None:
+        """kill -9; the mount stays."""
         pid = self.pid
         os.kill(pid, 9)
         if self.process is not None:
@@ -268,6 +273,13 @@ class Unionfs(Mounted):
             self.process = None
         else:
             ground.reap([pid])
+
+    def clear(self) -> None:
+        """A plain unmount after a death."""
+        # Answered by nobody, so it waits for the end of the connection: of its io_uring, the kernel
+        # disposes when the process has ended already.
+        with contextlib.suppress(OSError):
+            os.statvfs(self.mnt)
         tool = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
         ground.run(*tool, self.mnt)
 
