@@ -66,7 +66,9 @@ def enabled() -> Iterator[None]:
 def make(place: Path, *options: str) -> Unionfs:
     for name in ("lower", "upper", "mnt"):
         (place / name).mkdir(exist_ok=True)
-    return Unionfs([place / "lower"], place / "upper", place / "mnt", options=options)
+    # Data, too, shall come this way.
+    words = ["passthrough=off", *options]
+    return Unionfs([place / "lower"], place / "upper", place / "mnt", options=words)
 
 
 @pytest.fixture
