@@ -27,6 +27,7 @@ struct engine_options {
     int64_t only_uid; /* allow_root: others but root are refused; -1: nobody is */
     bool flush;       /* close(2) can fail below: FLUSH is answered, and is not waved away */
     enum passthrough passthrough; /* of what the INIT has agreed */
+    bool no_open;        /* nothing can be written, nothing passes through: no OPEN is needed */
     struct rings *rings; /* the kernel was told to use them; taken out by engine_start; or NULL */
     /* Answers into `out` (of `cap` bytes): its length, or -errno. */
     ssize_t (*call)(void *arg, const struct request *r, char *out, size_t cap);

@@ -133,6 +133,26 @@ struct file *file_get(struct tree *t, uint64_t fh)
     return f;
 }
 
+errint_t file_of(struct tree *t, uint64_t ino, uint64_t fh, struct file **ret_file)
+{
+    struct file *f;
+    errint_t err;
+
+    if (fh == 0) {
+        err = file_open(t, ino, O_RDONLY, &fh);
+        if (err < 0)
+            return err;
+        f = file_get(t, fh);
+        file_release(t, fh);
+    } else {
+        f = file_get(t, fh);
+    }
+    if (!f)
+        return -EBADF;
+    *ret_file = f;
+    return 0;
+}
+
 void file_put(struct tree *t, struct file *f)
 {
     bool last;
@@ -215,14 +235,11 @@ static ssize_t read_some(const struct file *f, char *buf, size_t size, off_t off
     return pread(f->fd, buf, size, offset);
 }
 
-ssize_t file_read(struct tree *t, uint64_t fh, char *buf, size_t size, off_t offset, bool nowait)
+ssize_t file_read(const struct file *f, char *buf, size_t size, off_t offset, bool nowait)
 {
-    struct file *f = file_get(t, fh);
     size_t got = 0;
     errint_t err = 0;
 
-    if (!f)
-        return -EBADF;
     while (got < size) {
         ssize_t n = read_some(f, buf + got, size - got, offset + (off_t)got, nowait);
 
@@ -234,7 +251,6 @@ ssize_t file_read(struct tree *t, uint64_t fh, char *buf, size_t size, off_t off
             break;
         got += (size_t)n;
     }
-    file_put(t, f);
     if (err < 0 && (got == 0 || err == -EAGAIN))
         return err;
     return (ssize_t)got;

@@ -109,18 +109,18 @@ static PyObject *engine_new_object(PyTypeObject *type, PyObject *args, PyObject 
 {
     static char *names[] = {"tree",       "device", "statfs_fd", "valid_ns",
                             "keep_cache", "flush",  "only_uid",  "passthrough",
-                            "call",       "rings",  NULL};
+                            "no_open",    "call",   "rings",     NULL};
     struct engine_options o = {.call = call_python, .leave = thread_ends};
     PyObject *tree, *call, *rings;
-    int keep_cache, flush, passthrough;
+    int keep_cache, flush, passthrough, no_open;
     long long valid_ns, only_uid;
     struct module_state *state = PyType_GetModuleState(type);
     EngineObject *self;
     errint_t err;
 
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$iiLppLiOO:Engine", names, state->tree_type,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!$iiLppLipOO:Engine", names, state->tree_type,
                                      &tree, &o.device, &o.statfs_fd, &valid_ns, &keep_cache, &flush,
-                                     &only_uid, &passthrough, &call, &rings))
+                                     &only_uid, &passthrough, &no_open, &call, &rings))
         return NULL;
     if (rings != Py_None && !(o.rings = PyCapsule_GetPointer(rings, RINGS)))
         return NULL;
@@ -129,6 +129,7 @@ static PyObject *engine_new_object(PyTypeObject *type, PyObject *args, PyObject 
     o.keep_cache = keep_cache != 0;
     o.flush = flush != 0;
     o.passthrough = (enum passthrough)passthrough;
+    o.no_open = no_open != 0;
     self = (EngineObject *)type->tp_alloc(type, 0);
     if (!self)
         return NULL;

@@ -59,7 +59,10 @@ PyObject *py_read(PyObject *op, PyObject *args)
         return NULL;
     char *buf = PyBytes_AS_STRING(out);
     Py_BEGIN_ALLOW_THREADS
-    got = file_read(TREE(op), fh, buf, (size_t)size, (off_t)offset, nowait != 0);
+    struct file *f = file_get(TREE(op), fh);
+    got = f ? file_read(f, buf, (size_t)size, (off_t)offset, nowait != 0) : -EBADF;
+    if (f)
+        file_put(TREE(op), f);
     Py_END_ALLOW_THREADS
     if (got < 0) {
         Py_DECREF(out);

@@ -171,6 +171,8 @@ static ssize_t on_open(struct answer *a)
     uint64_t fh = 0;
     errint_t err;
 
+    if (a->s->options.no_open)
+        return -ENOSYS; /* never asked again: the kernel opens by itself, and keeps the pages */
     if (in->flags & O_TRUNC) {
         err = plain_truncate(a->s->tree, a->r->head->nodeid, 0, TRUNCATE_AT_OPEN, 0,
                              a->r->head->uid == 0);
@@ -199,9 +201,17 @@ static ssize_t on_read(struct answer *a)
 {
     const struct fuse_read_in *in = BODY(a, fuse_read_in);
 
+    struct file *f;
+    ssize_t n;
+
     if (in->size > a->cap)
         return -EINVAL;
-    return file_read(a->s->tree, in->fh, a->data, in->size, (off_t)in->offset, false);
+    n = file_of(a->s->tree, a->r->head->nodeid, in->fh, &f);
+    if (n < 0)
+        return n;
+    n = file_read(f, a->data, in->size, (off_t)in->offset, false);
+    file_put(a->s->tree, f);
+    return n;
 }
 
 /* FUSE_WRITE_KILL_SUIDGID: asked as a change of nothing, which stands for a write to come. */
@@ -267,13 +277,14 @@ static ssize_t on_release(struct answer *a)
 static ssize_t on_lseek(struct answer *a)
 {
     const struct fuse_lseek_in *in = BODY(a, fuse_lseek_in);
-    struct file *f = file_get(a->s->tree, in->fh);
+    struct file *f;
     off_t at;
+    errint_t err = file_of(a->s->tree, a->r->head->nodeid, in->fh, &f);
 
-    if (!f)
-        return -EBADF;
+    if (err < 0)
+        return err;
     at = lseek(f->fd, (off_t)in->offset, (int)in->whence);
-    errint_t err = at < 0 ? errno_or_eio() : 0;
+    err = at < 0 ? errno_or_eio() : 0;
     file_put(a->s->tree, f);
     if (err < 0)
         return err;

@@ -89,7 +89,11 @@ ssize_t on_setattr(struct answer *a)
 ssize_t on_fsync(struct answer *a)
 {
     const struct fuse_fsync_in *in = BODY(a, fuse_fsync_in);
-    errint_t err = plain_sync(a->s->tree, in->fh, in->fsync_flags & FUSE_FSYNC_FDATASYNC);
+    errint_t err;
+
+    if (a->s->options.no_open)
+        return -ENOSYS; /* nothing is ever written; never asked again */
+    err = plain_sync(a->s->tree, in->fh, in->fsync_flags & FUSE_FSYNC_FDATASYNC);
 
     return err == NOT_PLAIN ? by_call(a) : err;
 }

@@ -337,12 +337,14 @@ void tree_named(struct tree *t, uint64_t ino);
 errint_t file_open(struct tree *t, uint64_t ino, int flags, uint64_t *ret_fh);
 errint_t file_adopt(struct tree *t, uint64_t ino, int fd, int flags, uint64_t *ret_fh);
 struct file *file_get(struct tree *t, uint64_t fh);
+/* The same; with handle 0, where the kernel opens files by itself, one for the moment, to read. */
+errint_t file_of(struct tree *t, uint64_t ino, uint64_t fh, struct file **ret_file);
 void file_put(struct tree *t, struct file *f);
 void file_release(struct tree *t, uint64_t fh);
 errint_t file_switch_to_upper(struct tree *t, struct node *n);
 /* As many bytes as there are, up to `size`; or -errno, if there are none. `nowait`: -EAGAIN rather
  * than wait for a disk. */
-ssize_t file_read(struct tree *t, uint64_t fh, char *buf, size_t size, off_t offset, bool nowait);
+ssize_t file_read(const struct file *f, char *buf, size_t size, off_t offset, bool nowait);
 ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, off_t offset);
 errint_t file_sync(struct tree *t, uint64_t fh, bool datasync);
 

@@ -184,6 +184,27 @@ def test_requests_are_counted(union: Unionfs) -> None:
     assert requests(union, "lookup", "python") == requests(union, "setxattr") == 0
 
 
+def test_what_cannot_change_is_opened_by_the_kernel(place: Path) -> None:
+    """A read-only union without passthrough: one OPEN and one FSYNC ever, pages kept."""
+    for name in ("lower", "mnt"):
+        (place / name).mkdir()
+    (place / "lower/file").write_bytes(b"some text " * 1000)
+    os.symlink("file", place / "lower/link")
+    union = Unionfs([place / "lower"], None, place / "mnt", options=["passthrough=off"])
+    with union:
+        for _ in range(5):
+            assert (union.mnt / "link").read_bytes() == b"some text " * 1000
+            with open(union.mnt / "file", "rb") as file:
+                os.fsync(file.fileno())
+                assert os.lseek(file.fileno(), 0, os.SEEK_HOLE) == 10_000
+                with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+                    assert view[9_990:] == b"some text "
+        assert [requests(union, kind) for kind in ("open", "fsync", "read")] == [1, 1, 1]
+        assert requests(union, "release") == 0
+        with pytest.raises(OSError, match="Read-only"):
+            (union.mnt / "file").write_bytes(b"")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("used", [False, True])
 def test_signal(union: Unionfs, number: signal.Signals, used: bool) -> None:

@@ -217,6 +217,7 @@ class Engine:
         flush: bool,  # close(2) can fail below
         only_uid: int,  # -1: everybody whom the kernel lets
         passthrough: int,  # 0: of no file, 1: of files in the upper, 2: of all
+        no_open: bool,  # nothing can be written, nothing passes through
         call: Callable[[int, int, int, int, int, bytes], bytes | int],
         rings: object | None,  # of open_rings, if the kernel was told to use them
     ) -> Self: ...

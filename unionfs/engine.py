@@ -425,6 +425,10 @@ class EngineLoop:
             passthrough=passthrough.OFF
             if self._no_passthrough
             else passthrough.which(union.options),
+            no_open=union.readonly
+            and not operations.live
+            and self._no_passthrough is not None
+            and InitFlag.NO_OPEN_SUPPORT in self.flags,
             call=Requests(operations),
             rings=rings,
         )

@@ -164,6 +164,7 @@ _ENGINE: Final = (
     | InitFlag.ASYNC_DIO
     | InitFlag.HANDLE_KILLPRIV_V2
     | InitFlag.PASSTHROUGH
+    | InitFlag.NO_OPEN_SUPPORT
 )
 _ENGINE_MINOR: Final = 38
 _MAX_WRITE: Final = _PAGES * 4096

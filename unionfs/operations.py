@@ -279,7 +279,7 @@ class UnionOperations(pyfuse3.Operations):
 
     @edge
     async def fsync(self, fh: int, datasync: bool) -> None:
-        if self.union.options.fsync != "volatile":
+        if self.union.options.fsync != "volatile" and not self.union.readonly:
             await self._long(self._fsync, fh, datasync)
 
     def _fsync(self, fh: int, datasync: bool) -> None:
