@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from unionfs import _native, acl, numbers
-from unionfs.marks import RENAME_NOREPLACE, fd_path, lent
+from unionfs.marks import fd_path, lent, publish
 from unionfs.options import IdRange
 from unionfs.syscalls import syncfs
 from unionfs.union import METACOPY_BYTES, Info, Union
@@ -374,10 +374,10 @@ def _publish(
             if union.marks.xattrs and not directory:
                 tree.make_impure(parent)
             if index is None:
-                _native.renameat2(work, temp, dirfd, name, RENAME_NOREPLACE)
+                publish(work, temp, dirfd, name)
             else:
                 assert union.work is not None
-                _native.renameat2(work, temp, union.work.index, index.encode(), RENAME_NOREPLACE)
+                publish(work, temp, union.work.index, index.encode())
                 try:
                     os.link(index, name, src_dir_fd=union.work.index, dst_dir_fd=dirfd)
                 except BaseException:

@@ -25,7 +25,7 @@ from unionfs.copy_up import (
     temporary,
     write_nlink,
 )
-from unionfs.marks import RENAME_EXCHANGE, RENAME_NOREPLACE, WH, fd_path, lent
+from unionfs.marks import RENAME_EXCHANGE, WH, fd_path, lent, publish
 from unionfs.union import UPPER_ENTRY, UPPER_WHITEOUT, Entry, Union
 from unionfs.work import AREA_NAME
 
@@ -203,12 +203,12 @@ def _publish_new(
     """Bring work/TEMP to its name, over a whiteout if there is one."""
     work = union.work_fd
     if entry.upper != UPPER_WHITEOUT:
-        renameat2(work, temp, dirfd, name, RENAME_NOREPLACE)
+        publish(work, temp, dirfd, name)
         return
     if directory:
         union.marks.set_opaque(fd)
     if union.marks.wh:
-        renameat2(work, temp, dirfd, name, RENAME_NOREPLACE)
+        publish(work, temp, dirfd, name)
         union.marks.drop_wh(dirfd, name)
     elif directory:
         renameat2(work, temp, dirfd, name, RENAME_EXCHANGE)

@@ -31,6 +31,25 @@ def fd_path(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
+def publish(work: int, temp: bytes, dirfd: int, name: bytes) -> None:
+    """Give what was prepared its name, which must be free.
+
+    A file system without RENAME_NOREPLACE (fuse2fs) is looked at before: the upper is ours alone.
+    """
+    try:
+        renameat2(work, temp, dirfd, name, RENAME_NOREPLACE)
+        return
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            raise
+    try:
+        os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+    except FileNotFoundError:
+        os.rename(temp, name, src_dir_fd=work, dst_dir_fd=dirfd)
+    else:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
 @contextlib.contextmanager
 def lent(fd: int, bits: int, *, when: bool = True) -> Iterator[None]:
     """Have owner's mode bits that a file or directory of ours lacks, for a while.
