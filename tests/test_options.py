@@ -305,5 +305,5 @@ def test_every_word_is_taken_or_named(name: str, text: str | None) -> None:
 
 def test_the_manual_knows_every_word() -> None:
     text = Path(__file__).parents[1].joinpath("docs/man/unionfs.8.md").read_text()
-    told = set(re.findall(r"\*\*(?:-o )?([\w+]+)", text))
+    told = set(re.findall(r"\*\*(?:-o )?([\w+-]+)", text))
     assert sorted(set(WORDS) - told) == []

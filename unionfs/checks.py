@@ -16,7 +16,7 @@ point may not be a layer itself.
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,6 +26,12 @@ from unionfs.mounts import MountEntry, Position, locate, topmost
 from unionfs.options import MountOptions
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
+
+LOWER: Final = "lower directory"
+UPPER: Final = "upper directory"
+# Layers on file systems that only the daemon sees, by kind and name.
+Opened = Mapping[tuple[str, str], Layer]
+NONE_OPENED: Final[Opened] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,9 @@ def _ancestors(fd: int) -> frozenset[tuple[int, int]]:
         os.close(current)
 
 
-def _place_of_path(kind: str, path: str, mounts: Sequence[MountEntry]) -> Place:
+def _place_of_path(kind: str, path: str, mounts: Sequence[MountEntry], opened: Opened) -> Place:
+    if (layer := opened.get((kind, path))) is not None:
+        return Place(f"{kind} {path}", (layer.dev, layer.ino), layer.position, frozenset())
     try:
         fd = os.open(path, _DIRECTORY)
     except OSError as exc:
@@ -84,9 +92,11 @@ def _place_of_path(kind: str, path: str, mounts: Sequence[MountEntry]) -> Place:
         os.close(fd)
 
 
-def check_layers(options: MountOptions, mounts: Sequence[MountEntry]) -> None:
+def check_layers(
+    options: MountOptions, mounts: Sequence[MountEntry], opened: Opened = NONE_OPENED
+) -> None:
     """Refuse layers that are doubled, nested or in use by kernel overlayfs."""
-    lowers = [_place_of_path("lower directory", path, mounts) for path in options.lowers]
+    lowers = [_place_of_path(LOWER, path, mounts, opened) for path in options.lowers]
     for number, lower in enumerate(lowers):
         for earlier in lowers[:number]:
             if lower.same(earlier):
@@ -95,10 +105,10 @@ def check_layers(options: MountOptions, mounts: Sequence[MountEntry]) -> None:
                 )
     if options.upper is None:
         return
-    upper = _place_of_path("upper directory", options.upper, mounts)
+    upper = _place_of_path(UPPER, options.upper, mounts, opened)
     changed = [upper]
     if options.work is not None and not options.readonly:
-        changed.append(_place_of_path("work directory", options.work, mounts))
+        changed.append(_place_of_path("work directory", options.work, mounts, opened))
     for lower in lowers:
         if lower.same(upper):
             raise UnionfsError(
@@ -143,7 +153,9 @@ def _check_kernel_overlay(upper: Place, mounts: Sequence[MountEntry]) -> None:
                 )
 
 
-def check_mountpoint(options: MountOptions, mounts: Sequence[MountEntry]) -> str:
+def check_mountpoint(
+    options: MountOptions, mounts: Sequence[MountEntry], opened: Opened = NONE_OPENED
+) -> str:
     """The mount point's path, free of symlinks; an error if nothing may be mounted there."""
     path = options.mountpoint
     real = os.path.realpath(path)
@@ -163,7 +175,8 @@ def check_mountpoint(options: MountOptions, mounts: Sequence[MountEntry]) -> str
                 f"the mount point {path} is not empty",
                 hint="choose an empty directory, or hide what is there with -o nonempty",
             )
-        _check_mountpoint_place(options, place_of(f"mount point {path}", fd, mounts), mounts)
+        place = place_of(f"mount point {path}", fd, mounts)
+        _check_mountpoint_place(options, place, mounts, opened)
     finally:
         os.close(fd)
     return real
@@ -190,15 +203,15 @@ def _mountpoint_error(path: str, exc: OSError) -> UnionfsError:
 
 
 def _check_mountpoint_place(
-    options: MountOptions, point: Place, mounts: Sequence[MountEntry]
+    options: MountOptions, point: Place, mounts: Sequence[MountEntry], opened: Opened
 ) -> None:
     hint = "choose another mount point"
     for path in options.lowers:
-        if point.same(lower := _place_of_path("lower directory", path, mounts)):
+        if point.same(lower := _place_of_path(LOWER, path, mounts, opened)):
             raise UnionfsError(f"the {point.name} is also the {lower.name}", hint=hint)
     if options.upper is None:
         return
-    upper = _place_of_path("upper directory", options.upper, mounts)
+    upper = _place_of_path(UPPER, options.upper, mounts, opened)
     if point.same(upper):
         raise UnionfsError(f"the {point.name} is also the {upper.name}", hint=hint)
     if point.inside(upper):

@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from unionfs.engine import EngineLoop
     from unionfs.handshake import Loop
     from unionfs.layer import Layer
+    from unionfs.opened import Opened
     from unionfs.session import Mount, Plan
+    from unionfs.stores.userspace import Helper
     from unionfs.work import Work
 
 log = logging.getLogger("unionfs")
@@ -253,6 +255,7 @@ class _Daemon:
     ready: Callable[[str], None]
     _was_live: bool = field(default=False, init=False)
     _facts: dict[str, object] = field(default_factory=dict, init=False)
+    _helpers: "list[Helper]" = field(default_factory=list, init=False)
 
     def run(self) -> int:
         """Mount, serve, clean up; the exit code."""
@@ -266,8 +269,10 @@ class _Daemon:
         signal.signal(signal.SIGTERM, _interrupted)
         with contextlib.ExitStack() as stack:
             _settle()
-            point, served = self._open(stack)
-            self._facts = self._describe(point, plan)
+            opened, served = self._open(stack)
+            point = opened.point
+            self._helpers = opened.helpers
+            self._facts = self._describe(point, plan) | opened.facts
             served.set_facts(self._facts)
             mount = session.make_mount(plan, self.options, point)
             stack.callback(session.release_keeper, mount)
@@ -292,40 +297,14 @@ class _Daemon:
             words.add("allow_root")  # libfuse itself refuses the others
         return lambda device: Loop(device, wishes, words)
 
-    def _open(self, stack: contextlib.ExitStack) -> tuple[str, Served]:
+    def _open(self, stack: contextlib.ExitStack) -> "tuple[Opened, Served]":
         """Check everything, then open it, in the order that leaves nothing behind on an error."""
-        from unionfs import checks, layer
-        from unionfs.mounts import read_mounts
-        from unionfs.session import is_readonly
-        from unionfs.work import Work, lock_shared
+        from unionfs.opened import open_layers
 
-        options = self.options
-        readonly = is_readonly(options)
-        mounts = read_mounts()
-        checks.check_layers(options, mounts)
-        point = checks.check_mountpoint(options, mounts)
-        lowers = []
-        for path in options.lowers:
-            lowers.append(layer.open_lower(path, mounts))
-            stack.callback(lowers[-1].close)
-        upper = None
-        if options.ephemeral and not readonly:
-            upper = layer.open_ephemeral(options.ephemeral_size)
-        elif options.upper is not None:
-            upper = layer.open_upper(options.upper, mounts, work=options.work, readonly=readonly)
-        if upper is not None:
-            stack.callback(upper.close)
-        checks.mark_careful([*lowers, *([upper] if upper is not None else [])], point, mounts)
-        work = None
-        if upper is not None and readonly:
-            stack.callback(os.close, lock_shared(upper, options))
-        elif upper is not None:
-            work = Work.open(upper, options)
-            # Not mounted after all: take away what was made.
-            stack.callback(lambda: work.close() if self._was_live else work.abandon())
-        served = self.build(options, lowers, upper, work)
+        opened = open_layers(self.options, stack, was_live=lambda: self._was_live)
+        served = self.build(opened.options, opened.lowers, opened.upper, opened.work)
         stack.callback(served.close)
-        return point, served
+        return opened, served
 
     def _describe(self, point: str, plan: "Plan") -> dict[str, object]:
         options = self.options
@@ -381,8 +360,19 @@ class _Daemon:
 
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals, loop, mount)
+            for helper in self._helpers:
+                nursery.start_soon(self._watch_helper, helper)
             await loop.run(served.operations, on_init)
             nursery.cancel_scope.cancel()
+
+    async def _watch_helper(self, helper: "Helper") -> None:
+        """A program that mounts a layer for us must not end before we do."""
+        import trio
+
+        await trio.lowlevel.wait_readable(helper.watch)
+        what = f"{helper.name} of {helper.path} has ended ({helper.ended()})"
+        self._facts["broken"] = f"{what}: unmount, check the image, mount again"
+        log.error("%s: what lies there cannot be reached any more", what)
 
     async def _watch_signals(
         self, loop: "Loop | EngineLoop", mount: "Mount", task_status: "trio.TaskStatus[None]"

@@ -88,10 +88,12 @@ class Layer:
         mounts: list[MountEntry],
         detach: Literal["readonly", "writable", "no"],
         beside: str | None = None,
+        tree: int = -1,
     ) -> None:
         """Take over `base`, a descriptor of the root directory (O_PATH will do).
 
         `beside`: another directory of the same mount that must be reachable (see open_beside).
+        `tree`: a descriptor of the mount that `base` is on, taken over too, if nobody else sees it.
         """
         self.path = path
         self.upper = upper
@@ -100,11 +102,11 @@ class Layer:
         self.mount = mount_number(base)
         self.position: Position | None = locate(base, mounts)
         self._cleanup: Callable[[], None] | None = None
-        self._tree, self._top = -1, ""
+        self._tree, self._top = tree, ""
         if detach != "no":
             self._tree, self._top = _detached_copy(base, beside, readonly=self.readonly)
         try:
-            if self._tree < 0:
+            if self._tree < 0 or tree >= 0:
                 self.fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=base)
             else:
                 self.fd = self.open_beside(base)
@@ -211,7 +213,7 @@ def layer_error(kind: str, path: str, exc: OSError) -> UnionfsError:
     """A layer's directory that cannot be used, as its user is told it."""
     hints = {
         errno.ENOENT: f"create the directory, or correct the path of the {kind}",
-        errno.ENOTDIR: "a layer must be a directory; mount an image first and name its mount point",
+        errno.ENOTDIR: "a layer is a directory, an image or a device",
         errno.EACCES: f"the {kind} must be readable and searchable by the user who mounts",
     }
     code = exc.errno or errno.EIO
@@ -250,14 +252,31 @@ def open_upper(
     if readonly:
         return layer
     try:
-        _check_writable(layer)
+        check_writable(layer)
     except UnionfsError:
         layer.close()
         raise
     return layer
 
 
-def _check_writable(upper: Layer) -> None:
+def open_private(
+    path: str, base: int, tree: int, position: Position, *, upper: bool, readonly: bool
+) -> Layer:
+    """A layer on a mount that only we see; `base` and `tree` are taken over (see Layer)."""
+    layer = Layer(path, base, upper=upper, mounts=[], detach="no", tree=tree)
+    layer.position = position
+    layer.readonly = readonly
+    if upper and not readonly:
+        try:
+            check_writable(layer)
+        except UnionfsError:
+            layer.close()
+            raise
+    return layer
+
+
+def check_writable(upper: Layer) -> None:
+    """Raise an error where an upper cannot take changes."""
     hint = "choose another upper, or mount with --ro"
     if os.fstatvfs(upper.fd).f_flag & os.ST_RDONLY:
         raise UnionfsError(f"the upper directory {upper.path} is on a read-only mount", hint=hint)

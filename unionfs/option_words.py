@@ -185,6 +185,8 @@ OWN_WORDS = {
     "ephemeral": Word("ephemeral_size", flag="", read=read_size),
     "whiteout": Word("whiteout", read=one_of(auto="auto", char="char", wh="wh")),
     "lower": Word("lower_live", read=one_of(live=True, sealed=False)),
+    "device-timeout": Word("device_timeout", read=read_seconds),
+    "search": Word("search", read=one_of(devices="devices", images="images")),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
     "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),
     "io_uring": Word("io_uring", read=one_of(auto=True, off=False)),
@@ -319,7 +321,7 @@ REFUSED = {
     "chroot": _UNIONFS_FUSE,
     "hide_meta_files": _UNIONFS_FUSE,
     "relaxed_permissions": _UNIONFS_FUSE,
-    "loop": "mount the image first and name its directory",
+    "loop": "leave it out: an image is named as a layer",
     "bind": "a union cannot be bound in the same step; mount it, then mount --bind",
 }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict, cast
 
 from unionfs.errors import UnionfsError, usage_error
+from unionfs.locator import is_tag
 from unionfs.option_words import (
     IGNORED,
     KERNEL_FLAGS,
@@ -21,6 +22,7 @@ from unionfs.option_words import (
     WORDS,
     IdRange,
     ignored_by_prefix,
+    read_size,
 )
 
 __all__ = ["TIME_WORDS", "IdRange", "MountOptions", "OptionReader", "split_layers", "split_options"]
@@ -32,7 +34,10 @@ NEVER_SLOPPY = frozenset({"datadir+"})
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MountOptions:
-    """One mount, as asked for.  Paths are absolute, not resolved, in surrogateescape."""
+    """One mount, as asked for.  Paths are absolute, not resolved, in surrogateescape.
+
+    A layer is a locator (locator.py): a path, or LABEL=... and the like.
+    """
 
     lowers: tuple[str, ...]  # top-most first
     mountpoint: str
@@ -76,6 +81,9 @@ class MountOptions:
     passthrough: Literal["auto", "upper", "off"] = "auto"  # what the kernel reads by itself
     io_uring: bool = True  # where the kernel allows it
 
+    device_timeout: float | None = None  # seconds to wait for a device to appear; None: not at all
+    search: Literal["devices", "images"] = "devices"  # where the tag of a locator is looked for
+
 
 class _Fields(TypedDict, total=False):
     """The fields of MountOptions that a word sets just so."""
@@ -112,6 +120,8 @@ class _Fields(TypedDict, total=False):
     driver: Literal["engine", "pyfuse3"]
     passthrough: Literal["auto", "upper", "off"]
     io_uring: bool
+    device_timeout: float
+    search: Literal["devices", "images"]
 
 
 FIELDS = frozenset(_Fields.__annotations__)
@@ -166,6 +176,8 @@ def split_layers(text: str, origin: str = "LOWER") -> list[str]:
 
 
 def _absolute(path: str) -> str:
+    if is_tag(path):
+        return path
     # Not normalised: A/../B is not B where A is a symbolic link.
     try:
         return path if path.startswith("/") else os.path.join(os.getcwd(), path)
@@ -284,6 +296,7 @@ class OptionReader:
             raise usage_error("no lower layer is given", "name one with lowerdir=")
         if not all([self.mountpoint, *self.lowers, self._values.get("upper", "/")]):
             raise usage_error("a path is empty", "name a directory")
+        self._read_memory()
         ephemeral = "ephemeral_size" in self._values
         self._check_together(ephemeral)
         fields = cast(_Fields, {k: v for k, v in self._values.items() if k in FIELDS})
@@ -306,6 +319,19 @@ class OptionReader:
             kernel_flags=frozenset(flag for flag in KERNEL_FLAGS if self.has(flag)),
             **fields,
         )
+
+    def _read_memory(self) -> None:
+        """UPPER as tmpfs:[size=SIZE] is the same as ephemeral."""
+        upper = self._values.get("upper")
+        if not isinstance(upper, str) or not upper.startswith("tmpfs:"):
+            return
+        asked = upper.removeprefix("tmpfs:")
+        size = asked.removeprefix("size=")
+        if asked and size == asked:
+            raise usage_error(f"the upper {upper} is not understood", "write tmpfs:size=1G")
+        spelled = self._spelled.pop("upper")
+        del self._values["upper"]
+        self.set("ephemeral_size", read_size("size", size) if asked else "", spelled)
 
     def _check_unknown(self) -> None:
         if self._unknown and not self.has("sloppy"):

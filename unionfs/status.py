@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a union tells of itself: user.unionfs.status on its root, and so `unionfs status`."""
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,11 @@ def describe(union: "Union") -> dict[str, Any]:
     status["features"] = {"io_uring": not why_not}
     status["reasons"] = {"io_uring": why_not} if why_not else {}
     if union.upper is not None:
-        space = os.fstatvfs(union.upper.fd)
-        status["free"] = space.f_bavail * space.f_frsize
-        status["size"] = space.f_blocks * space.f_frsize
+        # Not if a program that mounts it for us has died.
+        with contextlib.suppress(OSError):
+            space = os.fstatvfs(union.upper.fd)
+            status["free"] = space.f_bavail * space.f_frsize
+            status["size"] = space.f_blocks * space.f_frsize
         features = union.upper.features
         status["features"].update({name: getattr(features, name) for name in FEATURES})
         status["reasons"].update(features.reasons)

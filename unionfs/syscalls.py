@@ -6,10 +6,12 @@ Does not own any policy.  Called by layer, work and session at start and stop on
 request needs often is in the C module.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
 import os
+from collections.abc import Iterable
 from enum import IntFlag
 from typing import Final
 
@@ -30,6 +32,7 @@ AT_EMPTY_PATH: Final = 0x1000
 _OPEN_TREE_CLONE: Final = 1
 _FSOPEN_CLOEXEC: Final = 1
 _FSMOUNT_CLOEXEC: Final = 1
+_FSCONFIG_SET_FLAG: Final = 0
 _FSCONFIG_SET_STRING: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _MS_PRIVATE: Final = 1 << 18
@@ -129,23 +132,44 @@ def set_mount_attributes(fd: int, attr_set: MountAttr, attr_clear: MountAttr) ->
 
 def private_tmpfs(options: dict[str, str]) -> int:
     """A tmpfs that is mounted nowhere: gone with the last descriptor on it."""
-    context = _call("fsopen", _NR_FSOPEN, ctypes.c_char_p(b"tmpfs"), _FSOPEN_CLOEXEC)
+    attributes = MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOATIME
+    return private_mount("tmpfs", options, (), attributes)
+
+
+def private_mount(
+    fstype: str, options: dict[str, str], flags: Iterable[str], attributes: MountAttr
+) -> int:
+    """A file system that is mounted nowhere, its root an O_PATH descriptor.
+
+    It is unmounted with the last descriptor on it.  An error has what the file system said of it
+    as its text.
+    """
+    context = _call("fsopen", _NR_FSOPEN, ctypes.c_char_p(fstype.encode()), _FSOPEN_CLOEXEC)
     try:
         for key, value in options.items():
-            _call(
-                "fsconfig",
-                _NR_FSCONFIG,
-                context,
-                _FSCONFIG_SET_STRING,
-                ctypes.c_char_p(key.encode()),
-                ctypes.c_char_p(os.fsencode(value)),
-                0,
-            )
+            words = (ctypes.c_char_p(key.encode()), ctypes.c_char_p(os.fsencode(value)), 0)
+            _call("fsconfig", _NR_FSCONFIG, context, _FSCONFIG_SET_STRING, *words)
+        for flag in flags:
+            name = ctypes.c_char_p(flag.encode())
+            _call("fsconfig", _NR_FSCONFIG, context, _FSCONFIG_SET_FLAG, name, None, 0)
         _call("fsconfig", _NR_FSCONFIG, context, _FSCONFIG_CMD_CREATE, None, None, 0)
-        attributes = MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOATIME
         return _call("fsmount", _NR_FSMOUNT, context, _FSMOUNT_CLOEXEC, int(attributes))
+    except OSError as exc:
+        if said := _messages(context):
+            raise OSError(exc.errno, said) from exc
+        raise
     finally:
         os.close(context)
+
+
+def _messages(context: int) -> str:
+    """The errors that a file system has left in its context, each read once (`e TEXT`)."""
+    found = []
+    with contextlib.suppress(OSError):
+        while line := os.read(context, 1024):
+            if line.startswith(b"e "):
+                found.append(os.fsdecode(line[2:]).strip())
+    return ", ".join(found)
 
 
 def mount(source: str, target: str, fstype: str, flags: MountFlag, data: str) -> None:

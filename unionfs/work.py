@@ -125,6 +125,7 @@ def _await_end(pid: int, owner: dict[str, object]) -> None:
 
 
 def _lock(fd: int, how: int, path: str, area: str) -> None:
+    """flock; `area` is where the one who has it says who he is."""
     for last in (False, True):
         try:
             fcntl.flock(fd, how | fcntl.LOCK_NB)
@@ -146,7 +147,7 @@ def lock_shared(upper: Layer, options: MountOptions) -> int:
     """For a read-only union: keep others from writing this upper, writing nothing ourselves."""
     fd = os.open(".", OPEN_DIRECTORY, dir_fd=upper.fd)
     try:
-        _lock(fd, fcntl.LOCK_SH, upper.path, options.work or f"{upper.path}/{AREA_NAME}")
+        _lock(fd, fcntl.LOCK_SH, upper.path, options.work or f"{fd_path(upper.fd)}/{AREA_NAME}")
     except OSError as exc:
         if exc.errno not in _NO_DIRECTORY_LOCKS:
             raise
@@ -234,11 +235,16 @@ class Work:
 
     # Opening: lock, enter, prepare
 
+    def _reachable(self) -> str:
+        """The area's path, also where the upper's is only a name (stores)."""
+        inside = f"{self._upper.path}/{AREA_NAME}"
+        return f"{fd_path(self._upper.fd)}/{AREA_NAME}" if self.path == inside else self.path
+
     def _lock_upper(self) -> None:
         fd = os.open(".", OPEN_DIRECTORY, dir_fd=self._upper.fd)
         self._locks.append(fd)
         try:
-            _lock(fd, fcntl.LOCK_EX, self._upper.path, self.path)
+            _lock(fd, fcntl.LOCK_EX, self._upper.path, self._reachable())
         except OSError as exc:
             if exc.errno not in _NO_DIRECTORY_LOCKS:
                 raise  # else the lock of the area must do
@@ -247,13 +253,13 @@ class Work:
         fd = os.open(".", OPEN_DIRECTORY, dir_fd=self.area)
         self._locks.append(fd)
         try:
-            _lock(fd, fcntl.LOCK_EX, self.path, self.path)
+            _lock(fd, fcntl.LOCK_EX, self.path, self._reachable())
         except OSError as exc:
             if exc.errno not in _NO_DIRECTORY_LOCKS:
                 raise
             file = os.open("lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600, dir_fd=self.area)
             self._locks.append(file)
-            _lock(file, fcntl.LOCK_EX, self.path, self.path)
+            _lock(file, fcntl.LOCK_EX, self.path, self._reachable())
 
     def _enter(self, options: MountOptions) -> None:
         """Open the area; make it if it is ours to make."""

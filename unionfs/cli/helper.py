@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from unionfs import locator
 from unionfs.cli.main import guarded
 from unionfs.cli.parser import Parser
 from unionfs.cli.unions import FSTYPE, ask, find, texts
@@ -87,12 +88,18 @@ def run(argv: Sequence[str]) -> int:
 
 
 def check(options: MountOptions) -> None:
-    """What can be seen without mounting: that all directories are there."""
+    """What can be seen without mounting: that all directories and images are there."""
     for path in (*options.lowers, options.upper, options.work, options.mountpoint):
-        if path is None or os.path.isdir(path):
+        if path is None or os.path.isdir(path) or _is_store(path):
             continue
         wrong = "is no directory" if os.path.lexists(path) else "does not exist"
         raise UnionfsError(f"{path} {wrong}", hint="nothing was mounted; this was a check (-f)")
+
+
+def _is_store(path: str) -> bool:
+    """Whether a layer's file system is to be found when it is mounted."""
+    where = locator.parse(path)
+    return where.tag is not None or (os.path.exists(where.value) and not locator.is_directory(path))
 
 
 def remount(directory: str, reader: OptionReader) -> None:
@@ -116,12 +123,10 @@ def remount(directory: str, reader: OptionReader) -> None:
             shown = reader.spelled(word)
             raise UnionfsError(f"{directory} cannot be remounted with {shown}", hint=hint)
     asked = {"lowers": reader.lowers, "upper": texts(reader.asked("upper"))}
+    had = answer.facts.get("asked")
+    facts = had if isinstance(had, dict) else answer.facts
     for name, layers in asked.items():
-        if (
-            layers
-            and name in answer.facts
-            and resolved(layers) != resolved(texts(answer.facts[name]))
-        ):
+        if layers and name in facts and resolved(layers) != resolved(texts(facts[name])):
             raise UnionfsError(f"{directory} cannot be remounted with other layers", hint=hint)
 
 

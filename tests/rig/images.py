@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Images of file systems for tests of stores, and the loop devices of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.rig import ground
+
+_SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
+# The smallest that each mkfs takes.
+_SIZES = {"ext4": 16, "xfs": 300, "btrfs": 114}
+WRITABLE = ("ext4", "xfs", "btrfs")
+
+
+def tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=_SBIN)
+
+
+def why_not(kind: str) -> str | None:
+    """Why an image of this kind cannot be mounted here, or None."""
+    if os.geteuid() == 0:
+        return None if os.path.exists("/dev/loop-control") else "there are no loop devices"
+    programs = {"ext4": "fuse2fs", "squashfs": "squashfuse", "erofs": "erofsfuse"}
+    if kind not in programs:
+        return f"an ordinary user cannot mount {kind}"
+    return None if tool(programs[kind]) else f"there is no {programs[kind]}"
+
+
+def make(path: Path, kind: str = "ext4", label: str = "", megabytes: int = 0) -> Path:
+    """A writable file system in a sparse file, owned by who runs the test."""
+    with open(path, "wb") as file:
+        file.truncate((megabytes or _SIZES[kind]) << 20)
+    mkfs = tool(f"mkfs.{kind}")
+    assert mkfs is not None
+    words = {
+        "ext4": ["-q", "-F", "-b", "4096", "-E", f"root_owner={os.getuid()}:{os.getgid()}"],
+        "xfs": ["-q", "-f"],
+        "btrfs": ["-q", "-f"],
+    }[kind]
+    ground.run(mkfs, *words, *(["-L", label] if label else []), path)
+    return path
+
+
+def squash(path: Path, tree: Path) -> Path:
+    ground.run("mksquashfs", tree, path, "-no-progress", "-quiet", "-comp", "gzip")
+    return path
+
+
+@contextlib.contextmanager
+def attached(image: Path, *, partitions: bool = False) -> Iterator[str]:
+    """A loop device of our own for an image (root only)."""
+    words = ["-P"] if partitions else []
+    device = ground.run("losetup", *words, "-f", "--show", image).strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "-d", device], check=False)
+
+
+@contextlib.contextmanager
+def node_of(device: str) -> Iterator[bool]:
+    """The node of a device, also where nobody makes nodes; False: the kernel does not know it."""
+    number = Path("/sys/class/block", os.path.basename(device), "dev")
+    if not number.exists():
+        yield False
+        return
+    made = not os.path.exists(device)
+    if made:
+        major, _, minor = number.read_text().partition(":")
+        os.mknod(device, stat.S_IFBLK | 0o600, os.makedev(int(major), int(minor)))
+    try:
+        yield True
+    finally:
+        if made:
+            os.unlink(device)
+
+
+def loops_of(image: Path) -> list[str]:
+    """The loop devices that are bound to an image."""
+    if os.geteuid() != 0:
+        return []
+    out = ground.run("losetup", "-n", "-O", "NAME", "-j", image)
+    return out.split()

@@ -1,0 +1,507 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Layers in images and on devices, mounted by the real command: found, used, released."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.rig import ground, images
+from tests.rig.mounted import PATIENCE, Unionfs, is_mounted, program, user_mount_possible
+
+ARCH = os.uname().machine
+
+
+@pytest.fixture
+def base(place: Path) -> Path:
+    """A tree, and place/rootfs.squashfs made of it."""
+    why = user_mount_possible()
+    if why:
+        pytest.skip(why)
+    tree = place / "tree"
+    (tree / "dir").mkdir(parents=True)
+    (tree / "file").write_text("lower\n")
+    (tree / "gone").write_text("lower\n")
+    tree.chmod(0o751)
+    (place / "mnt").mkdir()
+    images.squash(place / "rootfs.squashfs", tree)
+    return place
+
+
+def need(kind: str) -> None:
+    why = images.why_not(kind)
+    if why:
+        pytest.skip(why)
+
+
+def label() -> str:
+    """Other workers' devices are visible too."""
+    return "t" + uuid.uuid4().hex[:11]
+
+
+def union(place: Path, lower: Path | str, upper: Path | str | None, *words: str) -> Unionfs:
+    lowers = [Path(lower)]
+    made = Unionfs(lowers, None, place / "mnt", options=words)
+    made.upper = upper if upper is None else Path(upper)
+    return made
+
+
+def mount(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command as a user types it."""
+    return subprocess.run(
+        [*program(), "mount", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def refused(*arguments: object) -> str:
+    """The one line of an error; nothing is mounted then."""
+    done = mount(*arguments)
+    assert done.returncode in (1, 2, 32), done
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert not is_mounted(str(arguments[-1]))
+    return lines[0]
+
+
+def change(mnt: Path) -> None:
+    assert (mnt / "file").read_text() == "lower\n"
+    (mnt / "file").write_text("changed\n")
+    (mnt / "gone").unlink()
+    (mnt / "dir").rename(mnt / "moved")
+    (mnt / "made").mkdir()
+
+
+def check(mnt: Path) -> None:
+    assert sorted(p.name for p in mnt.iterdir()) == ["file", "made", "moved"]
+    assert (mnt / "file").read_text() == "changed\n"
+
+
+@pytest.mark.parametrize("kind", images.WRITABLE)
+def test_upper_in_an_image(base: Path, kind: str) -> None:
+    need(kind)
+    need("squashfs")
+    image = images.make(base / "store.img", kind)
+    made = union(base, base / "rootfs.squashfs", image)
+    with made:
+        change(base / "mnt")
+        status = made.status()
+        assert status["upper"] == f"{image}:/persistent_rootfs/{ARCH}"
+        store = status["store"]
+        assert isinstance(store, dict)
+        assert store["fstype"] == kind
+        assert store["mounted_by"] == ("kernel" if os.geteuid() == 0 else "fuse2fs")
+        assert stat.S_IMODE((base / "mnt").stat().st_mode) == 0o751, "as the base's root"
+        below = [p for p in ground.mounts_below(base) if p != str(base / "mnt")]
+        assert below == [], "the store is mounted where nobody sees it"
+    assert images.loops_of(image) == []
+    with made:
+        check(base / "mnt")
+
+
+def test_label_device_uuid_and_directory_inside(base: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("devices are root's")
+    name = label()
+    image = images.make(base / "store.img", "ext4", name)
+    with images.attached(image) as device:
+        number = ground.run("blkid", "-p", "-s", "UUID", "-o", "value", image).strip()
+        with union(base, base / "rootfs.squashfs", f"LABEL={name}"):
+            change(base / "mnt")
+        for upper in (device, f"UUID={number.upper()}", f"{device}:/persistent_rootfs/{ARCH}"):
+            with union(base, base / "rootfs.squashfs", upper):
+                check(base / "mnt")
+        with union(base, base / "tree", f"LABEL={name}:/a/b"):
+            change(base / "mnt")
+        point = base / "look"
+        point.mkdir()
+        ground.run("mount", "-o", "ro", device, point)
+        try:
+            assert stat.S_IMODE((point / "persistent_rootfs").stat().st_mode) == 0o700
+            assert stat.S_IMODE((point / "a").stat().st_mode) == 0o700
+            assert (point / "a/b/file").read_text() == "changed\n"
+            assert (point / f"persistent_rootfs/{ARCH}/file").read_text() == "changed\n"
+        finally:
+            ground.run("umount", point)
+
+
+@pytest.mark.parametrize("text", ["my stick", "q\"uo'te", "sechzehn Zeichen", "größer ü", "a:/b,c"])
+def test_labels_of_all_kinds(base: Path, text: str) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("devices are root's")
+    image = images.make(base / "store.img", "ext4", text)
+    escaped = text.replace(":", r"\x3a").replace("\\", "\\\\").replace(",", r"\,")
+    with images.attached(image), union(base, base / "tree", None, f"upperdir=LABEL={escaped}"):
+        change(base / "mnt")
+
+
+def test_two_with_one_label(base: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("devices are root's")
+    name = label()
+    one = images.make(base / "1.img", "ext4", name)
+    two = images.make(base / "2.img", "ext4", name)
+    with images.attached(one) as first, images.attached(two) as second:
+        said = refused(base / "tree", f"LABEL={name}", base / "mnt")
+        assert f"LABEL={name} is ambiguous: " in said
+        assert f"{first} " in said
+        assert f"{second} " in said
+
+
+def test_partitions(base: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("devices are root's")
+    name = label()
+    disk = base / "disk.img"
+    with open(disk, "wb") as file:
+        file.truncate(32 << 20)
+    table = f'label: gpt\nsize=20MiB, name="{name} x"\n'
+    sfdisk = images.tool("sfdisk")
+    if sfdisk is None:
+        pytest.skip("there is no sfdisk (package fdisk)")
+    subprocess.run([sfdisk, "-q", disk], input=table, text=True, check=True)
+    said = refused(base / "tree", disk, base / "mnt")
+    assert "partition table (gpt)" in said
+    with images.attached(disk, partitions=True) as device:
+        part = f"{device}p1"
+        with images.node_of(part) as known:
+            if not known:
+                pytest.skip("this kernel finds no partitions on loop devices")
+            _use_partition(base, part, name)
+
+
+def _use_partition(base: Path, part: str, name: str) -> None:
+    ground.run("mkfs.ext4", "-q", "-b", "4096", part)
+    with union(base, base / "tree", f'PARTLABEL="{name} x"'):
+        change(base / "mnt")
+    number = ground.run("blkid", "-p", "-s", "PART_ENTRY_UUID", "-o", "value", part).strip()
+    with union(base, base / "tree", f"PARTUUID={number}"):
+        check(base / "mnt")
+
+
+def test_a_slow_device_is_waited_for(base: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("devices are root's")
+    name = label()
+    image = images.make(base / "store.img", "ext4", name)
+    said = refused("-o", "device-timeout=0.2", base / "tree", f"LABEL={name}", base / "mnt")
+    assert f"no device has LABEL={name} after 0.2 s" in said
+    made = union(base, base / "tree", f"LABEL={name}", "device-timeout=20")
+    appear = threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            made.mount()
+        except BaseException as error:
+            failures.append(error)
+        appear.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    with images.attached(image):
+        thread.join(PATIENCE)
+        assert not failures
+        made.umount()
+
+
+def test_an_image_found_by_its_label(base: Path) -> None:
+    need("ext4")
+    name = label()
+    with ground.Ground("unionfs-stick-") as stick:
+        if os.geteuid() != 0:
+            pytest.skip("only what is mounted is looked through")
+        point = stick.filesystem("stick", "tmpfs")
+        image = images.make(point / "backing.img", "ext4", name)
+        assert "no device has" in refused(base / "tree", f"LABEL={name}", base / "mnt")
+        with union(base, base / "tree", f"LABEL={name}", "search=images") as made:
+            store = made.status()["store"]
+            assert isinstance(store, dict)
+            assert store["source"] == str(image)
+            change(base / "mnt")
+
+
+@pytest.mark.parametrize("kind", ["squashfs", "erofs", "ext4"])
+def test_lower_in_an_image(base: Path, kind: str) -> None:
+    need(kind)
+    image = base / f"lower.{kind}"
+    if kind == "squashfs":
+        images.squash(image, base / "tree")
+    elif kind == "erofs":
+        ground.run("mkfs.erofs", "--quiet", image, base / "tree")
+    else:
+        with open(image, "wb") as file:
+            file.truncate(16 << 20)
+        mkfs = images.tool("mkfs.ext4")
+        assert mkfs
+        ground.run(mkfs, "-q", "-F", "-b", "4096", "-d", base / "tree", image)
+    before = image.read_bytes()
+    (base / "up").mkdir()
+    with union(base, image, base / "up"):
+        assert (base / "mnt/file").read_text() == "lower\n"
+        (base / "mnt/file").write_text("changed\n")
+        assert len(list((base / "mnt").iterdir())) >= 3
+    assert image.read_bytes() == before
+    assert (base / "up/file").read_text() == "changed\n"
+    assert images.loops_of(image) == []
+    inside = str(image).replace(":", "\\:") + "\\:/dir"
+    done = mount(inside, base / "mnt", "--ro")
+    assert done.returncode == 0, done.stderr
+    assert list((base / "mnt").iterdir()) == []
+    ground.run(*program(), "umount", base / "mnt")
+
+
+def test_lower_and_upper_in_one_image(base: Path) -> None:
+    need("ext4")
+    if os.geteuid() != 0:
+        pytest.skip("fuse2fs has an image for itself")
+    image = images.make(base / "both.img")
+    with union(base, base / "tree", f"{image}:/base"):
+        change(base / "mnt")
+    lower = f"{image}:/base"
+    with union(base, lower, f"{image}:/up"):
+        check(base / "mnt")
+        (base / "mnt/more").touch()
+    said = refused("-o", f"lowerdir+={lower}", "-o", f"upperdir={image}:/base/made", base / "mnt")
+    assert "lies inside" in said
+    assert images.loops_of(image) == []
+
+
+def test_kill_leaves_nothing(base: Path) -> None:
+    """The store of a killed daemon is released by the kernel, and can be mounted again."""
+    need("ext4")
+    need("squashfs")
+    image = images.make(base / "store.img")
+    made = union(base, base / "rootfs.squashfs", image)
+    made.mount()
+    change(base / "mnt")
+    ground.run("sync", "-f", base / "mnt")
+    made.kill()
+    with made:
+        check(base / "mnt")
+    assert images.loops_of(image) == []
+    assert not [p for p in ground.mounts_below("/") if "unionfs-stage" in p]
+
+
+def test_a_helper_that_dies_is_told_of(base: Path) -> None:
+    need("ext4")
+    if os.geteuid() == 0:
+        pytest.skip("root's stores need no helper")
+    image = images.make(base / "store.img")
+    made = union(base, base / "tree", image)
+    made.expected = ["fuse2fs of .* has ended", "fuse2fs of .* ended with", "umount"]
+    made.mount()
+    helper = next(pid for pid in _children(made.pid) if "fuse2fs" in _command(pid))
+    os.kill(helper, 9)
+    with open(made.log) as log:
+        _await(lambda: "cannot be reached any more" in log.read())
+    assert "has ended" in str(made.status()["broken"])
+    made.umount()
+    with made:
+        change(base / "mnt")
+
+
+def _children(parent: int) -> list[int]:
+    return [int(p) for p in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_twice(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "store.img")
+    (base / "mnt2").mkdir()
+    with union(base, base / "tree", image) as made:
+        if os.geteuid() == 0:
+            said = refused(base / "tree", image, base / "mnt2")
+            assert f"process {made.pid}" in said
+            assert f"mounted on {base}/mnt" in said
+            loops = images.loops_of(image)
+            assert len(loops) == 1
+            done = mount(base / "tree", f"{image}:/other", base / "mnt2")
+            assert done.returncode == 0, done.stderr
+            assert images.loops_of(image) == loops, "two devices would destroy the file system"
+            ground.run(*program(), "umount", base / "mnt2")
+        change(base / "mnt")
+    assert images.loops_of(image) == []
+
+
+def test_links_in_a_store_are_not_followed(base: Path) -> None:
+    need("ext4")
+    image = base / "store.img"
+    (base / "fill").mkdir()
+    (base / "fill/link").symlink_to("/")
+    with open(image, "wb") as file:
+        file.truncate(16 << 20)
+    mkfs = images.tool("mkfs.ext4")
+    assert mkfs
+    ground.run(mkfs, "-q", "-F", "-b", "4096", "-d", base / "fill", image)
+    said = refused(base / "tree", f"{image}:/link/etc", base / "mnt")
+    assert "cannot open /link/etc" in said
+
+
+def test_readonly(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "store.img")
+    before = image.read_bytes()
+    assert "has no directory" in refused("--ro", base / "tree", image, base / "mnt")
+    assert image.read_bytes() == before
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+    with union(base, base / "tree", image, "ro"):
+        check(base / "mnt")
+        with pytest.raises(OSError, match="Read-only"):
+            (base / "mnt/x").touch()
+
+
+def test_memory_as_an_upper(base: Path) -> None:
+    upper = "tmpfs:size=1M" if os.geteuid() == 0 else "tmpfs:"
+    done = mount(base / "tree", upper, base / "mnt")
+    assert done.returncode == 0, done.stderr
+    change(base / "mnt")
+    ground.run(*program(), "umount", base / "mnt")
+    assert (base / "tree/file").read_text() == "lower\n"
+
+
+def test_workdir_and_a_store(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "store.img")
+    (base / "w").mkdir()
+    said = refused("-o", f"workdir={base}/w", base / "tree", image, base / "mnt")
+    assert "workdir= and a store" in said
+
+
+def test_by_mount_helper(base: Path) -> None:
+    """What mount(8) starts for `mount -t unionfs -o upperdir=LABEL=... rootfs.squashfs MNT`."""
+    need("ext4")
+    need("squashfs")
+    image = images.make(base / "store.img")
+    helper = Path(program()[0]).with_name("mount.unionfs")
+    if not helper.exists():
+        pytest.skip("mount.unionfs is not installed beside unionfs")
+    words = [str(helper), str(base / "rootfs.squashfs"), str(base / "mnt")]
+    ground.run(*words, "-f", "-o", f"upperdir={image}")
+    ground.run(*words, "-o", f"upperdir={image}")
+    try:
+        change(base / "mnt")
+        ground.run(*words, "-o", f"remount,rw,upperdir={image}")
+        told = json.loads(ground.run(*program(), "status", "--json", base / "mnt"))
+        assert told[0]["asked"]["upper"] == str(image)
+    finally:
+        ground.run(*program(), "umount", base / "mnt")
+
+
+def _damage(path: Path, how: str) -> Path:
+    """A broken image of the kind that the first word names."""
+    kind, _, what = how.partition(" ")
+    if what == "empty":
+        path.write_bytes(b"")
+        return path
+    if what == "random":
+        path.write_bytes(os.urandom(1 << 20))
+        return path
+    if what == "zeros":
+        path.write_bytes(bytes(1 << 20))
+        return path
+    if kind == "squashfs":
+        (path.parent / "fill").mkdir(exist_ok=True)
+        (path.parent / "fill/big").write_bytes(os.urandom(300_000))
+        images.squash(path, path.parent / "fill")
+    else:
+        images.make(path, kind)
+    size = path.stat().st_size
+    if what == "truncated to 64 KiB":
+        os.truncate(path, 65536 + 4096)
+    elif what == "truncated by half":
+        os.truncate(path, size // 2)
+    elif what == "a bad super block":
+        with open(path, "r+b") as file:
+            offset = {"ext4": 1024, "xfs": 0, "btrfs": 65536, "squashfs": 0}[kind]
+            file.seek(offset + (0 if kind != "squashfs" else 8))
+            file.write(os.urandom(40))
+    elif what == "wrong features":
+        with open(path, "r+b") as file:
+            file.seek(1024 + 0x60)
+            file.write(b"\xff\xff\xff\xff")
+    elif what == "two signatures":
+        other = images.make(path.with_suffix(".xfs"), "xfs").read_bytes()[:512]
+        with open(path, "r+b") as file:
+            file.write(other)
+    return path
+
+
+DAMAGES = [
+    *(f"any {what}" for what in ("empty", "random", "zeros")),
+    *(
+        f"{kind} {what}"
+        for kind in ("ext4", "xfs", "btrfs")
+        for what in ("truncated to 64 KiB", "truncated by half", "a bad super block")
+    ),
+    "ext4 wrong features",
+    "ext4 two signatures",
+]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damaged_upper(base: Path, how: str) -> None:
+    need("ext4")
+    image = _damage(base / "bad.img", how)
+    said = refused(base / "tree", image, base / "mnt")
+    assert str(image) in said
+    assert images.loops_of(image) == []
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "any empty",
+        "any random",
+        "squashfs truncated by half",
+        "squashfs a bad super block",
+        "ext4 a bad super block",
+    ],
+)
+def test_damaged_lower(base: Path, how: str) -> None:
+    need("squashfs")
+    image = _damage(base / "bad.img", how)
+    said = refused("--ro", image, base / "mnt")
+    assert said
+
+
+def test_foreign_things(base: Path) -> None:
+    """What is no file system, or one that cannot be an upper."""
+    need("ext4")
+    swap = base / "swap.img"
+    with open(swap, "wb") as file:
+        file.truncate(1 << 20)
+    mkswap = images.tool("mkswap")
+    assert mkswap
+    ground.run(mkswap, "-q", swap)
+    assert "holds swap" in refused(base / "tree", swap, base / "mnt")
+    said = refused(base / "tree", base / "rootfs.squashfs", base / "mnt")
+    assert "squashfs" in said
+    missing = refused(base / "tree", "/dev/not-there", base / "mnt")
+    assert "no device /dev/not-there" in missing
+    assert "Not a directory" in refused(base / "tree", "/dev/null", base / "mnt")

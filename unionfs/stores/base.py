@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a union's base is called, and how it is recognized.
+
+Owns the default directory in a store, and the identity that a store remembers of its base.  The
+base is the lowest of the lowers.
+"""
+
+import hashlib
+import os
+from typing import Final
+
+from unionfs.locator import Locator
+from unionfs.stores.probe import Contents
+
+_TAIL: Final = 64 * 1024
+_SUFFIXES: Final = (".squashfs", ".sfs", ".erofs", ".img", ".iso", ".ext4", ".raw")
+
+
+def content_id(path: str) -> str:
+    """Of an image without a UUID: what its super block and its tables say.
+
+    squashfs keeps sizes, counts and the time it was made in the first 96 bytes, and its tables,
+    which list all files, at the end.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        digest.update(file.read(4096))
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - _TAIL))
+        digest.update(file.read(_TAIL))
+    return digest.hexdigest()[:32]
+
+
+def base_name(locator: Locator, contents: Contents | None) -> str:
+    """How the base is called in the default directory: its label, else its file's name."""
+    name = contents.label if contents is not None else ""
+    if not name:
+        name = os.path.basename(os.path.normpath(locator.value)) or "root"
+        for suffix in _SUFFIXES:
+            if name.endswith(suffix) and name != suffix:
+                name = name.removesuffix(suffix)
+                break
+    name = "".join("_" if c == "/" or not c.isprintable() else c for c in name)
+    return name if name.strip(".") else "root"
+
+
+def default_directory(name: str) -> str:
+    """Where the changes to a base lie in a store, as in archiso: one directory for each base."""
+    return f"/persistent_{name}/{os.uname().machine}"

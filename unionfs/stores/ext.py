@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""ext4 before fuse2fs, which mounts what the kernel would not: truncated, or not clean.
+
+Owns the look at the super block and the call of e2fsck.
+"""
+
+import os
+import struct
+import subprocess
+from typing import Final
+
+from unionfs.errors import UnionfsError
+from unionfs.stores.probe import tool
+
+_SUPER: Final = 1024
+_HAS_64BIT: Final = 0x80
+_CORRECTED: Final = 1  # fsck(8)
+
+
+def check_whole(path: str) -> None:
+    """Raise an error if the image is shorter than its file system."""
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(_SUPER)
+        block = file.read(1024)
+    if len(block) < 1024:
+        raise UnionfsError(f"{path} is truncated", hint="restore a backup")
+    blocks, log = struct.unpack_from("<I", block, 4)[0], struct.unpack_from("<I", block, 24)[0]
+    if struct.unpack_from("<I", block, 0x60)[0] & _HAS_64BIT:
+        blocks |= struct.unpack_from("<I", block, 0x150)[0] << 32
+    size = blocks << (10 + min(log, 6))
+    if size > end:
+        raise UnionfsError(
+            f"{path} is truncated: {end} bytes, and its file system has {size}",
+            hint="restore a backup",
+        )
+
+
+def preen(path: str) -> bool:
+    """Repair what can be repaired safely, and replay the journal; True if there was anything."""
+    done = subprocess.run(
+        [tool("e2fsck", "e2fsprogs"), "-p", path],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    if done.returncode <= _CORRECTED:
+        return done.returncode == _CORRECTED
+    lines = os.fsdecode(done.stdout + done.stderr).strip().splitlines()
+    said = [line for line in lines if "UNEXPECTED" not in line and "MANUALLY" not in line.upper()]
+    reason = said[-1].strip() if said else f"e2fsck ended with {done.returncode}"
+    raise UnionfsError(f"{path} is damaged: {reason}", hint=f"repair it: e2fsck -f {path}")

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Mounting a device or an image by the kernel, where nobody else sees it.
+
+Owns the choice of flags and the words for what the kernel refuses.  The mount is attached nowhere:
+it goes, with its loop device, when its last descriptor is closed, however the process ends.
+"""
+
+import errno
+import os
+import stat
+from typing import Final
+
+from unionfs import syscalls
+from unionfs.errors import ExitCode, UnionfsError
+from unionfs.stores import loop
+from unionfs.stores.probe import Contents
+from unionfs.syscalls import MountAttr
+
+_LOWER: Final = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOATIME
+_UPPER: Final = MountAttr.NOSUID | MountAttr.NODEV
+# Of a file system that was not unmounted, mounted without writing to it.
+_NO_REPLAY: Final = {"ext3": "noload", "ext4": "noload", "xfs": "norecovery"}
+# What file systems answer when they do not understand what is on the device.
+_DAMAGED: Final = (errno.EINVAL, errno.EUCLEAN, errno.EIO, errno.EBADMSG, errno.EFBIG, errno.ENOENT)
+
+
+def may_mount() -> bool:
+    """Whether the kernel mounts devices for us: root, and not only of a user namespace."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        with open("/proc/self/uid_map") as file:
+            return file.read().split() == ["0", "0", "4294967295"]
+    except OSError:
+        return True
+
+
+def mount(contents: Contents, *, readonly: bool) -> tuple[int, str]:
+    """The root of a private mount, and its device."""
+    path = contents.path
+    if stat.S_ISBLK(os.stat(path).st_mode):
+        return _mount(contents, path, readonly=readonly), path
+    held = loop.attach(path, readonly=readonly)
+    try:
+        return _mount(contents, held.path, readonly=readonly), held.path
+    finally:
+        os.close(held.fd)  # from here on the mount holds it
+
+
+def _mount(contents: Contents, device: str, *, readonly: bool) -> int:
+    source = {"source": device}
+    if not readonly:
+        try:
+            return syscalls.private_mount(contents.fstype, source, (), _UPPER)
+        except OSError as exc:
+            raise _refused(contents, exc, readonly=readonly) from exc
+    attempts: list[tuple[str, ...]] = [("ro",)]
+    if contents.fstype in _NO_REPLAY:
+        attempts.append(("ro", _NO_REPLAY[contents.fstype]))
+    for flags in attempts:
+        try:
+            return syscalls.private_mount(contents.fstype, source, flags, _LOWER)
+        except OSError as exc:
+            if exc.errno == errno.EBUSY:  # it is mounted writable elsewhere: then so, and read-only
+                return _mount_beside(contents, device)
+            if exc.errno != errno.EROFS or flags == attempts[-1]:
+                raise _refused(contents, exc, readonly=readonly) from exc
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _mount_beside(contents: Contents, device: str) -> int:
+    try:
+        return syscalls.private_mount(contents.fstype, {"source": device}, (), _LOWER)
+    except OSError as exc:
+        raise _refused(contents, exc, readonly=True) from exc
+
+
+def _refused(contents: Contents, exc: OSError, *, readonly: bool) -> UnionfsError:
+    code = exc.errno or errno.EIO
+    said = exc.strerror or os.strerror(code)
+    what = f"cannot mount the {contents.fstype} of {contents.path}"
+    if code == errno.ENODEV:
+        hint = f"load its module (modprobe {contents.fstype}), or use another file system"
+        return UnionfsError(
+            f"{what}: this kernel has no {contents.fstype}", hint=hint, code=ExitCode.SYSTEM
+        )
+    if code == errno.ENOSYS:
+        hint = "Linux 5.2 or later is needed; mount it first and name the directory"
+        return UnionfsError(f"{what}: this kernel is too old", hint=hint, code=ExitCode.SYSTEM)
+    if code == errno.EBUSY:
+        hint = "unmount it there first" if readonly else "it is mounted read-only: unmount it first"
+        return UnionfsError(f"{what}: it is in use", hint=hint)
+    if code in (errno.EROFS, errno.EACCES):
+        hint = "mount the union with --ro" if not readonly else "repair it: fsck"
+        return UnionfsError(f"{what}: {said}", hint=hint)
+    if code in _DAMAGED:
+        if said.startswith(("fsconfig", "fsmount")):
+            said = os.strerror(code)
+        hint = f"check it: fsck.{contents.fstype} {contents.path}"
+        return UnionfsError(f"{what}: it is damaged ({said})", hint=hint)
+    return UnionfsError(f"{what}: {said}")

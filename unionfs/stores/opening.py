@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From the locators of a mount to open layers.
+
+Owns the order: the upper's file system is mounted before those of the lowers, since one that is
+wanted writable cannot be had once it is mounted read-only; its directory is entered last, since
+it is called after the base and begins with the mode of the base's root.  Called by daemon.py.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from dataclasses import dataclass, replace
+from typing import Final
+
+from unionfs import locator
+from unionfs.checks import LOWER, UPPER
+from unionfs.errors import UnionfsError
+from unionfs.layer import Layer, open_private
+from unionfs.locator import Locator
+from unionfs.mounts import MountEntry, Position, read_mounts
+from unionfs.options import MountOptions
+from unionfs.stores import base, find, kernel, userspace
+from unionfs.stores.probe import Contents, probe, require_filesystem
+
+_DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+@dataclass(slots=True)
+class Volume:
+    """A mounted file system in which a layer lies, or a directory as if it were one."""
+
+    locator: Locator
+    contents: Contents | None  # None: a directory
+    device: str
+    root: int  # O_PATH; -1 once closed
+    readonly: bool
+    helper: userspace.Helper | None = None
+    mountpoint: str = ""  # of a directory: where it is seen
+
+    def path_of(self, inside: str) -> str:
+        """A directory in a volume that is seen somewhere."""
+        return (
+            os.path.join(self.mountpoint, inside.lstrip("/")) if inside != "/" else self.mountpoint
+        )
+
+    def close(self) -> None:
+        """Let it go; the layers on it are closed by now.  A second call does nothing."""
+        if self.root >= 0:
+            os.close(self.root)
+            self.root = -1
+        if self.helper is not None:
+            self.helper.close()
+
+    def facts(self) -> dict[str, object]:
+        """For the status."""
+        told: dict[str, object] = {"locator": self.locator.text, "device": self.device}
+        if self.contents is not None:
+            told |= {
+                "source": self.contents.path,
+                "fstype": self.contents.fstype,
+                "label": self.contents.label,
+                "uuid": self.contents.uuid,
+                "mounted_by": "kernel" if self.helper is None else self.helper.name,
+            }
+        return told
+
+
+def open_volume(
+    text: str, *, readonly: bool, search: find.Search = "devices", timeout: float = 0
+) -> Volume:
+    """Find, examine and mount what a locator names."""
+    where = locator.parse(text)
+    path = find.find(where, search=search, timeout=timeout)
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as exc:
+        raise _missing(where, path, exc) from exc
+    if stat.S_ISDIR(mode):
+        return _seen(where, path, path, readonly=readonly)
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        hint = "name a directory, an image or a block device"
+        raise UnionfsError(f"{path} is neither a directory nor an image or a device", hint=hint)
+    if not kernel.may_mount() and (entry := find.mounted_at(path, read_mounts())) is not None:
+        return _seen(where, path, entry.point, readonly=readonly)
+    contents = probe(path)
+    require_filesystem(contents)
+    if kernel.may_mount():
+        root, device = kernel.mount(contents, readonly=readonly)
+        return Volume(where, contents, device, root, readonly)
+    helper = userspace.start(contents, readonly=readonly)
+    return Volume(where, contents, path, helper.root, readonly, helper)
+
+
+def _seen(where: Locator, device: str, point: str, *, readonly: bool) -> Volume:
+    root = os.open(point, os.O_PATH | os.O_DIRECTORY)
+    return Volume(where, None, device, root, readonly, mountpoint=point)
+
+
+def _missing(where: Locator, path: str, exc: OSError) -> UnionfsError:
+    reason = os.strerror(exc.errno or errno.EIO)
+    if path.startswith("/dev/"):
+        hint = "plug it in, or wait for it with device-timeout=SECONDS"
+        return UnionfsError(f"no device {path}: {reason}", hint=hint)
+    return UnionfsError(f"cannot open {where.text}: {reason}", hint="correct the path")
+
+
+class Stores:
+    """The volumes of one mount, and the layers on them.
+
+    `options` are those of the mount with plain directories put for what turned out to be one.
+    """
+
+    def __init__(self, options: MountOptions) -> None:
+        self.options = options
+        self.lowers: dict[str, Layer] = {}
+        self.upper: Layer | None = None
+        self._volumes: list[Volume] = []
+        self._upper: Volume | None = None
+        self._base_name = ""
+
+    def close(self) -> None:
+        """Release everything.  A second call does nothing."""
+        for layer in self.opened().values():
+            layer.close()
+        for volume in reversed(self._volumes):
+            volume.close()
+
+    def opened(self) -> dict[tuple[str, str], Layer]:
+        """The layers by kind and name, for the checks."""
+        found = {(LOWER, text): layer for text, layer in self.lowers.items()}
+        if self.upper is not None and self.options.upper is not None:
+            found[UPPER, self.options.upper] = self.upper
+        return found
+
+    def facts(self) -> dict[str, object] | None:
+        """What the status tells of the store."""
+        return None if self._upper is None else self._upper.facts()
+
+    @property
+    def helpers(self) -> list[userspace.Helper]:
+        """The programs that run for us."""
+        return [volume.helper for volume in self._volumes if volume.helper is not None]
+
+    def open(self, mounts: list[MountEntry], *, readonly: bool) -> None:
+        """Mount and open all layers that are no plain directories."""
+        self._mount_upper(readonly=readonly)
+        self._open_lowers(mounts)
+        if self._upper is not None:
+            self._enter_upper(self._upper, mounts)
+
+    def _mount_upper(self, *, readonly: bool) -> None:
+        text = self.options.upper
+        if text is None or locator.is_directory(text):
+            return
+        if self.options.work is not None:
+            hint = "leave workdir out: it lies in the store"
+            raise UnionfsError(f"workdir= and a store ({text}) exclude each other", hint=hint)
+        self._upper = self._mount(text, readonly=readonly)
+
+    def _open_lowers(self, mounts: list[MountEntry]) -> None:
+        names = list(self.options.lowers)
+        for number, text in enumerate(names):
+            plain = locator.is_directory(text)
+            volume = None if plain else self._mount(text, readonly=True)
+            if number == len(names) - 1:
+                where = volume.locator if volume is not None else locator.parse(text)
+                contents = volume.contents if volume is not None else None
+                self._base_name = base.base_name(where, contents)
+            if volume is None:
+                continue
+            inside = volume.locator.directory or "/"
+            if volume.contents is None:
+                names[number] = volume.path_of(inside)
+            elif text not in self.lowers:
+                try:
+                    fd = _walk(volume, inside)
+                except FileNotFoundError as exc:
+                    raise _no_directory(volume, inside, "correct it") from exc
+                self.lowers[text] = _layer(volume, inside, fd, mounts, upper=False)
+        self.options = replace(self.options, lowers=tuple(names))
+
+    def _enter_upper(self, volume: Volume, mounts: list[MountEntry]) -> None:
+        """The upper's directory in its file system, made if it is not there."""
+        inside = volume.locator.directory
+        if inside is None:
+            shared = volume.contents is not None or volume.device != volume.mountpoint
+            inside = base.default_directory(self._base_name) if shared else "/"
+        try:
+            fd = _walk(volume, inside)
+        except FileNotFoundError:
+            if volume.readonly:
+                raise _no_directory(volume, inside, "mount it writable once") from None
+            fd = _make(volume, inside, self._like())
+        if volume.contents is not None:
+            self.upper = _layer(volume, inside, fd, mounts, upper=True)
+            return
+        os.close(fd)
+        self.options = replace(self.options, upper=volume.path_of(inside))
+
+    def _mount(self, text: str, *, readonly: bool) -> Volume:
+        options = self.options
+        volume = open_volume(
+            text, readonly=readonly, search=options.search, timeout=options.device_timeout or 0
+        )
+        self._volumes.append(volume)
+        return volume
+
+    def _like(self) -> os.stat_result:
+        """The base's root, whose mode a new upper gets: it becomes the union's root."""
+        top = self.options.lowers[0]
+        return os.fstat(self.lowers[top].fd) if top in self.lowers else os.stat(top)
+
+
+def _no_directory(volume: Volume, inside: str, hint: str) -> UnionfsError:
+    return UnionfsError(f"{volume.locator.source} has no directory {inside}", hint=hint)
+
+
+def _layer(volume: Volume, inside: str, fd: int, mounts: list[MountEntry], *, upper: bool) -> Layer:
+    source = volume.locator.source
+    path = source if inside == "/" else f"{source}:{inside}"
+    position = Position(_number(volume, fd, mounts), inside)
+    readonly = not upper or volume.readonly
+    try:
+        tree = os.dup(volume.root)
+        return open_private(path, fd, tree, position, upper=upper, readonly=readonly)
+    except OSError as exc:
+        reason = os.strerror(exc.errno or errno.EIO)
+        raise UnionfsError(f"cannot open {path}: {reason}") from exc
+
+
+def _number(volume: Volume, fd: int, mounts: list[MountEntry]) -> str:
+    """The file system's number as in mountinfo, which btrfs does not show by stat(2)."""
+    for entry in mounts:
+        if entry.source == volume.device:
+            return entry.device
+    number = os.fstat(fd).st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def _walk(volume: Volume, inside: str) -> int:
+    """Open a directory inside, following no link: it could lead out of the store."""
+    fd = os.dup(volume.root)
+    for name in inside.strip("/").split("/"):
+        if not name:
+            continue
+        try:
+            below = os.open(name, _DIRECTORY, dir_fd=fd)
+        except FileNotFoundError:
+            raise
+        except OSError as exc:
+            wrong = (
+                "is a symbolic link" if exc.errno == errno.ELOOP else os.strerror(exc.errno or 0)
+            )
+            hint = "name a directory that is reached without links"
+            raise UnionfsError(
+                f"cannot open {inside} in {volume.locator.source}: {name} {wrong}", hint=hint
+            ) from exc
+        finally:
+            os.close(fd)
+        fd = below
+    return fd
+
+
+def _make(volume: Volume, inside: str, like: os.stat_result) -> int:
+    """Make a directory inside: those above it 0700, itself as the base's root."""
+    names = [name for name in inside.split("/") if name]
+    fd = os.dup(volume.root)
+    try:
+        for number, name in enumerate(names):
+            last = number == len(names) - 1
+            made = False
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=fd)
+                made = True
+            below = os.open(name, _DIRECTORY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+            if made and last:
+                _become(fd, like)
+        return fd
+    except OSError as exc:
+        os.close(fd)
+        reason = os.strerror(exc.errno or errno.EIO)
+        raise UnionfsError(f"cannot make {inside} in {volume.locator.source}: {reason}") from exc
+
+
+def _become(fd: int, like: os.stat_result) -> None:
+    path = f"/proc/self/fd/{fd}"
+    if os.geteuid() == 0:
+        os.chown(path, like.st_uid, like.st_gid)
+    os.chmod(path, stat.S_IMODE(like.st_mode))
