@@ -107,7 +107,7 @@ def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
     """
     if options.foreground:
         _log_to(logging.StreamHandler(), options)
-        return _Daemon(options, build, lambda _number: None).run()
+        return _Daemon(options, build, lambda _number, _warning: None).run()
     reading, writing = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -132,6 +132,8 @@ def _await_ready(pipe: BinaryIO, child: int, options: MountOptions) -> int:
         text = pipe.read()
         message = json.loads(text) if text else {}
         if "ready" in message:
+            if message.get("warning"):
+                sys.stderr.write(f"unionfs: warning: {message['warning']}\n")
             # The daemon's answer to this proves that the tree can be used.
             os.stat(options.mountpoint)
             return int(ExitCode.OK)
@@ -176,7 +178,8 @@ def _run_in_background(options: MountOptions, build: Build, pipe: int) -> int:
     try:
         _leave_terminal(pipe)
         _log_to(_SyslogHandler(), options)
-        return _Daemon(options, build, lambda number: say({"ready": number})).run()
+        daemon = _Daemon(options, build, lambda n, text: say({"ready": n, "warning": text}))
+        return daemon.run()
     except UnionfsError as exc:
         if said:
             log.error("%s", exc.line())
@@ -252,8 +255,9 @@ class _Daemon:
 
     options: MountOptions
     build: Build
-    ready: Callable[[str], None]
+    ready: Callable[[str, str], None]  # the mount's number, and a warning for who mounts
     _was_live: bool = field(default=False, init=False)
+    _warning: str = field(default="", init=False)
     _facts: dict[str, object] = field(default_factory=dict, init=False)
     _helpers: "list[Helper]" = field(default_factory=list, init=False)
 
@@ -271,7 +275,9 @@ class _Daemon:
             _settle()
             opened, served = self._open(stack)
             point = opened.point
+            self.options = opened.options  # another than asked for, with a fallback
             self._helpers = opened.helpers
+            self._tell(opened, stack)
             self._facts = self._describe(point, plan) | opened.facts
             served.set_facts(self._facts)
             mount = session.make_mount(plan, self.options, point)
@@ -305,6 +311,19 @@ class _Daemon:
         served = self.build(opened.options, opened.lowers, opened.upper, opened.work)
         stack.callback(served.close)
         return opened, served
+
+    def _tell(self, opened: "Opened", stack: contextlib.ExitStack) -> None:
+        """Say aloud, and in /run/unionfs, that the union is not what was asked for."""
+        from unionfs import runtime
+
+        name = self.options.name or runtime.name_of(opened.point)
+        if not opened.warning:
+            runtime.clear(name)
+            return
+        log.warning("%s", opened.warning)
+        self._warning = opened.warning
+        runtime.tell_degraded(name, opened.warning)
+        stack.callback(runtime.clear, name)
 
     def _describe(self, point: str, plan: "Plan") -> dict[str, object]:
         options = self.options
@@ -356,7 +375,7 @@ class _Daemon:
                 session.read_ahead(mount)
             self._facts["init"] = [flag.name for flag in loop.flags]
             log.info("mounted on %s", mount.point)
-            self.ready(mount.number)
+            self.ready(mount.number, self._warning)
 
         async with trio.open_nursery() as nursery:
             await nursery.start(self._watch_signals, loop, mount)

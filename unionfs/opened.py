@@ -2,25 +2,32 @@
 """From options to everything that a union stands on: stores, layers, work area; all of it checked.
 
 Owns the order of opening, which is that of closing turned round, so that an error at any point
-leaves nothing behind.  Called by daemon.py.
+leaves nothing behind; and what is done instead if the upper cannot be used.  Called by daemon.py.
 """
 
 import contextlib
+import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from unionfs import checks, layer, locator
-from unionfs.layer import Layer
+from unionfs import checks, identity, layer, locator
+from unionfs.errors import ExitCode, UnionfsError
+from unionfs.identity import Base, StoreRecord, parse_store
+from unionfs.layer import FULL, Layer
+from unionfs.marks import fd_path
 from unionfs.mounts import MountEntry, read_mounts
 from unionfs.options import MountOptions
 from unionfs.session import is_readonly
-from unionfs.work import Work, lock_shared
+from unionfs.work import AREA_NAME, Work, lock_shared
 
 if TYPE_CHECKING:
     from unionfs.stores.opening import Stores
     from unionfs.stores.userspace import Helper
+
+log = logging.getLogger("unionfs")
 
 
 @dataclass(slots=True)
@@ -34,13 +41,72 @@ class Opened:
     work: Work | None
     facts: dict[str, object] = field(default_factory=dict)
     helpers: "list[Helper]" = field(default_factory=list)
+    warning: str = ""  # for whoever mounts
 
 
 def open_layers(
     options: MountOptions, stack: contextlib.ExitStack, *, was_live: Callable[[], bool]
 ) -> Opened:
-    """Check and open everything.  `was_live`: whether the union has been used, asked at the end."""
+    """Check and open everything.  `was_live`: whether the union has been used, asked at the end.
+
+    What is wrong with the upper does not stop a union that has another fallback than to fail.
+    """
     asked = {"lowers": list(options.lowers), "upper": options.upper}
+    try:
+        opened = _attempt(options, stack, was_live)
+    except UnionfsError as exc:
+        if options.fallback == "fail" or options.upper is None or exc.code == ExitCode.INTERRUPT:
+            raise
+        opened = _degraded(options, stack, was_live, exc)
+    opened.facts["asked"] = asked
+    return opened
+
+
+def _attempt(
+    options: MountOptions, stack: contextlib.ExitStack, was_live: Callable[[], bool]
+) -> Opened:
+    """Everything as the options say, or nothing."""
+    with contextlib.ExitStack() as mine:
+        try:
+            opened = _open_all(options, mine, was_live)
+        except Mismatch as exc:
+            if options.on_mismatch != "ro" or is_readonly(options):
+                raise
+            mine.close()
+            opened = _open_all(dataclasses.replace(options, readonly=True), mine, was_live)
+            _tell(opened, "ro", exc)
+        stack.enter_context(mine.pop_all())
+        return opened
+
+
+def _degraded(
+    options: MountOptions,
+    stack: contextlib.ExitStack,
+    was_live: Callable[[], bool],
+    error: UnionfsError,
+) -> Opened:
+    """Without the upper.  If it was not the upper that was wrong, the first error stands."""
+    memory = options.fallback == "tmpfs" and not options.readonly
+    other = dataclasses.replace(
+        options, upper=None, work=None, readonly=not memory, ephemeral=memory
+    )
+    try:
+        opened = _attempt(other, stack, was_live)
+    except UnionfsError:
+        raise error from None
+    _tell(opened, options.fallback, error)
+    return opened
+
+
+def _tell(opened: Opened, mode: str, error: UnionfsError) -> None:
+    opened.facts["degraded"] = {"fallback": mode, "reason": error.line()}
+    what = {"ro": "read-only", "tmpfs": "its changes are in memory and will be lost"}[mode]
+    opened.warning = f"{opened.point} runs without its store, {what}: {error.line()}"
+
+
+def _open_all(
+    options: MountOptions, stack: contextlib.ExitStack, was_live: Callable[[], bool]
+) -> Opened:
     readonly = is_readonly(options)
     mounts = read_mounts()
     stores = _open_stores(options, stack, mounts, readonly=readonly)
@@ -59,18 +125,73 @@ def open_layers(
     if upper is not None:
         stack.callback(upper.close)
     checks.mark_careful([*lowers, *([upper] if upper is not None else [])], point, mounts)
-    work = None
-    if upper is not None and readonly:
-        stack.callback(os.close, lock_shared(upper, options))
-    elif upper is not None:
-        work = made = Work.open(upper, options)
-        # Not mounted after all: take away what was made.
-        stack.callback(lambda: made.close() if was_live() else made.abandon())
-    opened = Opened(options, point, lowers, upper, work, {"asked": asked})
+    opened = Opened(options, point, lowers, upper, None)
     if stores is not None:
         opened.facts["store"] = stores.facts()
         opened.helpers = stores.helpers
+    base = None if stores is None else stores.base
+    if upper is not None and readonly:
+        stack.callback(os.close, lock_shared(upper, options))
+        _recognize(opened, identity_of(upper, options), base)
+    elif upper is not None:
+        work = opened.work = Work.open(upper, options)
+        # Not mounted after all: take away what was made.
+        stack.callback(lambda: work.close() if was_live() else work.abandon())
+        if not options.ephemeral:
+            _remember(opened, work, base)
     return opened
+
+
+def identity_of(upper: Layer, options: MountOptions) -> StoreRecord | None:
+    """What an upper that is only read says of itself."""
+    area = options.work or f"{fd_path(upper.fd)}/{AREA_NAME}"
+    try:
+        with open(f"{area}/{identity.FILE}", encoding="utf-8", errors="replace") as file:
+            return parse_store(file.read(65536), f"{upper.path}/{AREA_NAME}/{identity.FILE}")
+    except OSError:
+        return None
+
+
+def _remember(opened: Opened, work: Work, base: Base | None) -> None:
+    """Check the upper's record against the base, and write that it is used."""
+    text = work.read(identity.FILE)
+    record = None if text is None else parse_store(text, f"{work.path}/{identity.FILE}")
+    _recognize(opened, record, base)
+    fresh = identity.new_record(base) if record is None else record.used_now(base)
+    try:
+        work.write(identity.FILE, fresh.text(), durable=record is None)
+    except OSError as exc:
+        if exc.errno not in FULL:  # what is full can be mounted, to remove things
+            raise
+    _show(opened, fresh)
+
+
+def _recognize(opened: Opened, record: StoreRecord | None, base: Base | None) -> None:
+    assert opened.upper is not None
+    error = identity.mismatch(record, base, opened.upper.path)
+    if record is not None:
+        _show(opened, record)
+    if error is None:
+        return
+    if opened.options.on_mismatch == "refuse" or not (
+        opened.options.on_mismatch == "ignore" or is_readonly(opened.options)
+    ):
+        raise Mismatch(error.message, hint=error.hint)
+    opened.facts["mismatch"] = error.message
+    log.info("%s, ignoring", error.message)
+
+
+def _show(opened: Opened, record: StoreRecord) -> None:
+    told = opened.facts.get("store")
+    opened.facts["store"] = (told if isinstance(told, dict) else {}) | {
+        "id": record.uuid,
+        "created": record.created,
+        "base": None if record.base is None else str(record.base),
+    }
+
+
+class Mismatch(UnionfsError):
+    """A store was made over another base."""
 
 
 def _open_stores(

@@ -67,6 +67,13 @@ def read_text(word: str, text: str) -> str:
     return text
 
 
+def read_name(word: str, text: str) -> str:
+    """A name that is one directory's."""
+    if not text or "/" in text or text in (".", ".."):
+        raise usage_error(f"option {word}={text} is no name", "give a word without slashes")
+    return text
+
+
 def read_unchecked(_word: str, text: str) -> str:
     """Whatever it is: for words that are ignored."""
     return text
@@ -187,6 +194,9 @@ OWN_WORDS = {
     "lower": Word("lower_live", read=one_of(live=True, sealed=False)),
     "device-timeout": Word("device_timeout", read=read_seconds),
     "search": Word("search", read=one_of(devices="devices", images="images")),
+    "fallback": Word("fallback", read=one_of(fail="fail", ro="ro", tmpfs="tmpfs")),
+    "on-mismatch": Word("on_mismatch", read=one_of(refuse="refuse", ro="ro", ignore="ignore")),
+    "name": Word("name", read=read_name),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
     "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),
     "io_uring": Word("io_uring", read=one_of(auto=True, off=False)),

@@ -83,6 +83,9 @@ class MountOptions:
 
     device_timeout: float | None = None  # seconds to wait for a device to appear; None: not at all
     search: Literal["devices", "images"] = "devices"  # where the tag of a locator is looked for
+    fallback: Literal["fail", "ro", "tmpfs"] = "fail"  # if the upper cannot be used
+    on_mismatch: Literal["refuse", "ro", "ignore"] = "refuse"  # if it was made over another base
+    name: str | None = None  # in /run/unionfs; None: after the mount point
 
 
 class _Fields(TypedDict, total=False):
@@ -122,6 +125,9 @@ class _Fields(TypedDict, total=False):
     io_uring: bool
     device_timeout: float
     search: Literal["devices", "images"]
+    fallback: Literal["fail", "ro", "tmpfs"]
+    on_mismatch: Literal["refuse", "ro", "ignore"]
+    name: str
 
 
 FIELDS = frozenset(_Fields.__annotations__)

@@ -293,7 +293,7 @@ class Work:
             )
 
     def _prepare(self, options: MountOptions) -> None:
-        text = self._read("format")
+        text = self.read("format")
         record = None if text is None else parse_record(text, f"{self.path}/format")
         self._make_directory(self.area, "work")
         work = self._open_directory("work")
@@ -313,11 +313,11 @@ class Work:
             self.numbers = self._open_directory("numbers")
         decided = Record(self.whiteout, self.xattrs)
         if record != decided:
-            self._write("format", decided.text())
+            self.write("format", decided.text(), durable=True)
         self._owner = True
         owner = {"pid": os.getpid(), "mountpoint": options.mountpoint}
         try:
-            self._write("owner", json.dumps(owner))
+            self.write("owner", json.dumps(owner))
         except OSError as exc:
             if exc.errno not in FULL:  # it only helps messages
                 raise
@@ -459,7 +459,8 @@ class Work:
                 os.mkdir(name, 0o700, dir_fd=parent)
             self._made.append((parent, name, True))
 
-    def _read(self, name: str) -> str | None:
+    def read(self, name: str) -> str | None:
+        """A small file of the area; None if it is not there."""
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self.area)
         except FileNotFoundError:
@@ -467,7 +468,7 @@ class Work:
         with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
             return file.read(65536)
 
-    def _write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str, *, durable: bool = False) -> None:
         """Replace a small file of the area by rename, so that it is whole at any moment."""
         temporary = f"{name}.new"
         flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
@@ -475,9 +476,9 @@ class Work:
         with os.fdopen(fd, "w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
-            if name == "format":
+            if durable:
                 os.fsync(fd)
-        if name == "format" and self._read(name) is None:
+        if durable and self.read(name) is None:
             self._made.append((self.area, name, False))
         os.rename(temporary, name, src_dir_fd=self.area, dst_dir_fd=self.area)
 

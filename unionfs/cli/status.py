@@ -84,6 +84,10 @@ def _lines(entry: MountEntry, answer: Answer) -> Iterator[str]:
     yield f"{printable(entry.point)}: {_kind(facts)} union of {printable(entry.source)}"
     yield from _field("lower", [printable(path) for path in texts(facts.get("lowers"))])
     yield from _field("upper", [printable(path) for path in texts(facts.get("upper"))])
+    yield from _field("store", _store(facts.get("store")))
+    yield from _field("degraded", _degraded(facts.get("degraded")))
+    yield from _field("broken", [printable(text) for text in texts(facts.get("broken"))])
+    yield from _field("mismatch", [printable(text) for text in texts(facts.get("mismatch"))])
     yield from _field("work", [printable(path) for path in texts(facts.get("work"))])
     yield from _field("free", _space(facts))
     yield from _field("since", _since(facts.get("since")))
@@ -92,6 +96,28 @@ def _lines(entry: MountEntry, answer: Answer) -> Iterator[str]:
     works, lacks = _features(facts)
     yield from _field("works", _wrapped(works))
     yield from _field("lacks", lacks)
+
+
+def _store(store: object) -> list[str]:
+    """The file system that an upper has for itself, and the base it was made over."""
+    if not isinstance(store, dict):
+        return []
+    lines = []
+    if "source" in store:
+        source = str(store["source"])
+        device = f", {store['device']}" if store.get("device") != source else ""
+        label = f" label {store['label']}" if store.get("label") else ""
+        lines.append(f"{source} ({store.get('fstype')}{label}{device}, by {store['mounted_by']})")
+    if store.get("base"):
+        lines.append(f"made over {store['base']}")
+    return [printable(line) for line in lines]
+
+
+def _degraded(degraded: object) -> list[str]:
+    """Why the union runs without its store."""
+    if not isinstance(degraded, dict):
+        return []
+    return [printable(f"fallback={degraded.get('fallback')}: {degraded.get('reason')}")]
 
 
 def _field(name: str, values: Sequence[str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ import hashlib
 import os
 from typing import Final
 
+from unionfs.identity import Base
 from unionfs.locator import Locator
 from unionfs.stores.probe import Contents
 
@@ -42,6 +43,21 @@ def base_name(locator: Locator, contents: Contents | None) -> str:
                 break
     name = "".join("_" if c == "/" or not c.isprintable() else c for c in name)
     return name if name.strip(".") else "root"
+
+
+def describe(locator: Locator, contents: Contents | None) -> Base:
+    """What a store remembers of its base."""
+    name = base_name(locator, contents)
+    if contents is None:
+        return Base(name=name, kind="directory", path=locator.text)
+    return Base(
+        name=name,
+        kind=contents.fstype,
+        path=contents.path,
+        label=contents.label,
+        uuid=contents.uuid,
+        content="" if contents.uuid else content_id(contents.path),
+    )
 
 
 def default_directory(name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Final
 from unionfs import locator
 from unionfs.checks import LOWER, UPPER
 from unionfs.errors import UnionfsError
+from unionfs.identity import Base
 from unionfs.layer import Layer, open_private
 from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, read_mounts
@@ -117,7 +118,7 @@ class Stores:
         self.upper: Layer | None = None
         self._volumes: list[Volume] = []
         self._upper: Volume | None = None
-        self._base_name = ""
+        self.base: Base | None = None
 
     def close(self) -> None:
         """Release everything.  A second call does nothing."""
@@ -166,7 +167,7 @@ class Stores:
             if number == len(names) - 1:
                 where = volume.locator if volume is not None else locator.parse(text)
                 contents = volume.contents if volume is not None else None
-                self._base_name = base.base_name(where, contents)
+                self.base = base.describe(where, contents)
             if volume is None:
                 continue
             inside = volume.locator.directory or "/"
@@ -185,7 +186,8 @@ class Stores:
         inside = volume.locator.directory
         if inside is None:
             shared = volume.contents is not None or volume.device != volume.mountpoint
-            inside = base.default_directory(self._base_name) if shared else "/"
+            assert self.base is not None
+            inside = base.default_directory(self.base.name) if shared else "/"
         try:
             fd = _walk(volume, inside)
         except FileNotFoundError:
