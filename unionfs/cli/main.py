@@ -18,6 +18,7 @@ VERBS = {
     "mount": "show lower layers and an upper as one file system",
     "umount": "unmount, and wait until the layers are free",
     "status": "tell what is mounted, since when, and what works on it",
+    "store": "make, look at, check, grow, back up and restore what holds the changes",
 }
 
 HELP = f"""\

@@ -50,4 +50,6 @@ def preen(path: str) -> bool:
     lines = os.fsdecode(done.stdout + done.stderr).strip().splitlines()
     said = [line for line in lines if "UNEXPECTED" not in line and "MANUALLY" not in line.upper()]
     reason = said[-1].strip() if said else f"e2fsck ended with {done.returncode}"
-    raise UnionfsError(f"{path} is damaged: {reason}", hint=f"repair it: e2fsck -f {path}")
+    raise UnionfsError(
+        f"{path} is damaged: {reason}", hint=f"repair it: unionfs store check --repair {path}"
+    )

@@ -147,7 +147,7 @@ def find(locator: Locator, *, search: Search = "devices", timeout: float = 0) ->
     """The path of what a locator names, waiting up to `timeout` seconds for it."""
     tag = locator.tag
     if tag is None:
-        path = locator.value
+        path = os.path.abspath(locator.value)
         if path.startswith("/dev/"):
             _wait(lambda: True if os.path.exists(path) else None, timeout)
         return path

@@ -35,19 +35,23 @@ def may_mount() -> bool:
         return True
 
 
-def mount(contents: Contents, *, readonly: bool) -> tuple[int, str]:
-    """The root of a private mount, and its device."""
+def mount(contents: Contents, *, readonly: bool, untouched: bool = False) -> tuple[int, str]:
+    """The root of a private mount, and its device.
+
+    `untouched`: with readonly, not even a journal is replayed.
+    """
     path = contents.path
     if stat.S_ISBLK(os.stat(path).st_mode):
-        return _mount(contents, path, readonly=readonly), path
+        return _mount(contents, path, readonly=readonly, untouched=untouched), path
     held = loop.attach(path, readonly=readonly)
     try:
-        return _mount(contents, held.path, readonly=readonly), held.path
+        root = _mount(contents, held.path, readonly=readonly, untouched=untouched)
+        return root, held.path
     finally:
         os.close(held.fd)  # from here on the mount holds it
 
 
-def _mount(contents: Contents, device: str, *, readonly: bool) -> int:
+def _mount(contents: Contents, device: str, *, readonly: bool, untouched: bool) -> int:
     source = {"source": device}
     if not readonly:
         try:
@@ -57,6 +61,8 @@ def _mount(contents: Contents, device: str, *, readonly: bool) -> int:
     attempts: list[tuple[str, ...]] = [("ro",)]
     if contents.fstype in _NO_REPLAY:
         attempts.append(("ro", _NO_REPLAY[contents.fstype]))
+        if untouched:
+            del attempts[0]
     for flags in attempts:
         try:
             return syscalls.private_mount(contents.fstype, source, flags, _LOWER)
@@ -96,6 +102,6 @@ def _refused(contents: Contents, exc: OSError, *, readonly: bool) -> UnionfsErro
     if code in _DAMAGED:
         if said.startswith(("fsconfig", "fsmount")):
             said = os.strerror(code)
-        hint = f"check it: fsck.{contents.fstype} {contents.path}"
+        hint = f"check it: unionfs store check {contents.path}"
         return UnionfsError(f"{what}: it is damaged ({said})", hint=hint)
     return UnionfsError(f"{what}: {said}")

@@ -68,9 +68,17 @@ class Volume:
 
 
 def open_volume(
-    text: str, *, readonly: bool, search: find.Search = "devices", timeout: float = 0
+    text: str,
+    *,
+    readonly: bool,
+    search: find.Search = "devices",
+    timeout: float = 0,
+    untouched: bool = False,
 ) -> Volume:
-    """Find, examine and mount what a locator names."""
+    """Find, examine and mount what a locator names.
+
+    `untouched`: to look, with readonly: no journal is replayed, nobody is waited for.
+    """
     where = locator.parse(text)
     path = find.find(where, search=search, timeout=timeout)
     try:
@@ -87,9 +95,10 @@ def open_volume(
     contents = probe(path)
     require_filesystem(contents)
     if kernel.may_mount():
-        root, device = kernel.mount(contents, readonly=readonly)
+        root, device = kernel.mount(contents, readonly=readonly, untouched=untouched)
         return Volume(where, contents, device, root, readonly)
-    helper = userspace.start(contents, readonly=readonly)
+    patience = 0.0 if untouched else userspace.LOCK_SECONDS
+    helper = userspace.start(contents, readonly=readonly, patience=patience)
     return Volume(where, contents, path, helper.root, readonly, helper)
 
 
@@ -175,7 +184,7 @@ class Stores:
                 names[number] = volume.path_of(inside)
             elif text not in self.lowers:
                 try:
-                    fd = _walk(volume, inside)
+                    fd = walk(volume, inside)
                 except FileNotFoundError as exc:
                     raise _no_directory(volume, inside, "correct it") from exc
                 self.lowers[text] = _layer(volume, inside, fd, mounts, upper=False)
@@ -189,11 +198,11 @@ class Stores:
             assert self.base is not None
             inside = base.default_directory(self.base.name) if shared else "/"
         try:
-            fd = _walk(volume, inside)
+            fd = walk(volume, inside)
         except FileNotFoundError:
             if volume.readonly:
                 raise _no_directory(volume, inside, "mount it writable once") from None
-            fd = _make(volume, inside, self._like())
+            fd = make_directory(volume, inside, self._like())
         if volume.contents is not None:
             self.upper = _layer(volume, inside, fd, mounts, upper=True)
             return
@@ -240,7 +249,7 @@ def _number(volume: Volume, fd: int, mounts: list[MountEntry]) -> str:
     return f"{os.major(number)}:{os.minor(number)}"
 
 
-def _walk(volume: Volume, inside: str) -> int:
+def walk(volume: Volume, inside: str) -> int:
     """Open a directory inside, following no link: it could lead out of the store."""
     fd = os.dup(volume.root)
     for name in inside.strip("/").split("/"):
@@ -264,8 +273,8 @@ def _walk(volume: Volume, inside: str) -> int:
     return fd
 
 
-def _make(volume: Volume, inside: str, like: os.stat_result) -> int:
-    """Make a directory inside: those above it 0700, itself as the base's root."""
+def make_directory(volume: Volume, inside: str, like: os.stat_result | None) -> int:
+    """Make a directory inside, with those above it, 0700; itself as the base's root."""
     names = [name for name in inside.split("/") if name]
     fd = os.dup(volume.root)
     try:
@@ -278,7 +287,7 @@ def _make(volume: Volume, inside: str, like: os.stat_result) -> int:
             below = os.open(name, _DIRECTORY, dir_fd=fd)
             os.close(fd)
             fd = below
-            if made and last:
+            if made and last and like is not None:
                 _become(fd, like)
         return fd
     except OSError as exc:

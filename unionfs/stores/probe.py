@@ -125,7 +125,7 @@ def require_filesystem(contents: Contents) -> None:
         )
     status = os.stat(path)
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
-        raise UnionfsError(f"{path} is empty", hint="make a file system in it: mkfs.ext4")
+        raise UnionfsError(f"{path} is empty", hint="make a store: unionfs store create")
     raise UnionfsError(
         f"{path} holds no file system that is known here",
         hint="it may be damaged or truncated: restore a backup, or make a new store",

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _PREFIX: Final = "unionfs-stage-"
 _START_SECONDS: Final = 30
-_LOCK_SECONDS: Final = 10
+LOCK_SECONDS: Final = 10
 _END_SECONDS: Final = 60
 
 
@@ -108,12 +108,12 @@ class Helper:
             os.close(null)
 
 
-def start(contents: Contents, *, readonly: bool) -> Helper:
-    """Mount an image for a user."""
+def start(contents: Contents, *, readonly: bool, patience: float = LOCK_SECONDS) -> Helper:
+    """Mount an image for a user.  `patience`: seconds to wait for another program to end."""
     program, path = _program(contents, readonly=readonly)
     arguments = program.readonly if readonly else program.writable or ()
     _clear_stages()
-    lock = _lock(contents.path, readonly=readonly)
+    lock = lock_image(contents.path, readonly=readonly, patience=patience)
     try:
         if program is _FUSE2FS:
             ext.check_whole(contents.path)
@@ -159,7 +159,7 @@ def _program(contents: Contents, *, readonly: bool) -> tuple[Program, str]:
     return program, found
 
 
-def _lock(path: str, *, readonly: bool) -> int:
+def lock_image(path: str, *, readonly: bool, patience: float = 0) -> int:
     """The image, locked: two writers would destroy it.  Waits for a program that is ending."""
     try:
         fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
@@ -168,7 +168,7 @@ def _lock(path: str, *, readonly: bool) -> int:
         hint = None if readonly else "it must be writable by the user who mounts; or use --ro"
         raise UnionfsError(f"cannot open {path}: {reason}", hint=hint) from exc
     how = fcntl.LOCK_SH if readonly else fcntl.LOCK_EX
-    end = time.monotonic() + _LOCK_SECONDS
+    end = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(fd, how | fcntl.LOCK_NB)
@@ -195,7 +195,7 @@ def _take(
         said.seek(0)
         lines = [line for line in os.fsdecode(said.read(4096)).splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else exc.strerror or str(exc)
-        hint = f"check it: fsck.{contents.fstype} {contents.path}"
+        hint = f"check it: unionfs store check {contents.path}"
         raise UnionfsError(
             f"cannot mount the {contents.fstype} of {contents.path}: {reason}", hint=hint
         ) from exc

@@ -1,0 +1,572 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs store`: made, listed, checked, grown, backed up, restored; nothing is ever lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rig import ground, images, snapshot
+from tests.rig.mounted import PATIENCE, program
+from tests.test_stores import _await, base, change, check, need, union
+from unionfs.cli import show
+from unionfs.errors import UnionfsError
+from unionfs.stores import archive
+from unionfs.stores.checking import wrong_mark
+
+__all__ = ["base"]
+
+ARCH = os.uname().machine
+
+
+def store(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`unionfs store ...`; `path` comes first in PATH."""
+    environment = dict(os.environ)
+    if path is not None:
+        environment["PATH"] = f"{path}:{environment['PATH']}"
+    return subprocess.run(
+        [*program(), "store", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env=environment,
+    )
+
+
+def done(*arguments: object) -> str:
+    """Its output; it must succeed."""
+    found = store(*arguments)
+    assert found.returncode == 0, found
+    return found.stdout
+
+
+def fails(*arguments: object, code: int = 32) -> str:
+    """The one line of an error."""
+    found = store(*arguments)
+    assert found.returncode == code, found
+    assert "Traceback" not in found.stderr
+    lines = found.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def facts(*arguments: object) -> Any:  # noqa: ANN401
+    return json.loads(done(*arguments, "--json"))
+
+
+def listing(place: Path) -> list[str]:
+    return sorted(p.name for p in place.iterdir())
+
+
+@pytest.fixture
+def shim(base: Path) -> Iterator[Callable[[str], Path]]:
+    """A directory for PATH with a program that says it is there, and then waits for ever."""
+    folder = base / "shim"
+    folder.mkdir()
+    pids = []
+
+    def make(name: str) -> Path:
+        script = folder / name
+        script.write_text(
+            f"#!/bin/sh\necho $$ >{folder}/reached.new\nmv {folder}/reached.new "
+            f"{folder}/reached\nexec sleep 1000\n"
+        )
+        script.chmod(0o755)
+        return folder
+
+    yield make
+    reached = folder / "reached"
+    if reached.exists():
+        pids.append(int(reached.read_text()))
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def killed_at(folder: Path, *arguments: object) -> None:
+    """Run a verb, and kill it -9 when the program in `folder` has been reached."""
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [*program(), "store", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _await((folder / "reached").exists)
+    process.kill()
+    process.wait()
+    os.kill(int((folder / "reached").read_text()), signal.SIGKILL)
+    for name in ("reached", *(p.name for p in folder.iterdir() if p.name != "reached")):
+        (folder / name).unlink()
+
+
+# The rules
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512),
+        ("1K", 1024),
+        ("2M", 2 << 20),
+        ("1.5g", 3 << 29),
+        ("8GiB", 8 << 30),
+        ("1TB", 1 << 40),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert show.read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "G", "1X", "1 G x", "50%"])
+def test_sizes_misspelt(text: str) -> None:
+    with pytest.raises(UnionfsError, match="is not a size"):
+        show.read_size(text)
+
+
+@pytest.mark.parametrize(
+    ("mark", "value", "directory", "wrong"),
+    [
+        ("opaque", b"y", True, ""),
+        ("opaque", b"z", True, "neither y nor x"),
+        ("opaque", b"y", False, "only a directory"),
+        ("redirect", b"name", True, ""),
+        ("redirect", b"/a/b", True, ""),
+        ("redirect", b"", True, "empty"),
+        ("redirect", b"a/b", True, "neither a name"),
+        ("redirect", b"/a/../../etc", True, "leaves the layer"),
+        ("redirect", b"..", True, "leaves the layer"),
+        ("redirect", b"/a//b", True, "names nothing"),
+        ("metacopy", b"", False, ""),
+        ("metacopy", b"", True, "no data"),
+        ("origin", b"\x00", False, ""),
+    ],
+)
+def test_marks(mark: str, value: bytes, directory: bool, wrong: str) -> None:
+    found = wrong_mark(mark, value, directory=directory)
+    assert (wrong in found) if wrong else not found
+
+
+def test_help_and_strange_verbs() -> None:
+    assert "backup" in done("--help")
+    for verb in ("create", "list", "info", "check", "grow", "backup", "restore"):
+        assert "exit codes" in done(verb, "--help")
+    assert "is no verb" in fails("mend", code=1)
+    assert "needs a verb" in fails(code=1)
+
+
+# create
+
+
+@pytest.mark.parametrize("kind", images.WRITABLE)
+def test_create_and_use(base: Path, kind: str) -> None:
+    need(kind)
+    image = base / "s.img"
+    size = {"ext4": "16M", "xfs": "300M", "btrfs": "114M"}[kind]
+    done("create", image, "--size", size, "--fs", kind, "--label", "my stick")
+    assert image.stat().st_mode & 0o777 == 0o600
+    assert image.stat().st_blocks * 512 < image.stat().st_size // 2, "sparse"
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+        said = facts("info", image) if os.geteuid() == 0 else None
+        if said is not None:
+            assert said["uppers"][0]["mounted"] == str(base / "mnt")
+    said = facts("info", image)
+    assert (said["fstype"], said["label"], said["kind"]) == (kind, "my stick", "image")
+    (upper,) = said["uppers"]
+    assert upper["directory"] == f"/persistent_tree/{ARCH}"
+    assert upper["base"]["name"] == "tree"
+    assert upper["mounted"] is None
+    assert said["used"] + said["free"] <= said["size"]
+    assert facts("list", base)[0]["uppers"][0]["id"] == upper["id"]
+    shown = done("list", base)
+    assert "my stick" in shown
+    assert str(image) in shown
+    assert upper["id"] in done("info", image)
+    assert done("check", image).startswith(f"{kind}: clean")
+    with union(base, base / "tree", image):
+        check(base / "mnt")
+    assert images.loops_of(image) == []
+
+
+def test_create_never_overwrites(base: Path) -> None:
+    image = base / "s.img"
+    image.write_text("mine")
+    assert "is not overwritten" in fails("create", image, "--size", "16M")
+    (base / "link.img").symlink_to("nowhere")
+    assert "is not overwritten" in fails("create", base / "link.img", "--size", "16M")
+    assert image.read_text() == "mine"
+    assert [n for n in listing(base) if n.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--size", "1M"], "too small for ext4"),
+        (["--size", "200M", "--fs", "xfs"], "too small for xfs"),
+        (["--size", "16M", "--label", "x" * 17], "too long"),
+        (["--size", "16M", "--label", "é" * 9], "too long"),
+        (["--size", "16M", "--label", "a\nb"], "not printable"),
+        (["--size", "0"], "not a size"),
+        ([], "no --size"),
+    ],
+)
+def test_create_refuses(base: Path, words: list[str], said: str) -> None:
+    assert said in fails("create", base / "s.img", *words, code=1)
+    assert not (base / "s.img").exists()
+
+
+def test_create_full_takes_the_space(base: Path) -> None:
+    done("create", base / "s.img", "--size", "16M", "--full")
+    assert (base / "s.img").stat().st_blocks * 512 >= 15 << 20
+
+
+def test_create_killed(base: Path, shim: Callable[[str], Path]) -> None:
+    image = base / "s.img"
+    killed_at(shim("mkfs.ext4"), "create", image, "--size", "16M")
+    assert not image.exists()
+    done("create", image, "--size", "16M")
+    assert [n for n in listing(base) if n.startswith(".")] == [], "the next one tidies up"
+
+
+def test_create_on_a_device(base: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("devices are root's")
+    blank = base / "blank.img"
+    with open(blank, "wb") as file:
+        file.truncate(16 << 20)
+    with images.attached(blank) as device:
+        done("create", device, "--label", "first")
+        assert "holds ext4 'first': it is not overwritten" in fails("create", device)
+        assert "--size is for images" in fails("create", device, "--size", "1G", code=1)
+        assert facts("info", device)["label"] == "first"
+
+
+# check
+
+
+def test_check_repairs(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    made = union(base, base / "tree", image)
+    made.mount()
+    change(base / "mnt")
+    ground.run("sync", "-f", base / "mnt")
+    if os.geteuid() == 0:
+        assert "in use" in fails("check", image, code=8)
+    made.kill()
+    if os.geteuid() != 0:  # fuse2fs is still writing
+        _await(lambda: "in use" not in store("check", image).stderr)
+    found = store("check", image)
+    assert found.returncode == 4
+    assert f"/persistent_tree/{ARCH}/.unionfs/owner: the daemon was killed" in found.stdout
+    found = store("check", "--repair", image, "--json")
+    assert found.returncode == 1, found
+    assert all(problem["repaired"] for problem in json.loads(found.stdout)["problems"])
+    assert store("check", image).returncode == 0
+    with union(base, base / "tree", image):
+        check(base / "mnt")
+
+
+def test_check_of_a_directory_with_bad_marks(base: Path) -> None:
+    upper = base / "up"
+    upper.mkdir()
+    with union(base, base / "tree", upper):
+        change(base / "mnt")
+    assert store("check", upper).returncode == 0
+    os.setxattr(upper / "made", "user.overlay.redirect", b"/../etc")
+    (upper / "made/x").touch()
+    (upper / "made/.wh.x").touch()
+    (upper / ".unionfs/store").write_text("{")
+    before = snapshot.take(upper)
+    found = store("check", upper)
+    assert found.returncode == 4
+    assert "/made: user.overlay.redirect: it leaves the layer" in found.stdout
+    assert "/made/.wh.x: hides x, which is beside it" in found.stdout
+    assert "/.unionfs/store: is damaged" in found.stdout
+    assert snapshot.take(upper) == before
+
+
+@pytest.mark.parametrize("how", ["random", "empty", "missing"])
+def test_check_of_what_is_no_store(base: Path, how: str) -> None:
+    image = base / "s.img"
+    if how != "missing":
+        image.write_bytes(os.urandom(1 << 20) if how == "random" else b"")
+    assert str(image) in fails("check", image, code=8)
+    fails("check", code=16)
+
+
+def test_check_of_a_damaged_file_system(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    debugfs = images.tool("debugfs")
+    if debugfs is None:
+        pytest.skip("there is no debugfs")
+    ground.run(debugfs, "-w", "-R", "clri <11>", image)  # lost+found
+    assert store("check", image).returncode == 4
+    assert store("check", "--repair", image).returncode == 1
+    assert store("check", image).returncode == 0
+
+
+# grow
+
+
+@pytest.mark.parametrize("kind", images.WRITABLE)
+def test_grow(base: Path, kind: str) -> None:
+    need(kind)
+    image = images.make(base / "s.img", kind)
+    before = image.stat().st_size
+    more = 192 if kind == "btrfs" else 64
+    room = facts("info", image)["size"]
+    with union(base, base / "tree", image) as made:
+        change(base / "mnt")
+        size = made.status()["size"]
+        assert isinstance(size, int)
+        found = store("grow", image, "--size", f"+{more}M")
+        if found.returncode == 0:
+            grown = made.status()["size"]
+            assert isinstance(grown, int)
+            assert grown > size + (32 << 20)
+        else:
+            assert kind == "ext4"
+            assert "CAP_SYS_RESOURCE" in found.stderr or "in use" in found.stderr
+            assert image.stat().st_size == before
+    if image.stat().st_size == before:
+        done("grow", image, "--size", f"+{more}M")
+    assert image.stat().st_size == before + (more << 20)
+    assert facts("info", image)["size"] > room + (32 << 20)
+    assert store("check", image).returncode == 0
+    with union(base, base / "tree", image):
+        check(base / "mnt")
+    assert "grow makes it larger" in fails("grow", image, "--size", "1M", code=1)
+    if kind == "btrfs":
+        small = images.make(base / "small.img", kind)
+        assert "256M" in fails("grow", small, "--size", "+64M", code=1)
+    assert images.loops_of(image) == []
+
+
+def test_grow_offline_keeps_owner_and_mode(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    image.chmod(0o640)
+    done("grow", image, "--size", "32M")
+    assert image.stat().st_mode & 0o777 == 0o640
+
+
+def test_grow_killed(base: Path, shim: Callable[[str], Path]) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+    before = image.read_bytes()
+    killed_at(shim("resize2fs"), "grow", image, "--size", "64M")
+    assert image.read_bytes() == before
+    done("grow", image, "--size", "64M")
+    assert [n for n in listing(base) if n.startswith(".")] == []
+
+
+# backup and restore
+
+
+def _tree(mnt: Path) -> list[object]:
+    """All that a backup has to bring back."""
+    found: list[object] = []
+    for folder, names, files in os.walk(mnt):
+        for name in sorted([*names, *files]):
+            path = os.path.join(folder, name)
+            status = os.lstat(path)
+            data = b""
+            if os.path.isfile(path) and not os.path.islink(path):
+                with open(path, "rb") as file:
+                    data = file.read()
+            marks = [(x, os.getxattr(path, x)) for x in os.listxattr(path) if x.startswith("user.")]
+            found.append(
+                (
+                    os.path.relpath(path, mnt),
+                    status.st_mode,
+                    status.st_nlink,
+                    status.st_uid,
+                    status.st_mtime_ns,
+                    marks,
+                    data,
+                )
+            )
+    return sorted(found, key=str)
+
+
+def _fill(mnt: Path) -> None:
+    change(mnt)
+    os.link(mnt / "file", mnt / "moved/link")
+    os.setxattr(mnt / "made", "user.note", b"\x00\xff")
+    (mnt / "with space\n").write_bytes(os.urandom(50_000))
+    os.mkfifo(mnt / "pipe")
+    with open(mnt / "sparse", "wb") as file:
+        file.truncate(1 << 30)
+        file.truncate(1 << 20)
+    os.chmod(mnt / "made", 0o1700)
+
+
+@pytest.mark.parametrize("where", ["image", "directory"])
+def test_backup_and_restore(base: Path, where: str) -> None:
+    if where == "image":
+        need("ext4")
+        upper = images.make(base / "s.img")
+    else:
+        upper = base / "up"
+        upper.mkdir()
+    saved = base / "saved.tar.zst"
+    with union(base, base / "tree", upper):
+        _fill(base / "mnt")
+        before = _tree(base / "mnt")
+        if where == "directory" or os.geteuid() == 0:
+            said = done("backup", upper, base / "mounted.tar.zst")
+            assert "sha256" in said
+    done("backup", upper, saved)
+    assert "is not overwritten" in fails("backup", upper, saved)
+    assert "is whole" in done("restore", "--verify", saved)
+    plain = ground.run("tar", "--zstd", "-tf", saved)
+    assert "./made/" in plain, "any tar can unpack it"
+    with union(base, base / "tree", upper):
+        (base / "mnt/file").write_text("newer\n")
+        (base / "mnt/made").rmdir()
+        if where == "directory" or os.geteuid() == 0:
+            assert "in use" in fails("restore", saved, upper)
+    done("restore", saved, upper)
+    with union(base, base / "tree", upper):
+        assert _tree(base / "mnt") == before
+        (base / "mnt/file").write_text("newer\n")
+    if (base / "mounted.tar.zst").exists():
+        kept = done("restore", "--keep", base / "mounted.tar.zst", upper)
+        assert ".before-" in kept
+        with union(
+            base, base / "tree", f"{upper}:/persistent_tree/{ARCH}" if where == "image" else upper
+        ):
+            assert _tree(base / "mnt") == before
+    other = base / "other"
+    other.mkdir()
+    done("restore", saved, other)
+    with union(base, base / "tree", other):
+        assert _tree(base / "mnt") == before
+    assert [n for n in listing(base) if n.startswith(".")] == []
+
+
+def test_backup_while_it_changes(base: Path) -> None:
+    """Two files that are always changed one after the other: no backup has them two steps apart."""
+    if os.geteuid() != 0:
+        pytest.skip("fuse2fs has an image for itself")
+    image = images.make(base / "s.img", megabytes=64)
+    saved = base / "saved.tar.zst"
+    with union(base, base / "tree", image):
+        (base / "mnt/bulk").write_bytes(os.urandom(8 << 20))
+        stop = threading.Event()
+
+        def work() -> None:
+            number = 0
+            while not stop.wait(0.002):
+                number += 1
+                for name in ("a-first", "z-last"):
+                    (base / "mnt" / name).write_text(str(number))
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        try:
+            _await((base / "mnt/z-last").exists)
+            done("backup", image, saved)
+        finally:
+            stop.set()
+            worker.join()
+        (base / "mnt/after").touch()
+    (base / "out").mkdir()
+    ground.run("tar", "--zstd", "-xf", saved, "-C", base / "out")
+    first, last = ((base / "out" / name).read_text() for name in ("a-first", "z-last"))
+    assert (not first and last) or 0 <= int(first) - int(last or "0") <= 1 or not last
+
+
+def test_a_backup_does_not_go_into_the_store(base: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("fuse2fs has an image for itself")
+    image = images.make(base / "s.img")
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+        assert "itself" in fails("backup", image, base / "mnt/saved.tar.zst")
+        check(base / "mnt")
+
+
+@pytest.mark.parametrize("how", ["cut", "last byte", "flipped", "head", "foreign", "empty"])
+def test_a_damaged_backup_restores_nothing(base: Path, how: str) -> None:
+    upper = base / "up"
+    upper.mkdir()
+    with union(base, base / "tree", upper):
+        _fill(base / "mnt")
+    saved = base / "saved.tar.zst"
+    done("backup", upper, saved)
+    data = bytearray(saved.read_bytes())
+    if how == "cut":
+        del data[len(data) // 2 :]
+    elif how == "last byte":
+        del data[-1]
+    elif how == "flipped":
+        data[len(data) // 2] ^= 1
+    elif how == "head":
+        data[20] ^= 0xFF
+    else:
+        data = bytearray(b"" if how == "empty" else os.urandom(5000))
+    saved.write_bytes(data)
+    said = fails("restore", saved, upper)
+    assert "damaged" in said or "is no backup" in said
+    assert str(saved) in fails("restore", "--verify", saved)
+    with union(base, base / "tree", upper):
+        assert (base / "mnt/file").read_text() == "changed\n"
+    assert [n for n in listing(base) if n.startswith(".")] == []
+
+
+@pytest.mark.parametrize("at", ["zstd", "tar"])
+def test_restore_and_backup_killed(base: Path, shim: Callable[[str], Path], at: str) -> None:
+    upper = base / "up"
+    upper.mkdir()
+    with union(base, base / "tree", upper):
+        change(base / "mnt")
+    saved = base / "saved.tar.zst"
+    done("backup", upper, saved)
+    killed_at(shim(at), "backup", upper, base / "second.tar.zst")
+    assert not (base / "second.tar.zst").exists()
+    done("backup", upper, base / "second.tar.zst")
+    killed_at(shim(at), "restore", saved, upper)
+    with union(base, base / "tree", upper):
+        check(base / "mnt")
+    done("restore", saved, upper)
+    with union(base, base / "tree", upper):
+        check(base / "mnt")
+    assert [n for n in listing(base) if n.startswith(".")] == [], "the next one tidies up"
+
+
+def test_backup_names_what_there_is(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    assert "no changes of a union" in fails("backup", image, base / "x")
+    for name in ("one", "two"):
+        with union(base, base / "tree", f"{image}:/{name}"):
+            change(base / "mnt")
+    said = fails("backup", image, base / "x")
+    assert f"{image}:/one, {image}:/two" in said
+    done("backup", f"{image}:/two", base / "x")
+    assert "has no /three" in fails("backup", f"{image}:/three", base / "y")
+    done("restore", base / "x", f"{image}:/three")
+    with union(base, base / "tree", f"{image}:/three"):
+        check(base / "mnt")
+
+
+def test_header_is_readable() -> None:
+    frame = archive._frame(b"{}")
+    assert frame[:4] == bytes([0x5E, 0x2A, 0x4D, 0x18]), "a skippable frame of RFC 8878"

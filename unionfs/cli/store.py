@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs store VERB`: the dispatch; each verb's parser stands beside its action in cli/stores/.
+
+Called by main.py.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import cast
+
+from unionfs.cli.main import Verb
+from unionfs.errors import ExitCode, usage_error
+
+VERBS = {
+    "create": "make a store: an image, or a file system on a device",
+    "list": "list the stores that can be found",
+    "info": "tell of one store, and of what lies in it",
+    "check": "check a store, and repair it",
+    "grow": "make a store larger",
+    "backup": "write the changes in a store to one file",
+    "restore": "bring back what a backup has",
+}
+
+HELP = f"""\
+usage: unionfs store VERB ...
+
+A store is what holds the changes of unions: a directory, an image or a device, named
+as unionfs mount names it (see unionfs-store(8)).
+
+verbs:
+{chr(10).join(f"  {verb:<8} {meaning}" for verb, meaning in VERBS.items())}
+
+unionfs store VERB --help tells more.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Find the verb and run it."""
+    first = argv[0] if argv else ""
+    if first in VERBS:
+        return cast(Verb, importlib.import_module(f"unionfs.cli.stores.{first}")).run(argv[1:])
+    if first in ("-h", "--help", "help"):
+        print(HELP, end="")
+        raise SystemExit(int(ExitCode.OK))  # as argparse ends
+    what = f"store {first} is no verb" if first else "store needs a verb"
+    raise usage_error(what, f"the verbs are {', '.join(VERBS)}")

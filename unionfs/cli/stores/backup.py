@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs store backup`."""
+
+import os
+from collections.abc import Sequence
+
+from unionfs.cli import show
+from unionfs.cli.parser import Parser
+from unionfs.errors import ExitCode
+
+USAGE = "unionfs store backup STORE FILE"
+
+DESCRIPTION = """\
+Writes the changes in STORE to FILE, a tar archive in zstd with a checksum. The store may
+be in use: the backup has it as it was at one moment. FILE gets its name when it is
+complete, and is never overwritten. STORE with changes of several unions: name one by :/dir."""
+
+EPILOG = """
+exit codes: 0 written, 1 wrong usage, 2 a program is missing, 8 interrupted, 32 failed;
+unless it is 0 there is no FILE
+
+example:
+  unionfs store backup LABEL=persist /media/backup/monday.tar.zst
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Back up."""
+    parser = Parser(
+        prog="unionfs store backup", usage=USAGE, description=DESCRIPTION, epilog=EPILOG
+    )
+    parser.add_argument(
+        "store", metavar="STORE", help="DIR, IMAGE, /dev/NAME, LABEL=..., with :/dir"
+    )
+    parser.add_argument("file", metavar="FILE", help="the backup to write")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no report")
+    given = parser.read(argv)
+    from unionfs.stores import backing
+    from unionfs.stores.making import new_file
+
+    with backing.chosen(given.store, write=False) as upper, new_file(given.file) as (fd, _):
+        backing.refuse_target(upper, fd)
+        total = backing.tree_bytes(upper.fd)
+        with (
+            show.progress(given.file, total, quiet=given.quiet) as advance,
+            open(os.dup(fd), "w+b") as target,
+        ):
+            trailer = backing.backup(upper, target, advance)
+        size = os.fstat(fd).st_size
+    if not given.quiet:
+        told = f"{show.size_text(trailer.bytes)} in {show.size_text(size)}"
+        print(f"{given.file}: {told}, sha256 {trailer.sha256[:16]}")
+    return ExitCode.OK

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs store list`."""
+
+import json
+from collections.abc import Sequence
+
+from unionfs.cli import show
+from unionfs.cli.parser import Parser
+from unionfs.errors import ExitCode
+
+USAGE = "unionfs store list [PLACE...] [--json]"
+
+DESCRIPTION = """\
+Lists stores: those at PLACE, a store or a directory with images (*.img) or uppers in it;
+without PLACE, all devices and images at the top of mounted file systems in which there
+are changes of unions. File systems are looked into read-only."""
+
+EPILOG = """
+exit codes: 0 listed (also nothing), 1 wrong usage, 32 a PLACE cannot be opened
+"""
+
+COLUMNS = ("STORE", "LABEL", "FS", "SIZE", "USED", "DIRECTORY", "BASE", "LAST USED", "MOUNTED ON")
+
+
+def run(argv: Sequence[str]) -> int:
+    """List."""
+    parser = Parser(prog="unionfs store list", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
+    parser.add_argument("places", nargs="*", metavar="PLACE", help="where to look")
+    parser.add_argument("--json", action="store_true", help="a list of objects, one a store")
+    given = parser.read(argv)
+    from unionfs.stores.inspect import find_stores
+
+    stores = list(find_stores(given.places))
+    if given.json:
+        print(json.dumps([store.facts() for store in stores], indent=2))
+        return ExitCode.OK
+    rows = []
+    for store in stores:
+        facts = store.facts()
+        first = [
+            store.path,
+            store.label or "-",
+            store.fstype or "-",
+            show.size_text(store.size),
+            show.size_text(facts["used"]),
+        ]
+        for upper in store.uppers:
+            record = upper.record
+            base = record.base.name if record is not None and record.base is not None else "-"
+            used = record.used[:16].replace("T", " ") if record is not None else "-"
+            rows.append([*first, upper.directory, base, used, upper.mounted or "-"])
+            first = [""] * len(first)
+        if not store.uppers:
+            rows.append([*first, store.problem or "-", "-", "-", "-"])
+    if rows:
+        show.table(COLUMNS, rows)
+    else:
+        print("no store is found")
+    return ExitCode.OK

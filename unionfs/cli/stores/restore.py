@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs store restore`."""
+
+from collections.abc import Sequence
+
+from unionfs.cli import show
+from unionfs.cli.parser import Parser
+from unionfs.errors import ExitCode, UnionfsError, usage_error
+
+USAGE = """\
+unionfs store restore FILE STORE [--keep]
+       unionfs store restore --verify FILE"""
+
+DESCRIPTION = """\
+Puts what the backup FILE has in the place of the changes in STORE, which must not be in use.
+It is unpacked beside them first, and takes their place by one call when all of it is there
+and its checksum is right: on any error, and if it is killed, they are as they were."""
+
+EPILOG = """
+exit codes: 0 restored (--verify: it is whole), 1 wrong usage, 2 a program is missing,
+8 interrupted, 32 failed, or FILE is damaged
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Restore."""
+    parser = Parser(
+        prog="unionfs store restore", usage=USAGE, description=DESCRIPTION, epilog=EPILOG
+    )
+    add = parser.add_argument
+    add("file", metavar="FILE", help="the backup")
+    add("store", nargs="?", metavar="STORE", help="DIR, IMAGE, /dev/NAME, LABEL=..., with :/dir")
+    add("--keep", action="store_true", help="keep the old changes, as DIR.before-DATE")
+    add("--verify", action="store_true", help="only read the backup, and check it")
+    add("-q", "--quiet", action="store_true", help="no progress bar, no report")
+    given = parser.read(argv)
+    if given.verify == (given.store is not None):
+        raise usage_error("name either a STORE or --verify", "see unionfs store restore --help")
+    from unionfs.stores import archive, backing
+
+    try:
+        source = open(given.file, "rb", buffering=0)  # noqa: SIM115
+    except OSError as exc:
+        raise UnionfsError(f"cannot open {given.file}: {exc.strerror}") from exc
+    with source:
+        header = archive.read_header(source, given.file)
+        trailer = archive.read_trailer(source, given.file)
+        with show.progress(given.file, trailer.bytes, quiet=given.quiet) as advance:
+            if given.store is None:
+                archive.extract(source, trailer, given.file, None, advance)
+                kept = None
+            else:
+                source.seek(0)
+                with backing.chosen(given.store, write=True, make=True) as upper:
+                    kept = backing.restore(upper, source, given.file, advance, keep=given.keep)
+    if not given.quiet:
+        of = f"{header.store} of {header.created}"
+        done = "is whole" if given.store is None else f"is restored to {given.store}"
+        print(f"{given.file} ({of}) {done}" + (f"; the old changes: {kept}" if kept else ""))
+    return ExitCode.OK

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A backup: one file, a tar archive in zstd that any tar unpacks, between two frames of our own.
+
+Owns the format.  Does not choose what is read or replaced (backing.py).
+
+    skippable frame      JSON: what this is, of which store, over which base
+    zstd frames          tar, with checksums of their own
+    skippable frame      JSON: bytes and SHA-256 of the tar stream
+
+zstd(1) and tar(1) pass over skippable frames.  A backup without its last frame was cut.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any, Final
+
+from unionfs.errors import UnionfsError
+from unionfs.stores.probe import tool
+
+VERSION: Final = 1
+_MAGIC: Final = 0x184D2A5E  # one of the sixteen of skippable frames (RFC 8878)
+_FRAME: Final = struct.Struct("<II")
+_TRAILER: Final = 256
+_CHUNK: Final = 1 << 20
+_WHOLE: Final = "unionfs-backup"
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a backup tells of itself."""
+
+    created: str
+    store: str  # as it was named
+    id: str | None
+    base: dict[str, str] | None
+    bytes: int  # of the files, as an estimate for progress
+
+
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """What the tar stream must be."""
+
+    bytes: int
+    sha256: str
+
+
+def tar_words() -> list[str]:
+    """What keeps everything that an upper has (docs/on-disk-format.md, Copying an upper)."""
+    pattern = "*" if os.geteuid() == 0 else "user.*"
+    return ["--xattrs", f"--xattrs-include={pattern}", "--acls", "--numeric-owner", "--sparse"]
+
+
+def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -> Trailer:
+    """Archive a directory.  The caller makes the file durable and gives it its name."""
+    head = {"kind": _WHOLE, "version": VERSION, **_asdict(header)}
+    target.write(_frame(json.dumps(head).encode()))
+    target.flush()
+    digest, count = hashlib.sha256(), 0
+    errors = os.memfd_create("tar")
+    with open(errors, "w+b") as said:
+        tar = subprocess.Popen(
+            [
+                tool("tar", "tar"),
+                *("-C", directory, "-cf", "-", "--format=posix", *tar_words()),
+                *("--exclude=./.unionfs/owner", "--exclude=./.unionfs/work/#*"),
+                *("--exclude=./.unionfs/numbers/*", "--no-wildcards-match-slash", "."),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+        pack = subprocess.Popen(
+            [tool("zstd", "zstd"), "-q", "-c", "-3", "-T0", "--check"],
+            stdin=subprocess.PIPE,
+            stdout=target,
+        )
+        assert tar.stdout is not None
+        assert pack.stdin is not None
+        try:
+            while data := tar.stdout.read(_CHUNK):
+                digest.update(data)
+                pack.stdin.write(data)
+                count += len(data)
+                advance(len(data))
+            pack.stdin.close()
+            if tar.wait() or pack.wait():
+                raise UnionfsError(f"the backup failed: {_last(said, 'tar or zstd ended early')}")
+        except BrokenPipeError:
+            pack.wait()
+            raise UnionfsError("the backup failed: zstd ended early; is the disk full?") from None
+        finally:
+            _end(tar, pack)
+    trailer = Trailer(count, digest.hexdigest())
+    tail = json.dumps({"kind": _WHOLE, **_asdict(trailer)}).encode().ljust(_TRAILER)
+    target.write(_frame(tail))
+    return trailer
+
+
+def _asdict(record: Header | Trailer) -> dict[str, object]:
+    return {name: getattr(record, name) for name in record.__slots__}
+
+
+def _frame(data: bytes) -> bytes:
+    return _FRAME.pack(_MAGIC, len(data)) + data
+
+
+def _end(*processes: "subprocess.Popen[bytes]") -> None:
+    for process in processes:
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def _last(said: IO[bytes], other: str) -> str:
+    said.seek(0)
+    lines = os.fsdecode(said.read(65536)).strip().splitlines()
+    return lines[0] if lines else other
+
+
+def read_header(source: IO[bytes], path: str) -> Header:
+    """What a backup is of; the file is then at the archive."""
+    found = _read_frame(source, path)
+    if found.get("version") != VERSION:
+        hint = "restore it with a newer unionfs"
+        raise UnionfsError(f"{path} is a backup of version {found.get('version')}", hint=hint)
+    try:
+        return Header(**{name: found[name] for name in Header.__slots__})
+    except KeyError as exc:
+        raise _damaged(path, "its header is not understood") from exc
+
+
+def read_trailer(source: IO[bytes], path: str) -> Trailer:
+    """What the archive must be; the file's position is kept."""
+    position = source.tell()
+    end = source.seek(0, os.SEEK_END)
+    if end < position + _FRAME.size + _TRAILER:
+        raise _damaged(path, "it was cut")
+    source.seek(end - _FRAME.size - _TRAILER)
+    try:
+        found = _read_frame(source, path)
+        return Trailer(int(found["bytes"]), str(found["sha256"]))
+    except (UnionfsError, KeyError, TypeError, ValueError) as exc:
+        raise _damaged(path, "it was cut, or its end is overwritten") from exc
+    finally:
+        source.seek(position)
+
+
+def _read_frame(source: IO[bytes], path: str) -> dict[str, Any]:
+    start = source.read(_FRAME.size)
+    magic, length = _FRAME.unpack(start) if len(start) == _FRAME.size else (0, 0)
+    if magic != _MAGIC or length > 1 << 20:
+        raise UnionfsError(f"{path} is no backup of unionfs", hint="tar unpacks other archives")
+    try:
+        found = json.loads(source.read(length))
+    except ValueError as exc:
+        raise _damaged(path, "its header is not understood") from exc
+    if not isinstance(found, dict) or found.get("kind") != _WHOLE:
+        raise _damaged(path, "its header is not understood")
+    return found
+
+
+def _damaged(path: str, what: str) -> UnionfsError:
+    return UnionfsError(f"the backup {path} is damaged: {what}", hint="use another backup")
+
+
+def extract(
+    source: IO[bytes], trailer: Trailer, path: str, directory: str | None, advance: Advance
+) -> None:
+    """Unpack into an empty directory, or (None) only read; an error if a byte is wrong."""
+    digest, count = hashlib.sha256(), 0
+    with open(os.memfd_create("tar"), "w+b") as said:
+        unpack = subprocess.Popen(
+            [tool("zstd", "zstd"), "-q", "-d", "-c"],
+            stdin=source,
+            stdout=subprocess.PIPE,
+            stderr=said,
+        )
+        into = [tool("tar", "tar"), "-C", directory or "/", "-xf" if directory else "-tf", "-"]
+        words = [*tar_words(), "-p", "--delay-directory-restore"] if directory else []
+        if directory and os.geteuid() == 0:
+            words.append("--same-owner")
+        tar = subprocess.Popen(
+            [*into, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+        assert unpack.stdout is not None
+        assert tar.stdin is not None
+        try:
+            while data := unpack.stdout.read(_CHUNK):
+                digest.update(data)
+                count += len(data)
+                tar.stdin.write(data)
+                advance(len(data))
+            tar.stdin.close()
+            good = unpack.wait() == 0
+            if not good or Trailer(count, digest.hexdigest()) != trailer:
+                raise _damaged(path, "its checksum is wrong")
+            if tar.wait():
+                raise UnionfsError(f"{path} cannot be restored: {_last(said, 'tar failed')}")
+        except BrokenPipeError:
+            tar.wait()
+            reason = _last(said, "tar ended early")
+            raise UnionfsError(f"{path} cannot be restored: {reason}") from None
+        finally:
+            _end(unpack, tar)

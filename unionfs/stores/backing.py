@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Backing up and restoring the changes of one upper, whole or not at all.
+
+Owns what is read, when it is consistent, and how a restored upper takes the place of the old.
+
+A backup of a mounted store is read while the union works, then everything is looked at again: if
+anything changed since the start it is read anew.  After a few attempts, on a file system of the
+store's own, writers are held up (FIFREEZE) while it is read once more.  A guard thaws it if we are
+killed.
+
+A restore unpacks beside the old upper, on its file system, and exchanges the two by one call.
+"""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import os
+import secrets
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Final
+
+from unionfs import syscalls
+from unionfs.errors import UnionfsError
+from unionfs.format import AREA_NAME
+from unionfs.stores import archive
+from unionfs.stores.archive import Advance, Header
+from unionfs.stores.inspect import mounted_unions, read_record, uppers_of
+from unionfs.stores.opening import Volume, make_directory, open_volume, walk
+from unionfs.syscalls import RenameFlag
+
+_OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_FIFREEZE: Final = 0xC0045877
+_FITHAW: Final = 0xC0045878
+_ATTEMPTS: Final = 3
+_CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
+
+
+@dataclass(slots=True)
+class Chosen:
+    """One upper in a volume."""
+
+    volume: Volume
+    directory: str
+    fd: int
+    in_use: bool  # a union has it
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.volume.locator.source}:{self.directory}"
+
+
+@contextlib.contextmanager
+def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
+    """The upper that a locator names; without `:/dir` the only one in the store.
+
+    With `write` it must not be in use, and is locked.  `make`: it need not be there.
+    """
+    volume = open_volume(text, readonly=not write)
+    try:
+        directory = volume.locator.directory or _only(volume, make=make)
+        try:
+            fd = walk(volume, directory)
+        except FileNotFoundError:
+            if not make:
+                raise UnionfsError(f"{volume.locator.source} has no {directory}") from None
+            fd = make_directory(volume, directory, None)
+        upper = os.open(".", _OPEN, dir_fd=fd)
+        os.close(fd)
+        try:
+            yield Chosen(volume, directory, upper, _lock(upper, directory, write=write))
+        finally:
+            os.close(upper)
+    finally:
+        volume.close()
+
+
+def _only(volume: Volume, *, make: bool) -> str:
+    if volume.contents is None:
+        return "/"
+    found = uppers_of(volume)
+    if len(found) == 1:
+        return found[0]
+    source = volume.locator.source
+    if found:
+        hint = f"name one: {', '.join(f'{source}:{directory}' for directory in found)}"
+        raise UnionfsError(f"{source} has the changes of {len(found)} unions", hint=hint)
+    hint = "name the directory by :/dir"
+    raise UnionfsError(f"{source} has no changes of a union in it", hint=hint)
+
+
+def _lock(upper: int, directory: str, *, write: bool) -> bool:
+    """Whether a union has it; an error if we want to write it then."""
+    try:
+        fcntl.flock(upper, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if write:
+            hint = "unmount that union first"
+            raise UnionfsError(f"{directory} is in use by a union", hint=hint) from None
+        return True
+    return False
+
+
+def refuse_target(upper: Chosen, target: int) -> None:
+    """A backup in the store would be in itself, and must not wait for writers to be let go on."""
+    place = os.fstat(target).st_dev
+    own = upper.volume.contents is not None and place == os.fstat(upper.fd).st_dev
+    points = [point for point in mounted_unions().values() if os.stat(point).st_dev == place]
+    if own or points:
+        where = points[0] if points else upper.volume.locator.source
+        hint = "write it to another file system"
+        raise UnionfsError(f"the backup would lie in {where} itself", hint=hint)
+
+
+def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Trailer:
+    """Archive one upper, as it was at one moment."""
+    record = read_record(upper.fd)
+    base = None
+    if record is not None and record.base is not None:
+        base = {"name": record.base.name, "told": str(record.base)}
+    header = Header(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        store=upper.name,
+        id=record.uuid if record is not None else None,
+        base=base,
+        bytes=tree_bytes(upper.fd),
+    )
+    path = f"/proc/{os.getpid()}/fd/{upper.fd}"
+    if not upper.in_use:
+        return archive.write(target, header, path, advance)
+    for _ in range(_ATTEMPTS):
+        start = _settle(upper.fd)
+        trailer = archive.write(target, header, path, advance)
+        if not changed_since(upper.fd, start):
+            return trailer
+        target.seek(0)
+        target.truncate()
+    if upper.volume.contents is None:
+        hint = "unmount the union, or stop what writes to it"
+        raise UnionfsError(f"{upper.name} changes all the time", hint=hint)
+    with frozen(upper.fd, upper.name):
+        return archive.write(target, header, path, advance)
+
+
+def _settle(fd: int) -> int:
+    """Write what is held back; then the time from which on changes are later than now.
+
+    By the clock that inodes get their ctime from, which goes in ticks: what happens later in this
+    tick has this very time.
+    """
+    syscalls.syncfs(fd)
+    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+
+
+def _walk(fd: int) -> Iterator[os.stat_result]:
+    stack = [os.open(".", _OPEN, dir_fd=fd)]
+    top = True
+    try:
+        while stack:
+            current = stack.pop()
+            try:
+                yield os.fstat(current)
+                with os.scandir(current) as entries:
+                    found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
+                for name, is_directory in found:
+                    if top and name == AREA_NAME:
+                        continue
+                    with contextlib.suppress(FileNotFoundError):
+                        if is_directory:
+                            stack.append(os.open(name, _OPEN, dir_fd=current))
+                        else:
+                            yield os.stat(name, dir_fd=current, follow_symlinks=False)
+                top = False
+            finally:
+                os.close(current)
+    finally:
+        for left in stack:
+            os.close(left)
+
+
+def changed_since(fd: int, start: int) -> bool:
+    """Whether anything in a tree was changed, made or removed: its ctime, or its directory's."""
+    return any(status.st_ctime_ns >= start for status in _walk(fd))
+
+
+def tree_bytes(fd: int) -> int:
+    """About how long an archive of a tree will be."""
+    return sum(
+        1024 + (status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0)
+        for status in _walk(fd)
+    )
+
+
+@contextlib.contextmanager
+def frozen(fd: int, name: str) -> Iterator[None]:
+    """Hold up all who write to a file system.  Thawed however we end: a child waits for that."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _guard(fd, reading, writing)
+    os.close(reading)
+    try:
+        try:
+            fcntl.ioctl(fd, _FIFREEZE, 0)
+        except OSError as exc:
+            reason = os.strerror(exc.errno or errno.EIO)
+            hint = "unmount the union, or stop what writes to it"
+            raise UnionfsError(
+                f"{name} changes all the time, and cannot be frozen: {reason}", hint=hint
+            ) from exc
+        try:
+            yield
+        finally:
+            fcntl.ioctl(fd, _FITHAW, 0)
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
+def _guard(fd: int, reading: int, writing: int) -> None:
+    """In a child: thaw when the other end of the pipe is gone; it is thawed already as a rule."""
+    try:
+        os.close(writing)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        os.read(reading, 1)
+        with contextlib.suppress(OSError):
+            fcntl.ioctl(fd, _FITHAW, 0)
+    finally:
+        os._exit(0)
+
+
+def restore(
+    upper: Chosen, source: IO[bytes], path: str, advance: Advance, *, keep: bool
+) -> str | None:
+    """Put what a backup has in the place of an upper; where the old one is kept, if it is.
+
+    An upper that is the root of its file system has no place beside it, and must be empty.
+    """
+    archive.read_header(source, path)
+    trailer = archive.read_trailer(source, path)
+    parent, name = os.path.split(upper.directory)
+    if upper.volume.contents is None and not name:
+        parent, name = os.path.split(upper.volume.mountpoint)
+        top = os.open(parent or "/", _OPEN)
+    elif not name:
+        raise UnionfsError(
+            f"{upper.name} is the root of its file system", hint="restore into a directory: :/dir"
+        )
+    else:
+        opened = walk(upper.volume, parent)
+        top = os.open(".", _OPEN, dir_fd=opened)
+        os.close(opened)
+    try:
+        return _replace(top, name, source, trailer, path, advance, keep=keep)
+    finally:
+        os.close(top)
+
+
+def _replace(
+    top: int,
+    name: str,
+    source: IO[bytes],
+    trailer: archive.Trailer,
+    path: str,
+    advance: Advance,
+    *,
+    keep: bool,
+) -> str | None:
+    _remove_abandoned(top, name)
+    temporary = f".{name}.{secrets.token_hex(4)}.restore"
+    os.mkdir(temporary, 0o700, dir_fd=top)
+    try:
+        fd = os.open(temporary, _OPEN, dir_fd=top)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            # tar changes into it by this path.
+            archive.extract(source, trailer, path, f"/proc/{os.getpid()}/fd/{fd}", advance)
+            syscalls.syncfs(fd)
+        finally:
+            os.close(fd)
+        old = _exchange(top, temporary, name)
+    except BaseException:
+        _remove(top, temporary)
+        raise
+    if keep and old is not None:
+        kept = f"{name}.before-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        os.rename(old, kept, src_dir_fd=top, dst_dir_fd=top)
+        return kept
+    if old is not None:
+        _remove(top, old)
+    return None
+
+
+def _exchange(top: int, temporary: str, name: str) -> str:
+    """One call where there is one; else the old one is moved aside first."""
+    try:
+        syscalls.renameat2(top, temporary, top, name, RenameFlag.EXCHANGE)
+        return temporary
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # fuse2fs
+            raise
+    aside = f"{temporary}.old"
+    os.rename(name, aside, src_dir_fd=top, dst_dir_fd=top)
+    os.rename(temporary, name, src_dir_fd=top, dst_dir_fd=top)
+    return aside
+
+
+def _remove(top: int, name: str) -> None:
+    from pathlib import Path
+
+    from unionfs.layer import remove_tree
+
+    remove_tree(Path(f"/proc/self/fd/{top}/{name}"))
+
+
+def _remove_abandoned(top: int, name: str) -> None:
+    """What a restore that was killed has left.  The caller has the upper's lock."""
+    for found in os.listdir(top):
+        if found.startswith(f".{name}.") and found.endswith((".restore", ".restore.old")):
+            _remove(top, found)

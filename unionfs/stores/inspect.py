@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What stores there are, and what lies in them.
+
+Owns the look: file systems are mounted privately and read-only, without replaying their journals.
+Called by `unionfs store list` and `info`.
+
+Uppers are looked for where unionfs makes them: the root of a file system, its directories, and
+/persistent_NAME/ARCH.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from unionfs import identity
+from unionfs.errors import UnionfsError
+from unionfs.format import AREA_NAME
+from unionfs.identity import StoreRecord, parse_store
+from unionfs.mounts import read_mounts
+from unionfs.stores import find
+from unionfs.stores.opening import Volume, open_volume
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_MOUNTABLE = ("ext2", "ext3", "ext4", "xfs", "btrfs")
+
+
+@dataclass(slots=True)
+class Upper:
+    """One directory with changes in a store."""
+
+    directory: str  # within the store
+    record: StoreRecord | None
+    mounted: str = ""  # the mount point of its union
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able."""
+        record = self.record
+        base = record.base if record is not None else None
+        return {
+            "directory": self.directory,
+            "id": record.uuid if record is not None else None,
+            "created": record.created if record is not None else None,
+            "used": record.used if record is not None else None,
+            "base": None if base is None else {"name": base.name, "told": str(base)},
+            "mounted": self.mounted or None,
+        }
+
+
+@dataclass(slots=True)
+class Store:
+    """A place that can hold uppers."""
+
+    kind: str  # directory, image, device
+    path: str
+    fstype: str = ""
+    label: str = ""
+    uuid: str = ""
+    size: int | None = None  # of the file system
+    free: int | None = None
+    allocated: int | None = None  # of the image: what it takes on its own disk
+    uppers: list[Upper] = field(default_factory=list)
+    problem: str = ""  # why nothing is known of what lies in it
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able."""
+        used = None if self.size is None or self.free is None else self.size - self.free
+        return {
+            "kind": self.kind,
+            "path": self.path,
+            "fstype": self.fstype or None,
+            "label": self.label or None,
+            "uuid": self.uuid or None,
+            "size": self.size,
+            "used": used,
+            "free": self.free,
+            "allocated": self.allocated,
+            "uppers": [upper.facts() for upper in self.uppers],
+            "problem": self.problem or None,
+        }
+
+
+def read_record(upper: int) -> StoreRecord | None:
+    """AREA/store of the open directory `upper`; None if there is none that is understood."""
+    path = f"/proc/self/fd/{upper}/{AREA_NAME}/{identity.FILE}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
+            return parse_store(file.read(65536), path)
+    except (OSError, UnionfsError):
+        return None
+
+
+def find_uppers(root: int) -> Iterator[Upper]:
+    """The uppers on the file system of the open directory `root`."""
+    yield from _upper_at(root, "/")
+    for name in _directories(root):
+        with _opened(root, name) as fd:
+            if fd < 0:
+                continue
+            yield from _upper_at(fd, f"/{name}")
+            if name.startswith("persistent_"):
+                for inner in _directories(fd):
+                    with _opened(fd, inner) as below:
+                        if below >= 0:
+                            yield from _upper_at(below, f"/{name}/{inner}")
+
+
+def _upper_at(fd: int, directory: str) -> Iterator[Upper]:
+    try:
+        status = os.stat(AREA_NAME, dir_fd=fd, follow_symlinks=False)
+    except OSError:
+        return
+    if stat.S_ISDIR(status.st_mode):
+        yield Upper(directory, read_record(fd))
+
+
+def _directories(fd: int) -> list[str]:
+    try:
+        with os.scandir(fd) as entries:
+            return sorted(
+                e.name for e in entries if e.name != AREA_NAME and e.is_dir(follow_symlinks=False)
+            )
+    except OSError:
+        return []
+
+
+@contextlib.contextmanager
+def _opened(parent: int, name: str) -> Iterator[int]:
+    """A directory below; -1 if it cannot be opened."""
+    try:
+        fd = os.open(name, _DIRECTORY, dir_fd=parent)
+    except OSError:
+        yield -1
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def uppers_of(volume: Volume) -> list[str]:
+    """The directories of the uppers in a volume."""
+    root = os.open(".", _DIRECTORY, dir_fd=volume.root)
+    try:
+        return [upper.directory for upper in find_uppers(root)]
+    finally:
+        os.close(root)
+
+
+def mounted_unions() -> dict[str, str]:
+    """The mount points of unions by their upper's id."""
+    from unionfs.cli.unions import FSTYPE, ask
+
+    mounts = read_mounts()
+    found = {}
+    for entry in mounts:
+        if entry.fstype != FSTYPE:
+            continue
+        store = ask(entry, mounts, deadline=2).facts.get("store")
+        if isinstance(store, dict) and isinstance(store.get("id"), str):
+            found[store["id"]] = entry.point
+    return found
+
+
+def look(text: str, mounted: dict[str, str]) -> Store:
+    """One store, by its locator."""
+    from unionfs import locator
+
+    where = locator.parse(text)
+    path = find.find(where)
+    store = _outside(path)
+    try:
+        volume = open_volume(text, readonly=True, untouched=True)
+    except UnionfsError as exc:
+        store.problem = exc.line()
+        return store
+    try:
+        _inside(store, volume)
+    finally:
+        volume.close()
+    for upper in store.uppers:
+        if upper.record is not None:
+            upper.mounted = mounted.get(upper.record.uuid, "")
+    return store
+
+
+def _outside(path: str) -> Store:
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        reason = os.strerror(exc.errno or 0)
+        raise UnionfsError(f"cannot open {path}: {reason}", hint="correct the path") from exc
+    if stat.S_ISDIR(status.st_mode):
+        return Store("directory", path)
+    if stat.S_ISBLK(status.st_mode):
+        return Store("device", path)
+    return Store("image", path, allocated=status.st_blocks * 512)
+
+
+def _inside(store: Store, volume: Volume) -> None:
+    if volume.contents is not None:
+        store.fstype = volume.contents.fstype
+        store.label = volume.contents.label
+        store.uuid = volume.contents.uuid
+    root = os.open(".", _DIRECTORY, dir_fd=volume.root)
+    try:
+        space = os.fstatvfs(root)
+        store.size = space.f_blocks * space.f_frsize
+        store.free = space.f_bavail * space.f_frsize
+        store.uppers = list(find_uppers(root))
+    finally:
+        os.close(root)
+
+
+def candidates(places: Iterable[str]) -> Iterator[str]:
+    """What may be a store: what was named, images in directories that were named, devices.
+
+    Without names: devices and the images at the top of mounted file systems.
+    """
+    given = list(places)
+    for place in given:
+        if os.path.isdir(place):
+            yield place
+            with os.scandir(place) as entries:
+                yield from sorted(
+                    e.path for e in entries if e.name.endswith(".img") and e.is_file()
+                )
+        else:
+            yield place
+    if not given:
+        yield from find.block_devices()
+        yield from find.image_files(read_mounts())
+
+
+def find_stores(places: Iterable[str]) -> Iterator[Store]:
+    """All that are found; without names only what has an upper in it or a problem to tell."""
+    mounted = mounted_unions()
+    given = list(places)
+    seen: set[str] = set()
+    backing = set()
+    for path in candidates(given):
+        real = os.path.realpath(path)
+        if real in seen:
+            continue
+        seen.add(real)
+        if not given:
+            contents = next(find.examine([path]), None)
+            if contents is None or contents.fstype not in _MOUNTABLE:
+                continue
+            if contents.uuid in backing:  # an image, and the loop device on it
+                continue
+            backing.add(contents.uuid)
+        store = look(path, mounted)
+        if store.uppers or (given and store.kind != "directory"):
+            yield store
