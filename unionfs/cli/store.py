@@ -17,8 +17,12 @@ VERBS = {
     "info": "tell of one store, and of what lies in it",
     "check": "check a store, and repair it",
     "grow": "make a store larger",
+    "shrink": "make an image smaller",
+    "compact": "give unused space of an image back to its disk",
     "backup": "write the changes in a store to one file",
     "restore": "bring back what a backup has",
+    "clone": "copy the changes in one store to another",
+    "reset": "go back to the base, wholly or for some paths",
 }
 
 HELP = f"""\

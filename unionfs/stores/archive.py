@@ -58,6 +58,26 @@ def tar_words() -> list[str]:
     return ["--xattrs", f"--xattrs-include={pattern}", "--acls", "--numeric-owner", "--sparse"]
 
 
+def tar_creating(directory: str) -> list[str]:
+    """The command that writes an upper to its standard output.
+
+    Without what belongs to this place: who holds it, temporaries, and inode numbers.
+    """
+    return [
+        tool("tar", "tar"),
+        *("-C", directory, "-cf", "-", "--format=posix", *tar_words()),
+        *("--exclude=./.unionfs/owner", "--exclude=./.unionfs/work/#*"),
+        *("--exclude=./.unionfs/numbers/*", "--no-wildcards-match-slash", "."),
+    ]
+
+
+def tar_extracting(directory: str) -> list[str]:
+    """The command that unpacks it from its standard input."""
+    owner = ["--same-owner"] if os.geteuid() == 0 else []
+    words = [*tar_words(), "-p", "--delay-directory-restore", *owner]
+    return [tool("tar", "tar"), "-C", directory, "-xf", "-", *words]
+
+
 def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -> Trailer:
     """Archive a directory.  The caller makes the file durable and gives it its name."""
     head = {"kind": _WHOLE, "version": VERSION, **_asdict(header)}
@@ -67,12 +87,7 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
     errors = os.memfd_create("tar")
     with open(errors, "w+b") as said:
         tar = subprocess.Popen(
-            [
-                tool("tar", "tar"),
-                *("-C", directory, "-cf", "-", "--format=posix", *tar_words()),
-                *("--exclude=./.unionfs/owner", "--exclude=./.unionfs/work/#*"),
-                *("--exclude=./.unionfs/numbers/*", "--no-wildcards-match-slash", "."),
-            ],
+            tar_creating(directory),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=said,
@@ -188,12 +203,8 @@ def extract(
             stdout=subprocess.PIPE,
             stderr=said,
         )
-        into = [tool("tar", "tar"), "-C", directory or "/", "-xf" if directory else "-tf", "-"]
-        words = [*tar_words(), "-p", "--delay-directory-restore"] if directory else []
-        if directory and os.geteuid() == 0:
-            words.append("--same-owner")
         tar = subprocess.Popen(
-            [*into, *words],
+            [tool("tar", "tar"), "-tf", "-"] if directory is None else tar_extracting(directory),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=said,
@@ -219,3 +230,37 @@ def extract(
             raise UnionfsError(f"{path} cannot be restored: {reason}") from None
         finally:
             _end(unpack, tar)
+
+
+def copy(source: str, target: str, advance: Advance) -> None:
+    """From one directory to another, all that an upper has."""
+    with open(os.memfd_create("tar"), "w+b") as said:
+        environment = {**os.environ, "LC_ALL": "C"}
+        reader = subprocess.Popen(
+            tar_creating(source),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            env=environment,
+        )
+        writer = subprocess.Popen(
+            tar_extracting(target),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env=environment,
+        )
+        assert reader.stdout is not None
+        assert writer.stdin is not None
+        try:
+            while data := reader.stdout.read(_CHUNK):
+                writer.stdin.write(data)
+                advance(len(data))
+            writer.stdin.close()
+            if reader.wait() or writer.wait():
+                raise UnionfsError(f"the copy failed: {_last(said, 'tar ended early')}")
+        except BrokenPipeError:
+            writer.wait()
+            raise UnionfsError(f"the copy failed: {_last(said, 'tar ended early')}") from None
+        finally:
+            _end(reader, writer)

@@ -20,7 +20,7 @@ import secrets
 import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Final
 
@@ -238,49 +238,46 @@ def _guard(fd: int, reading: int, writing: int) -> None:
 def restore(
     upper: Chosen, source: IO[bytes], path: str, advance: Advance, *, keep: bool
 ) -> str | None:
-    """Put what a backup has in the place of an upper; where the old one is kept, if it is.
-
-    An upper that is the root of its file system has no place beside it, and must be empty.
-    """
+    """Put what a backup has in the place of an upper; where the old one is kept, if it is."""
     archive.read_header(source, path)
     trailer = archive.read_trailer(source, path)
+    return replace(
+        upper, lambda into: archive.extract(source, trailer, path, into, advance), keep=keep
+    )
+
+
+def replace(upper: Chosen, fill: Callable[[str], None], *, keep: bool) -> str | None:
+    """Fill a new directory, then have it take an upper's place; where the old one is kept.
+
+    An upper that is the root of its file system has no place beside it.
+    """
     parent, name = os.path.split(upper.directory)
     if upper.volume.contents is None and not name:
         parent, name = os.path.split(upper.volume.mountpoint)
         top = os.open(parent or "/", _OPEN)
     elif not name:
         raise UnionfsError(
-            f"{upper.name} is the root of its file system", hint="restore into a directory: :/dir"
+            f"{upper.name} is the root of its file system", hint="name a directory by :/dir"
         )
     else:
         opened = walk(upper.volume, parent)
         top = os.open(".", _OPEN, dir_fd=opened)
         os.close(opened)
     try:
-        return _replace(top, name, source, trailer, path, advance, keep=keep)
+        return _replace(top, name, fill, keep=keep)
     finally:
         os.close(top)
 
 
-def _replace(
-    top: int,
-    name: str,
-    source: IO[bytes],
-    trailer: archive.Trailer,
-    path: str,
-    advance: Advance,
-    *,
-    keep: bool,
-) -> str | None:
+def _replace(top: int, name: str, fill: Callable[[str], None], *, keep: bool) -> str | None:
     _remove_abandoned(top, name)
     temporary = f".{name}.{secrets.token_hex(4)}.restore"
     os.mkdir(temporary, 0o700, dir_fd=top)
     try:
         fd = os.open(temporary, _OPEN, dir_fd=top)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            # tar changes into it by this path.
-            archive.extract(source, trailer, path, f"/proc/{os.getpid()}/fd/{fd}", advance)
+            # Programs that fill it reach it by this path.
+            fill(f"/proc/{os.getpid()}/fd/{fd}")
             syscalls.syncfs(fd)
         finally:
             os.close(fd)
@@ -288,12 +285,11 @@ def _replace(
     except BaseException:
         _remove(top, temporary)
         raise
-    if keep and old is not None:
+    if keep:
         kept = f"{name}.before-{datetime.datetime.now():%Y%m%d-%H%M%S}"
         os.rename(old, kept, src_dir_fd=top, dst_dir_fd=top)
         return kept
-    if old is not None:
-        _remove(top, old)
+    _remove(top, old)
     return None
 
 

@@ -178,6 +178,17 @@ def create_image(
         make_filesystem(temporary, fstype, label, discard=sparse)
 
 
+@contextlib.contextmanager
+def new_image(path: str, size: int, fstype: FileSystem, label: str) -> Iterator[str]:
+    """A sparse image under its temporary name, to be filled; at the end it gets its own."""
+    with new_file(path) as (fd, temporary):
+        os.ftruncate(fd, size)
+        make_filesystem(temporary, fstype, label)
+        # Whoever mounts it takes a lock of his own.
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        yield temporary
+
+
 def format_device(path: str, fstype: FileSystem, label: str) -> None:
     """A file system on an empty block device."""
     if not stat.S_ISBLK(os.stat(path).st_mode):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Making a store larger, mounted or not.
+"""Making a store larger or smaller, mounted or not.
 
 Owns the order, which loses nothing at whatever step it is cut: an image is lengthened first, which
 changes nothing that is there; then the file system is told, by the kernel, which journals it.  An
@@ -17,7 +17,7 @@ import os
 import stat
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from unionfs.errors import UnionfsError, usage_error
@@ -32,6 +32,8 @@ _EXT4_IOC_RESIZE_FS: Final = 0x40086610
 _XFS_IOC_FSGROWFSDATA: Final = 0x4010586E
 _XFS_IOC_FSGEOMETRY_V1: Final = 0x80705864
 _BTRFS_IOC_RESIZE: Final = 0x50009403
+_FITRIM: Final = 0xC0185879
+_EVERYTHING: Final = (1 << 64) - 1
 _XFS_GEOMETRY_SIZE: Final = 112
 _BTRFS_SMALLEST: Final = 256 << 20  # fs/btrfs/ioctl.c
 _STEP: Final = 8 << 20
@@ -67,7 +69,7 @@ def grow(path: str, size: int | None, advance: Advance) -> int:
             raise
         return size
     if contents.fstype == "ext4":
-        _grow_copy(path, size, advance)
+        _resize_copy(path, size, advance)
         return size
     if not kernel.may_mount():
         hint = "ask root to do it"
@@ -120,14 +122,10 @@ def _grow_device(contents: Contents, size: int | None) -> int:
 
 
 def _resize_mounted(contents: Contents, device: str) -> None:
-    """Tell a file system that its device is larger; mounted once more, it is the same one."""
-    root, _ = kernel.mount(contents._replace(path=device), readonly=False)
+    """Tell a file system that its device is larger."""
     try:
-        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)
-    finally:
-        os.close(root)
-    try:
-        {"ext4": _resize_ext4, "xfs": _resize_xfs, "btrfs": _resize_btrfs}[contents.fstype](fd)
+        with _opened(contents, device) as fd:
+            tell_larger(fd, contents.fstype)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
         hint = None
@@ -137,8 +135,11 @@ def _resize_mounted(contents: Contents, device: str) -> None:
             )
             hint = "unmount the union, and grow it then"
         raise UnionfsError(f"{contents.path} cannot be grown: {reason}", hint=hint) from exc
-    finally:
-        os.close(fd)
+
+
+def tell_larger(fd: int, fstype: str) -> None:
+    """Have an open file system take all of its device; raises OSError."""
+    {"ext4": _resize_ext4, "xfs": _resize_xfs, "btrfs": _resize_btrfs}[fstype](fd)
 
 
 def _device_bytes(fd: int) -> int:
@@ -166,7 +167,92 @@ def _resize_btrfs(fd: int) -> None:
     fcntl.ioctl(fd, _BTRFS_IOC_RESIZE, bytearray(struct.pack("=q4088s", 0, b"max")))
 
 
-def _grow_copy(path: str, size: int, advance: Advance) -> None:
+def shrink(path: str, size: int, advance: Advance) -> None:
+    """Make an image smaller: an ext4 as a copy, a btrfs mounted; the file is cut last."""
+    contents = probe(path)
+    require_filesystem(contents)
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise usage_error(f"{path} is no image", "only images are made smaller")
+    if size > os.stat(path).st_size:
+        raise usage_error(f"{path} has only {os.stat(path).st_size} bytes", "shrink makes it less")
+    if contents.fstype == "ext4":
+        if devices := _loops(path):
+            hint = "unmount the union first"
+            raise UnionfsError(f"{path} is in use, by {devices[0]}", hint=hint)
+        _resize_copy(path, size, advance)
+    elif contents.fstype == "btrfs" and kernel.may_mount():
+        if size < _BTRFS_SMALLEST:
+            hint = "write --size 256M or more"
+            raise usage_error(f"btrfs cannot be resized to {size} bytes", hint)
+        _shrink_btrfs(contents, size)
+    else:
+        hint = "make a smaller store, and clone it"
+        raise UnionfsError(f"{path}: {contents.fstype} cannot be made smaller here", hint=hint)
+
+
+def _shrink_btrfs(contents: Contents, size: int) -> None:
+    held = loop.attach(contents.path, readonly=False)
+    try:
+        words = bytearray(struct.pack("=q4088s", 0, str(size).encode()))
+        with _opened(contents, held.path) as fd:
+            fcntl.ioctl(fd, _BTRFS_IOC_RESIZE, words)
+        os.truncate(contents.path, size)
+        loop.resized(held.path)
+    except OSError as exc:
+        reason = os.strerror(exc.errno or errno.EIO)
+        raise UnionfsError(f"{contents.path} cannot be made smaller: {reason}") from exc
+    finally:
+        os.close(held.fd)
+
+
+def compact(path: str) -> None:
+    """Give the space of an image that its file system does not use back to its disk."""
+    contents = probe(path)
+    require_filesystem(contents)
+    if contents.fstype not in ("ext4", "xfs", "btrfs"):
+        raise UnionfsError(f"{path}: {contents.fstype} has nothing to give back")
+    if kernel.may_mount():
+        device = path
+        held = None
+        if stat.S_ISREG(os.stat(path).st_mode):
+            held = loop.attach(path, readonly=False)
+            device = held.path
+        try:
+            with _opened(contents, device) as fd:
+                fcntl.ioctl(fd, _FITRIM, struct.pack("=QQQ", 0, _EVERYTHING, 0))
+        except OSError as exc:
+            reason = os.strerror(exc.errno or errno.EIO)
+            hint = "its disk takes no space back" if exc.errno == errno.EOPNOTSUPP else None
+            raise UnionfsError(f"{path} cannot be compacted: {reason}", hint=hint) from exc
+        finally:
+            if held is not None:
+                os.close(held.fd)
+        return
+    if contents.fstype != "ext4":
+        raise UnionfsError(f"{path}: an ordinary user cannot compact {contents.fstype}")
+    lock = userspace.lock_image(path, readonly=False)
+    try:
+        command = [tool("e2fsck", "e2fsprogs"), "-f", "-p", "-E", "discard", path]
+        _run(command, path, good=1, what="compacted")
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _opened(contents: Contents, device: str) -> Iterator[int]:
+    """The root of a file system; mounted once more, it is the same one."""
+    root, _ = kernel.mount(contents._replace(path=device), readonly=False)
+    try:
+        fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)
+    finally:
+        os.close(root)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _resize_copy(path: str, size: int, advance: Advance) -> None:
     """resize2fs on a copy that then replaces the image."""
     real = os.path.realpath(path)
     lock = userspace.lock_image(real, readonly=False)
@@ -175,17 +261,20 @@ def _grow_copy(path: str, size: int, advance: Advance) -> None:
             fd, temporary = stack.enter_context(new_file(real, replace=True))
             status = os.fstat(lock)
             copy_sparse(lock, fd, status.st_size, advance)
-            os.ftruncate(fd, size)
+            if size > status.st_size:
+                os.ftruncate(fd, size)
             os.fchmod(fd, stat.S_IMODE(status.st_mode))
             with contextlib.suppress(PermissionError):
                 os.fchown(fd, status.st_uid, status.st_gid)
             _run([tool("e2fsck", "e2fsprogs"), "-f", "-p", temporary], path, good=1)
-            _run([tool("resize2fs", "e2fsprogs"), temporary], path, good=0)
+            blocks = f"{size // 512}s"  # in sectors
+            _run([tool("resize2fs", "e2fsprogs"), temporary, blocks], path, good=0)
+            os.ftruncate(fd, size)
     finally:
         os.close(lock)
 
 
-def _run(command: list[str], path: str, *, good: int) -> None:
+def _run(command: list[str], path: str, *, good: int, what: str = "resized") -> None:
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -198,7 +287,7 @@ def _run(command: list[str], path: str, *, good: int) -> None:
         reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
         name = os.path.basename(command[0])
         hint = f"check it: unionfs store check --repair {path}"
-        raise UnionfsError(f"{path} cannot be grown: {name}: {reason}", hint=hint)
+        raise UnionfsError(f"{path} cannot be {what}: {name}: {reason}", hint=hint)
 
 
 def copy_sparse(source: int, target: int, size: int, advance: Advance) -> None:

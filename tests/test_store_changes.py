@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs store` shrink, compact, clone and reset: on real images, and killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.rig import images
+from tests.test_store_commands import (
+    _fill,
+    _tree,
+    done,
+    facts,
+    fails,
+    killed_at,
+    listing,
+    shim,
+    store,
+)
+from tests.test_stores import base, change, check, need, union
+
+__all__ = ["base", "shim"]
+
+ARCH = os.uname().machine
+
+
+def hidden(place: Path) -> list[str]:
+    return [name for name in listing(place) if name.startswith(".")]
+
+
+# shrink, compact
+
+
+@pytest.mark.parametrize("kind", ["ext4", "btrfs"])
+def test_shrink(base: Path, kind: str) -> None:
+    need(kind)
+    large, small = (64, 24) if kind == "ext4" else (400, 300)
+    image = images.make(base / "s.img", kind, "keep me", large)
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+        if kind == "ext4":
+            assert "in use" in fails("shrink", image, "--size", f"{small}M")
+    done("shrink", image, "--size", f"{small}M")
+    assert image.stat().st_size == small << 20
+    assert store("check", image).returncode == 0
+    assert facts("info", image)["label"] == "keep me"
+    with union(base, base / "tree", image):
+        check(base / "mnt")
+    assert "has only" in fails("shrink", image, "--size", "1G", code=1)
+    assert hidden(base) == []
+    assert images.loops_of(image) == []
+
+
+def test_shrink_to_less_than_there_is(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img", megabytes=64)
+    with union(base, base / "tree", image):
+        (base / "mnt/big").write_bytes(os.urandom(20 << 20))
+    before = image.read_bytes()
+    assert "cannot be resized" in fails("shrink", image, "--size", "16M")
+    assert image.read_bytes() == before
+    assert hidden(base) == []
+
+
+def test_shrink_killed(base: Path, shim: Callable[[str], Path]) -> None:
+    need("ext4")
+    image = images.make(base / "s.img", megabytes=64)
+    before = image.read_bytes()
+    killed_at(shim("resize2fs"), "shrink", image, "--size", "16M")
+    assert image.read_bytes() == before
+
+
+def test_xfs_does_not_shrink(base: Path) -> None:
+    need("xfs")
+    image = images.make(base / "s.img", "xfs", megabytes=320)
+    assert "clone" in fails("shrink", image, "--size", "300M")
+
+
+@pytest.mark.parametrize("kind", images.WRITABLE)
+def test_compact(base: Path, kind: str) -> None:
+    need(kind)
+    image = images.make(base / "s.img", kind, megabytes=320 if kind == "xfs" else 128)
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+        (base / "mnt/big").write_bytes(os.urandom(24 << 20))
+    before = image.stat().st_blocks * 512
+    with union(base, base / "tree", image):
+        (base / "mnt/big").unlink()
+        os.sync()
+        if os.geteuid() == 0:
+            done("compact", image)
+    done("compact", image)
+    assert image.stat().st_blocks * 512 < before - (16 << 20)
+    with union(base, base / "tree", image):
+        check(base / "mnt")
+
+
+# clone
+
+
+def test_clone_from_and_to_everything(base: Path) -> None:
+    need("ext4")
+    up = base / "up"
+    up.mkdir()
+    with union(base, base / "tree", up):
+        _fill(base / "mnt")
+        before = _tree(base / "mnt")
+        assert "in use" in fails("clone", up, base / "other")
+    assert "--size" in fails("clone", up, base / "other")
+    done("clone", up, f"{base}/new.img:/work", "--size", "64M", "--label", "copy")
+    assert facts("info", base / "new.img")["label"] == "copy"
+    with union(base, base / "tree", f"{base}/new.img:/work"):
+        assert _tree(base / "mnt") == before
+    (base / "back").mkdir()
+    done("clone", f"{base}/new.img:/work", base / "back")
+    with union(base, base / "tree", base / "back"):
+        assert _tree(base / "mnt") == before
+    ids = [
+        facts("info", place)["uppers"][0]["id"] for place in (up, base / "new.img", base / "back")
+    ]
+    assert len(set(ids)) == 3
+    assert "is not empty" in fails("clone", up, base / "back")
+    assert "is not overwritten" in fails("clone", up, f"{base}/new.img:/x", "--size", "64M")
+    assert "which base" in fails("clone", up, base / "third.img", "--size", "64M", code=1)
+    assert not (base / "third.img").exists()
+    assert hidden(base) == []
+
+
+def test_clone_between_file_systems(base: Path) -> None:
+    need("ext4")
+    source = images.make(base / "a.img")
+    with union(base, base / "tree", source):
+        change(base / "mnt")
+    kind = "xfs" if os.geteuid() == 0 else "ext4"
+    done("clone", source, base / "b.img", "--size", "300M", "--fs", kind)
+    said = facts("info", base / "b.img")
+    assert said["fstype"] == kind
+    assert said["uppers"][0]["directory"] == f"/persistent_tree/{ARCH}"
+    with union(base, base / "tree", base / "b.img"):
+        check(base / "mnt")
+    if os.geteuid() == 0:
+        target = images.make(base / "c.img")
+        with images.attached(target) as device:
+            done("clone", base / "b.img", device)
+            with union(base, base / "tree", device):
+                check(base / "mnt")
+
+
+def test_clone_killed(base: Path, shim: Callable[[str], Path]) -> None:
+    up = base / "up"
+    up.mkdir()
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+    (base / "other").mkdir()
+    killed_at(shim("tar"), "clone", up, base / "other")
+    assert list((base / "other").iterdir()) == []
+    done("clone", up, base / "other")
+    with union(base, base / "tree", base / "other"):
+        check(base / "mnt")
+    assert hidden(base) == []
+
+
+# reset
+
+
+def test_reset_all(base: Path) -> None:
+    up = base / "up"
+    up.mkdir()
+    up.chmod(0o705)
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+        assert "in use" in fails("reset", up)
+        assert "file" in done("reset", up, "--dry-run")
+    told = done("reset", up)
+    (kept,) = base.glob("up.before-*")
+    assert str(kept.name) in told
+    assert stat.S_IMODE(up.stat().st_mode) == 0o705
+    with union(base, base / "tree", up):
+        assert (base / "mnt/file").read_text() == "lower\n"
+        assert (base / "mnt/gone").exists()
+    with union(base, base / "tree", kept):
+        check(base / "mnt")
+    assert "file" not in done("reset", up, "--discard")
+    assert len(list(base.glob("up.before-*"))) == 1
+    assert hidden(base) == []
+
+
+def test_reset_in_an_image(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+    done("reset", image)
+    with union(base, base / "tree", image):
+        assert (base / "mnt/gone").exists()
+    assert len(facts("info", image)["uppers"]) == 2
+
+
+def test_reset_paths(base: Path) -> None:
+    up = base / "up"
+    up.mkdir()
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+        (base / "mnt/made/below").write_text("x")
+    assert done("reset", up, "/gone", "made/below", "-n").count("\n") == 2
+    assert "/other is not changed" in fails("reset", up, "/gone", "/other")
+    with union(base, base / "tree", up):
+        check(base / "mnt")
+    for path in ("/", ".", "../x", ".unionfs/work"):
+        assert "is no path in the union" in fails("reset", up, path, code=1)
+    told = done("reset", up, "/gone", "/file", "made/below")
+    with union(base, base / "tree", up):
+        assert (base / "mnt/file").read_text() == "lower\n"
+        assert (base / "mnt/gone").read_text() == "lower\n"
+        assert list((base / "mnt/made").iterdir()) == []
+        assert (base / "mnt/moved").exists()
+    (kept,) = (up / ".unionfs").glob("reset-*")
+    assert kept.name in told
+    assert (kept / "1-file").read_text() == "changed\n"
+
+
+def test_reset_of_one_name_of_several(base: Path) -> None:
+    os.link(base / "tree/file", base / "tree/link")
+    up = base / "up"
+    up.mkdir()
+    with union(base, base / "tree", up):
+        (base / "mnt/file").write_text("changed\n")
+        assert (base / "mnt/link").read_text() == "changed\n"
+    assert "other names" in fails("reset", up, "/file")
+    with union(base, base / "tree", up):
+        assert (base / "mnt/link").read_text() == "changed\n"

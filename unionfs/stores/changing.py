@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Cloning an upper to another store, and resetting one to its base.
+
+Owns what of an upper is its own and not its copy's, and what a path's reset takes away.  An upper
+that is taken away is kept beside, as NAME.before-DATE, unless it is told otherwise.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import os
+import stat
+import uuid
+from typing import Final
+
+from unionfs.errors import UnionfsError, usage_error
+from unionfs.format import AREA_NAME
+from unionfs.identity import FILE
+from unionfs.stores import archive
+from unionfs.stores.archive import Advance
+from unionfs.stores.backing import Chosen, replace
+from unionfs.stores.inspect import read_record
+
+_OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+def refuse_used(source: Chosen) -> None:
+    """Raise an error if a union has it."""
+    if source.in_use:
+        hint = "unmount that union first"
+        raise UnionfsError(f"{source.name} is in use by a union", hint=hint)
+
+
+def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
+    """Copy an upper that no union uses to an empty place; the copy is a store of its own."""
+    if os.listdir(target.fd):
+        hint = "name a directory that is not there yet, by :/dir"
+        raise UnionfsError(f"{target.name} is not empty: it is not overwritten", hint=hint)
+
+    def fill(into: str) -> None:
+        archive.copy(f"/proc/{os.getpid()}/fd/{source.fd}", into, advance)
+        record = read_record(source.fd)
+        if record is not None:
+            own = dataclasses.replace(record, uuid=str(uuid.uuid4()))
+            with open(f"{into}/{AREA_NAME}/{FILE}", "w", encoding="utf-8") as file:
+                file.write(own.text())
+
+    replace(target, fill, keep=False)
+
+
+def default_directory(source: Chosen) -> str:
+    """Where a clone lies in a file system of its own."""
+    if source.directory != "/":
+        return source.directory
+    record = read_record(source.fd)
+    if record is None or record.base is None:
+        hint = "name the directory: IMAGE:/dir"
+        raise usage_error(f"it is not known which base {source.name} belongs to", hint)
+    from unionfs.stores.base import default_directory
+
+    return default_directory(record.base.name)
+
+
+def reset(upper: Chosen, *, keep: bool) -> str | None:
+    """Put an empty upper, with the root's owner and mode, in the place of one."""
+    status = os.fstat(upper.fd)
+
+    def fill(into: str) -> None:
+        if os.geteuid() == 0:
+            os.chown(into, status.st_uid, status.st_gid)
+        os.chmod(into, stat.S_IMODE(status.st_mode))
+
+    return replace(upper, fill, keep=keep)
+
+
+def contents(upper: Chosen) -> list[str]:
+    """What is at the top of an upper."""
+    return sorted(set(os.listdir(upper.fd)) - {AREA_NAME})
+
+
+def find_paths(upper: Chosen, paths: list[str]) -> list[str]:
+    """What the upper has of these paths of the union, as its own relative paths."""
+    found = []
+    for path in paths:
+        relative = os.path.normpath(path).strip("/")
+        if relative in ("", ".") or relative.split("/")[0] in ("..", AREA_NAME):
+            raise usage_error(f"{path} is no path in the union", "leave it out to reset everything")
+        folder, name = os.path.split(relative)
+        here = [n for n in (name, f".wh.{name}") if _exists(upper.fd, os.path.join(folder, n))]
+        if not here:
+            raise UnionfsError(f"{path} is not changed: {upper.name} has nothing of it")
+        found += [os.path.join(folder, n) for n in here]
+    return found
+
+
+def _exists(fd: int, relative: str) -> bool:
+    try:
+        os.stat(relative, dir_fd=fd, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
+    """Take paths out of an upper, so that the base is seen there; where they are kept."""
+    for relative in found:
+        _refuse_linked(upper, relative)
+    aside = f"reset-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    area = os.open(AREA_NAME, _OPEN, dir_fd=upper.fd)
+    try:
+        os.makedirs(f"/proc/self/fd/{area}/{aside}", 0o700)
+        for number, relative in enumerate(found):
+            kept = f"{aside}/{number}-{os.path.basename(relative)}"
+            parent = _open_parent(upper.fd, relative)
+            try:
+                os.rename(os.path.basename(relative), kept, src_dir_fd=parent, dst_dir_fd=area)
+                os.fsync(parent)
+            finally:
+                os.close(parent)
+        if keep:
+            return f"{AREA_NAME}/{aside}"
+        from pathlib import Path
+
+        from unionfs.layer import remove_tree
+
+        remove_tree(Path(f"/proc/self/fd/{area}/{aside}"))
+        return None
+    finally:
+        os.close(area)
+
+
+def _open_parent(upper: int, relative: str) -> int:
+    """The directory of a path in an upper; no link is followed."""
+    fd = os.open(".", _OPEN, dir_fd=upper)
+    for name in os.path.dirname(relative).split("/"):
+        if not name:
+            continue
+        try:
+            below = os.open(name, _OPEN, dir_fd=fd)
+        except OSError as exc:
+            reason = os.strerror(exc.errno or errno.EIO)
+            raise UnionfsError(f"cannot open {relative} in the store: {reason}") from exc
+        finally:
+            os.close(fd)
+        fd = below
+    return fd
+
+
+def _refuse_linked(upper: Chosen, relative: str) -> None:
+    """A hard link's copy is shown for its other names by the index: not one name's to reset."""
+    parent = _open_parent(upper.fd, relative)
+    try:
+        status = os.stat(os.path.basename(relative), dir_fd=parent, follow_symlinks=False)
+    finally:
+        os.close(parent)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink == 1:
+        return
+    with contextlib.suppress(FileNotFoundError):
+        index = os.open(f"{AREA_NAME}/index", _OPEN, dir_fd=upper.fd)
+        try:
+            numbers = {os.stat(n, dir_fd=index).st_ino for n in os.listdir(index)}
+        finally:
+            os.close(index)
+        if status.st_ino in numbers:
+            hint = "reset the whole store, or copy the file back in the union"
+            raise UnionfsError(f"{relative} has other names that share its changes", hint=hint)
