@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from unionfs.layer import Layer
     from unionfs.opened import Opened
     from unionfs.session import Mount, Plan
+    from unionfs.space import Watch
     from unionfs.stores.userspace import Helper
     from unionfs.work import Work
 
@@ -259,6 +260,7 @@ class _Daemon:
     _was_live: bool = field(default=False, init=False)
     _warning: str = field(default="", init=False)
     _facts: dict[str, object] = field(default_factory=dict, init=False)
+    _watch: "Watch | None" = field(default=None, init=False)
     _helpers: "list[Helper]" = field(default_factory=list, init=False)
 
     def run(self) -> int:
@@ -277,6 +279,7 @@ class _Daemon:
             point = opened.point
             self.options = opened.options  # another than asked for, with a fallback
             self._helpers = opened.helpers
+            self._watch = opened.watch
             self._tell(opened, stack)
             self._facts = self._describe(point, plan) | opened.facts
             served.set_facts(self._facts)
@@ -381,6 +384,8 @@ class _Daemon:
             await nursery.start(self._watch_signals, loop, mount)
             for helper in self._helpers:
                 nursery.start_soon(self._watch_helper, helper)
+            if self._watch is not None:
+                nursery.start_soon(self._watch_space, self._watch)
             await loop.run(served.operations, on_init)
             nursery.cancel_scope.cancel()
 
@@ -392,6 +397,15 @@ class _Daemon:
         what = f"{helper.name} of {helper.path} has ended ({helper.ended()})"
         self._facts["broken"] = f"{what}: unmount, check the image, mount again"
         log.error("%s: what lies there cannot be reached any more", what)
+
+    async def _watch_space(self, watch: "Watch") -> None:
+        """Warn of a store that gets full, or let it grow; in a thread, since that may take long."""
+        import trio
+
+        while True:
+            await trio.to_thread.run_sync(watch.look)
+            self._facts["space"] = {"low": watch.low, "problem": watch.problem or None}
+            await trio.sleep(watch.seconds)
 
     async def _watch_signals(
         self, loop: "Loop | EngineLoop", mount: "Mount", task_status: "trio.TaskStatus[None]"

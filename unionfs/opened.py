@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from unionfs import checks, identity, layer, locator
-from unionfs.errors import ExitCode, UnionfsError
+from unionfs.errors import ExitCode, UnionfsError, usage_error
 from unionfs.identity import Base, StoreRecord, parse_store
 from unionfs.layer import FULL, Layer
 from unionfs.marks import fd_path
 from unionfs.mounts import MountEntry, read_mounts
+from unionfs.option_words import size_in_bytes
 from unionfs.options import MountOptions
 from unionfs.session import is_readonly
+from unionfs.space import Mark, Watch
 from unionfs.work import AREA_NAME, Work, lock_shared
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from unionfs.stores.userspace import Helper
 
 log = logging.getLogger("unionfs")
+
+_LOW_WATER = "5%"
 
 
 @dataclass(slots=True)
@@ -41,6 +45,7 @@ class Opened:
     work: Work | None
     facts: dict[str, object] = field(default_factory=dict)
     helpers: "list[Helper]" = field(default_factory=list)
+    watch: Watch | None = None
     warning: str = ""  # for whoever mounts
 
 
@@ -88,7 +93,7 @@ def _degraded(
     """Without the upper.  If it was not the upper that was wrong, the first error stands."""
     memory = options.fallback == "tmpfs" and not options.readonly
     other = dataclasses.replace(
-        options, upper=None, work=None, readonly=not memory, ephemeral=memory
+        options, upper=None, work=None, readonly=not memory, ephemeral=memory, autogrow=None
     )
     try:
         opened = _attempt(other, stack, was_live)
@@ -137,8 +142,12 @@ def _open_all(
         work = opened.work = Work.open(upper, options)
         # Not mounted after all: take away what was made.
         stack.callback(lambda: work.close() if was_live() else work.abandon())
+        if work.was_killed:
+            opened.facts["recovered"] = "the daemon before was killed; what it left was removed"
+            log.info("%s: %s", upper.path, opened.facts["recovered"])
         if not options.ephemeral:
             _remember(opened, work, base)
+        opened.watch = _watch(opened, stores)
     return opened
 
 
@@ -192,6 +201,25 @@ def _show(opened: Opened, record: StoreRecord) -> None:
 
 class Mismatch(UnionfsError):
     """A store was made over another base."""
+
+
+def _watch(opened: Opened, stores: "Stores | None") -> Watch | None:
+    """What looks after the upper's space: of a store with a file system of its own, or if asked."""
+    options, upper = opened.options, opened.upper
+    own = stores is not None and stores.upper is not None
+    if upper is None or not (own or options.low_water is not None):
+        if options.autogrow is not None:
+            hint = "leave autogrow= out, or make the upper an image"
+            raise usage_error("autogrow= is for an upper in an image", hint)
+        return None
+    text = options.low_water or _LOW_WATER
+    percent = text.endswith("%")
+    mark = Mark(float(text[:-1]) if percent else size_in_bytes(text), percent)
+    watch = Watch(upper.fd, upper.path, mark)
+    if options.autogrow is not None and stores is not None:
+        watch.largest = size_in_bytes(options.autogrow)
+        watch.image_size, watch.enlarge = stores.growth()
+    return watch
 
 
 def _open_stores(

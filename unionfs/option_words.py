@@ -125,6 +125,19 @@ def read_size(word: str, text: str) -> str:
     return text
 
 
+def read_growth(word: str, text: str) -> str:
+    """A size up to which an image grows."""
+    if text.endswith("%"):
+        raise usage_error(f"option {word}={text} is not a size", "write 8G")
+    return read_size(word, text)
+
+
+def size_in_bytes(text: str) -> int:
+    """What read_size() has passed, without a percentage."""
+    power = "KMGT".find(text[-1].upper()) + 1
+    return int(text[:-1]) * 1024**power if power else int(text)
+
+
 def read_mapping(word: str, text: str) -> tuple[IdRange, ...]:
     """INSIDE:OUTSIDE:LENGTH, repeated; separated by colons, or by commas as -o allows them."""
     parts = text.replace(",", ":").split(":")
@@ -194,6 +207,8 @@ OWN_WORDS = {
     "lower": Word("lower_live", read=one_of(live=True, sealed=False)),
     "device-timeout": Word("device_timeout", read=read_seconds),
     "search": Word("search", read=one_of(devices="devices", images="images")),
+    "low-water": Word("low_water", read=read_size),
+    "autogrow": Word("autogrow", read=read_growth),
     "fallback": Word("fallback", read=one_of(fail="fail", ro="ro", tmpfs="tmpfs")),
     "on-mismatch": Word("on_mismatch", read=one_of(refuse="refuse", ro="ro", ignore="ignore")),
     "name": Word("name", read=read_name),

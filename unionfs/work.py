@@ -170,6 +170,7 @@ class Work:
         self.area = self.fd = self.index = self.numbers = -1
         self.whiteout: Whiteout = "char"
         self.xattrs: Namespace | None = None
+        self.was_killed = False  # whoever had it before has not let it go
         self._upper = upper
         self._locks: list[int] = []
         self._owner = False  # AREA/owner is ours
@@ -315,6 +316,7 @@ class Work:
         if record != decided:
             self.write("format", decided.text(), durable=True)
         self._owner = True
+        self.was_killed = self.read("owner") is not None
         owner = {"pid": os.getpid(), "mountpoint": options.mountpoint}
         try:
             self.write("owner", json.dumps(owner))

@@ -90,6 +90,8 @@ def _lines(entry: MountEntry, answer: Answer) -> Iterator[str]:
     yield from _field("mismatch", [printable(text) for text in texts(facts.get("mismatch"))])
     yield from _field("work", [printable(path) for path in texts(facts.get("work"))])
     yield from _field("free", _space(facts))
+    yield from _field("low", _low(facts.get("space")))
+    yield from _field("recovered", [printable(text) for text in texts(facts.get("recovered"))])
     yield from _field("since", _since(facts.get("since")))
     yield from _field("daemon", _daemon(facts))
     yield from _field("kernel", _passed(facts))
@@ -111,6 +113,14 @@ def _store(store: object) -> list[str]:
     if store.get("base"):
         lines.append(f"made over {store['base']}")
     return [printable(line) for line in lines]
+
+
+def _low(space: object) -> list[str]:
+    """That the store gets full, and why it does not grow."""
+    if not isinstance(space, dict):
+        return []
+    lines = ["the store gets full"] if space.get("low") else []
+    return lines + [printable(str(space["problem"]))] * bool(space.get("problem"))
 
 
 def _degraded(degraded: object) -> list[str]:

@@ -14,7 +14,9 @@ from unionfs.stores.probe import tool
 
 _SUPER: Final = 1024
 _HAS_64BIT: Final = 0x80
+_ERRORS: Final = 2  # EXT4_ERROR_FS
 _CORRECTED: Final = 1  # fsck(8)
+TYPES: Final = ("ext2", "ext3", "ext4")
 
 
 def check_whole(path: str) -> None:
@@ -34,6 +36,14 @@ def check_whole(path: str) -> None:
             f"{path} is truncated: {end} bytes, and its file system has {size}",
             hint="restore a backup",
         )
+
+
+def has_errors(path: str) -> bool:
+    """Whether the kernel, or who wrote it last, has noted that something is wrong with it."""
+    with open(path, "rb") as file:
+        file.seek(_SUPER)
+        block = file.read(1024)
+    return len(block) == 1024 and bool(struct.unpack_from("<H", block, 0x3A)[0] & _ERRORS)
 
 
 def preen(path: str) -> bool:

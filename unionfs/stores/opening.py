@@ -8,21 +8,25 @@ it is called after the base and begins with the mode of the base's root.  Called
 
 import contextlib
 import errno
+import logging
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
 from unionfs import locator
 from unionfs.checks import LOWER, UPPER
-from unionfs.errors import UnionfsError
+from unionfs.errors import UnionfsError, usage_error
 from unionfs.identity import Base
 from unionfs.layer import Layer, open_private
 from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, read_mounts
 from unionfs.options import MountOptions
-from unionfs.stores import base, find, kernel, userspace
+from unionfs.stores import base, ext, find, kernel, userspace
 from unionfs.stores.probe import Contents, probe, require_filesystem
+
+log = logging.getLogger("unionfs")
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -95,11 +99,22 @@ def open_volume(
     contents = probe(path)
     require_filesystem(contents)
     if kernel.may_mount():
+        if not readonly and contents.fstype in ext.TYPES and ext.has_errors(path):
+            _mend(path)
         root, device = kernel.mount(contents, readonly=readonly, untouched=untouched)
         return Volume(where, contents, device, root, readonly)
     patience = 0.0 if untouched else userspace.LOCK_SECONDS
     helper = userspace.start(contents, readonly=readonly, patience=patience)
     return Volume(where, contents, path, helper.root, readonly, helper)
+
+
+def _mend(path: str) -> None:
+    """A file system that has noted an error is checked before it is used again."""
+    from unionfs.stores.checking import refuse_used
+
+    refuse_used(probe(path))
+    if ext.preen(path):
+        log.info("%s had errors, which were corrected", path)
 
 
 def _seen(where: Locator, device: str, point: str, *, readonly: bool) -> Volume:
@@ -151,6 +166,24 @@ class Stores:
     def helpers(self) -> list[userspace.Helper]:
         """The programs that run for us."""
         return [volume.helper for volume in self._volumes if volume.helper is not None]
+
+    def growth(self) -> tuple[Callable[[], int], Callable[[int], None]]:
+        """How large the upper's image is, and how it is made larger while it is mounted."""
+        volume = self._upper
+        assert volume is not None
+        assert self.upper is not None
+        if volume.contents is None or not stat.S_ISREG(os.stat(volume.contents.path).st_mode):
+            raise usage_error("autogrow= is for an upper in an image", "leave it out")
+        path, fstype, fd = volume.contents.path, volume.contents.fstype, self.upper.fd
+        if volume.helper is not None or fstype not in ("ext4", "xfs", "btrfs"):
+            how = volume.helper.name if volume.helper is not None else fstype
+            raise usage_error(f"autogrow=: {how} cannot grow while it is mounted", "leave it out")
+        from unionfs.stores import resizing
+
+        def enlarge(size: int) -> None:
+            resizing.enlarge(path, volume.device, fd, fstype, size)
+
+        return lambda: os.stat(path).st_size, enlarge
 
     def open(self, mounts: list[MountEntry], *, readonly: bool) -> None:
         """Mount and open all layers that are no plain directories."""

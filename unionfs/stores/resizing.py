@@ -142,6 +142,24 @@ def tell_larger(fd: int, fstype: str) -> None:
     {"ext4": _resize_ext4, "xfs": _resize_xfs, "btrfs": _resize_btrfs}[fstype](fd)
 
 
+def enlarge(path: str, device: str, fd: int, fstype: str, size: int) -> None:
+    """Grow the mounted image at `path`, whose root is open as `fd`; raises OSError, undone."""
+    if fstype == "btrfs" and size < _BTRFS_SMALLEST:
+        size = _BTRFS_SMALLEST
+    before = os.stat(path).st_size
+    space = os.statvfs(os.path.dirname(path))
+    if space.f_bavail * space.f_frsize < size - before:
+        raise OSError(errno.ENOSPC, "no space for a larger image")
+    os.truncate(path, size)
+    loop.resized(device)
+    try:
+        tell_larger(fd, fstype)
+    except OSError:
+        os.truncate(path, before)
+        loop.resized(device)
+        raise
+
+
 def _device_bytes(fd: int) -> int:
     """Of the block device under an open file system."""
     number = os.fstat(fd).st_dev

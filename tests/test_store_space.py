@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A store that gets full, or was not let go of: told before it hurts, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.rig import ground, images
+from tests.test_stores import _await, base, change, check, mount, need, refused, union
+from unionfs.errors import UnionfsError
+from unionfs.options import OptionReader
+from unionfs.space import GROW_SECONDS, LOOK_SECONDS, Mark, Watch
+
+__all__ = ["base"]
+
+MIB = 1 << 20
+
+
+# The rules
+
+
+class Fake(Watch):
+    """On a file system that is made up."""
+
+    size, free = 1000 * MIB, 500 * MIB
+
+    def _measure(self) -> tuple[int, int]:
+        return self.size, self.free
+
+
+def test_low_water_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    watch = Fake(-1, "LABEL=s", Mark(5, percent=True))
+    for free, low in ((500, False), (49, True), (40, True), (51, False), (10, True)):
+        watch.free = free * MIB
+        watch.look()
+        assert watch.low == low
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        "LABEL=s has only 49 MiB left of 1000",
+        "LABEL=s has 51 MiB again",
+        "LABEL=s has only 10 MiB left of 1000",
+    ]
+    assert watch.seconds == LOOK_SECONDS
+
+
+def test_growing_ends_at_the_largest(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Fake(-1, "s", Mark(1 * MIB, percent=False), largest=1500 * MIB)
+    steps: list[int] = []
+
+    def enlarge(size: int) -> None:
+        steps.append(size // MIB)
+        watch.free += size - watch.size
+        watch.size = size
+
+    watch.image_size, watch.enlarge = lambda: watch.size, enlarge
+    assert watch.seconds == GROW_SECONDS
+    watch.free = 20 * MIB
+    watch.look()
+    assert steps == [1250, 1500], "until there is enough, or no more to be had"
+    watch.free = 20 * MIB
+    watch.look()
+    assert steps == [1250, 1500]
+
+
+def test_growing_keeps_ahead_of_who_writes() -> None:
+    watch = Fake(-1, "s", Mark(1, percent=False), largest=1 << 40)
+    steps: list[int] = []
+
+    def enlarge(size: int) -> None:
+        steps.append(size // MIB)
+        watch.free += size - watch.size
+        watch.size = size
+
+    watch.image_size, watch.enlarge = lambda: watch.size, enlarge
+    watch.free = 600 * MIB
+    watch.look()
+    assert steps == []
+    watch.free = 400 * MIB
+    watch.look()
+    assert watch.free >= 4 * 200 * MIB
+
+
+def test_a_refusal_to_grow_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Fake(-1, "s", Mark(1, percent=False), largest=1 << 40)
+
+    def enlarge(size: int) -> None:
+        raise OSError(errno.EPERM, "not permitted")
+
+    watch.image_size, watch.enlarge = lambda: watch.size, enlarge
+    watch.free = 0
+    watch.look()
+    watch.look()
+    assert "does not grow" in watch.problem
+    assert [r.getMessage() for r in caplog.records if "grow" in r.getMessage()] == [watch.problem]
+    assert watch.seconds == LOOK_SECONDS
+
+
+@pytest.mark.parametrize("words", ["low-water=x", "low-water=0", "autogrow=50%", "autogrow="])
+def test_misspelt(words: str) -> None:
+    reader = OptionReader()
+    with pytest.raises(UnionfsError, match="not a size"):
+        reader.take(words)
+
+
+# On mounts
+
+
+def test_no_copy_is_begun_that_will_not_fit(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    (base / "tree/large").write_bytes(os.urandom(20 * MIB))
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+        before = os.statvfs(base / "mnt").f_bfree
+        with pytest.raises(OSError, match="No space left"):
+            open(base / "mnt/large", "ab").close()
+        assert os.statvfs(base / "mnt").f_bfree == before
+        # To the brim, and things can still be removed.
+        with pytest.raises(OSError, match="No space left"):
+            _fill_up(base / "mnt/fill")
+        (base / "mnt/large").unlink()
+        (base / "mnt/fill").unlink()
+        assert not (base / "mnt/large").exists()
+    with union(base, base / "tree", image):
+        check(base / "mnt")
+
+
+def _fill_up(path: Path) -> None:
+    with open(path, "wb") as file:
+        while True:
+            file.write(os.urandom(MIB))
+
+
+def test_low_water(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    made = union(base, base / "tree", image, "low-water=99%")
+    made.expected = ["has only [0-9]+ MiB left"]
+    with made:
+        _await(lambda: made.status().get("space") == {"low": True, "problem": None})
+        shown = ground.run("env", *_status(base))
+        assert "the store gets full" in shown
+        assert "has only" in made.words()
+
+
+def _status(base: Path) -> list[str]:
+    from tests.rig.mounted import program
+
+    return [*program(), "status", str(base / "mnt")]
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_autogrow_under_four_writers(base: Path, kind: str) -> None:
+    need(kind)
+    image = images.make(base / "s.img", kind, megabytes=320)
+    sums: dict[str, str] = {}
+    failures: list[BaseException] = []
+
+    def write(name: str) -> None:
+        digest = hashlib.sha256()
+        try:
+            with open(base / "mnt" / name, "wb", buffering=0) as file:
+                for _ in range(100):
+                    data = os.urandom(MIB)
+                    digest.update(data)
+                    assert file.write(data) == MIB
+            sums[name] = digest.hexdigest()
+        except BaseException as error:
+            failures.append(error)
+
+    made = union(base, base / "tree", image, "autogrow=1G")
+    with made:
+        writers = [threading.Thread(target=write, args=(f"w{i}",)) for i in range(4)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert not failures
+        assert "has grown to" in made.words()
+    assert 320 * MIB < image.stat().st_size <= 1 << 30
+    with union(base, base / "tree", image, "low-water=1K"):
+        for name, expected in sums.items():
+            found = hashlib.sha256((base / "mnt" / name).read_bytes()).hexdigest()
+            assert found == expected
+    assert len(sums) == 4
+
+
+def test_autogrow_is_for_images(base: Path) -> None:
+    (base / "up").mkdir()
+    assert "autogrow=" in refused("-o", "autogrow=1G", base / "tree", base / "up", base / "mnt")
+    if os.geteuid() != 0:
+        need("ext4")
+        image = images.make(base / "s.img")
+        said = refused("-o", "autogrow=1G", base / "tree", image, base / "mnt")
+        assert "fuse2fs cannot grow" in said
+    done = mount("-o", "autogrow=1G,fallback=tmpfs", base / "tree", "LABEL=none", base / "mnt")
+    assert done.returncode == 0, done.stderr
+    ground.run(
+        "umount" if os.geteuid() == 0 else "fusermount3",
+        *([] if os.geteuid() == 0 else ["-u"]),
+        base / "mnt",
+    )
+
+
+def test_a_killed_daemon_is_told_of(base: Path) -> None:
+    (base / "up").mkdir()
+    made = union(base, base / "tree", base / "up")
+    made.mount()
+    change(base / "mnt")
+    assert "recovered" not in made.status()
+    made.kill()
+    with made:
+        assert "the daemon before was killed" in str(made.status()["recovered"])
+        check(base / "mnt")
+    with made:
+        assert "recovered" not in made.status()
+
+
+def test_noted_errors_are_corrected_before_it_is_mounted(base: Path) -> None:
+    need("ext4")
+    debugfs = images.tool("debugfs")
+    if debugfs is None:
+        pytest.skip("there is no debugfs")
+    image = images.make(base / "s.img")
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+    ground.run(debugfs, "-w", "-R", "set_super_value state 2", image)
+    made = union(base, base / "tree", image)
+    with made:
+        check(base / "mnt")
+    dumpe2fs = images.tool("dumpe2fs")
+    assert dumpe2fs
+    assert "clean with errors" not in ground.run(dumpe2fs, "-h", image)
