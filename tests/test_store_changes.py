@@ -36,7 +36,7 @@ def hidden(place: Path) -> list[str]:
 # shrink, compact
 
 
-@pytest.mark.parametrize("kind", ["ext4", "btrfs"])
+@pytest.mark.parametrize("kind", ["ext4", pytest.param("btrfs", marks=pytest.mark.slow)])
 def test_shrink(base: Path, kind: str) -> None:
     need(kind)
     large, small = (64, 24) if kind == "ext4" else (400, 300)
@@ -81,7 +81,7 @@ def test_xfs_does_not_shrink(base: Path) -> None:
     assert "clone" in fails("shrink", image, "--size", "300M")
 
 
-@pytest.mark.parametrize("kind", images.WRITABLE)
+@pytest.mark.parametrize("kind", images.OTHERS_SLOWLY)
 def test_compact(base: Path, kind: str) -> None:
     need(kind)
     image = images.make(base / "s.img", kind, megabytes=320 if kind == "xfs" else 128)
@@ -131,6 +131,7 @@ def test_clone_from_and_to_everything(base: Path) -> None:
     assert hidden(base) == []
 
 
+@pytest.mark.slow
 def test_clone_between_file_systems(base: Path) -> None:
     need("ext4")
     source = images.make(base / "a.img")

@@ -156,7 +156,7 @@ def _status(base: Path) -> list[str]:
     return [*program(), "status", str(base / "mnt")]
 
 
-@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+@pytest.mark.parametrize("kind", ["xfs", pytest.param("btrfs", marks=pytest.mark.slow)])
 def test_autogrow_under_four_writers(base: Path, kind: str) -> None:
     need(kind)
     image = images.make(base / "s.img", kind, megabytes=320)

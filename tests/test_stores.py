@@ -19,6 +19,7 @@ from tests.rig import ground, images
 from tests.rig.mounted import PATIENCE, Unionfs, is_mounted, program, user_mount_possible
 
 ARCH = os.uname().machine
+_made: list[bytes] = []  # the image of the tree, made once
 
 
 @pytest.fixture
@@ -33,7 +34,9 @@ def base(place: Path) -> Path:
     (tree / "gone").write_text("lower\n")
     tree.chmod(0o751)
     (place / "mnt").mkdir()
-    images.squash(place / "rootfs.squashfs", tree)
+    if not _made:
+        _made.append(images.squash(place / "rootfs.squashfs", tree).read_bytes())
+    (place / "rootfs.squashfs").write_bytes(_made[0])
     return place
 
 
@@ -471,6 +474,11 @@ def test_damaged_upper(base: Path, how: str) -> None:
     said = refused(base / "tree", image, base / "mnt")
     assert str(image) in said
     assert images.loops_of(image) == []
+    made = union(base, base / "tree", image, "fallback=tmpfs")
+    made.expected = ["runs without its store"]
+    with made:
+        assert str(image) in str(made.status()["degraded"])
+        change(base / "mnt")
 
 
 @pytest.mark.parametrize(

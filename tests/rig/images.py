@@ -11,12 +11,16 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.rig import ground
 
 _SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
 # The smallest that each mkfs takes.
 _SIZES = {"ext4": 16, "xfs": 300, "btrfs": 114}
 WRITABLE = ("ext4", "xfs", "btrfs")
+# For what has been tried on one kind in each run already.
+OTHERS_SLOWLY = ("ext4", "xfs", pytest.param("btrfs", marks=pytest.mark.slow))
 
 
 def tool(name: str) -> str | None:
