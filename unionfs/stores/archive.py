@@ -28,9 +28,14 @@ _MAGIC: Final = 0x184D2A5E  # one of the sixteen of skippable frames (RFC 8878)
 _FRAME: Final = struct.Struct("<II")
 _TRAILER: Final = 256
 _CHUNK: Final = 1 << 20
+_TAR_CHANGED: Final = 1  # tar's exit code: a file was changed or removed while it was read
 _WHOLE: Final = "unionfs-backup"
 
 Advance = Callable[[int], None]
+
+
+class Changed(UnionfsError):
+    """Something was changed while it was read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +112,9 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
                 count += len(data)
                 advance(len(data))
             pack.stdin.close()
-            if tar.wait() or pack.wait():
+            if tar.wait() == _TAR_CHANGED:
+                raise Changed(f"the backup failed: {_last(said, 'a file changed')}")
+            if tar.returncode or pack.wait():
                 raise UnionfsError(f"the backup failed: {_last(said, 'tar or zstd ended early')}")
         except BrokenPipeError:
             pack.wait()

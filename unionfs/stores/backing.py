@@ -61,7 +61,7 @@ def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
 
     With `write` it must not be in use, and is locked.  `make`: it need not be there.
     """
-    volume = open_volume(text, readonly=not write)
+    volume = open_volume(text, readonly=not write, replay=True)
     try:
         directory = volume.locator.directory or _only(volume, make=make)
         try:
@@ -135,9 +135,10 @@ def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Traile
         return archive.write(target, header, path, advance)
     for _ in range(_ATTEMPTS):
         start = _settle(upper.fd)
-        trailer = archive.write(target, header, path, advance)
-        if not changed_since(upper.fd, start):
-            return trailer
+        with contextlib.suppress(archive.Changed):
+            trailer = archive.write(target, header, path, advance)
+            if not changed_since(upper.fd, start):
+                return trailer
         target.seek(0)
         target.truncate()
     if upper.volume.contents is None:

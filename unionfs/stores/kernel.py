@@ -6,6 +6,7 @@ it goes, with its loop device, when its last descriptor is closed, however the p
 """
 
 import errno
+import logging
 import os
 import stat
 from typing import Final
@@ -15,6 +16,8 @@ from unionfs.errors import ExitCode, UnionfsError
 from unionfs.stores import loop
 from unionfs.stores.probe import Contents
 from unionfs.syscalls import MountAttr
+
+log = logging.getLogger("unionfs")
 
 _LOWER: Final = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOATIME
 _UPPER: Final = MountAttr.NOSUID | MountAttr.NODEV
@@ -35,15 +38,19 @@ def may_mount() -> bool:
         return True
 
 
-def mount(contents: Contents, *, readonly: bool, untouched: bool = False) -> tuple[int, str]:
+def mount(
+    contents: Contents, *, readonly: bool, untouched: bool = False, replay: bool = False
+) -> tuple[int, str]:
     """The root of a private mount, and its device.
 
-    `untouched`: with readonly, not even a journal is replayed.
+    With readonly: `untouched`, a journal is never replayed; `replay`, it is if that can be done.
+    Else it is not replayed into an image, since that is opened for reading only.
     """
     path = contents.path
     if stat.S_ISBLK(os.stat(path).st_mode):
         return _mount(contents, path, readonly=readonly, untouched=untouched), path
-    held = loop.attach(path, readonly=readonly)
+    writable = not readonly or (replay and os.access(path, os.W_OK))
+    held = loop.attach(path, readonly=not writable)
     try:
         root = _mount(contents, held.path, readonly=readonly, untouched=untouched)
         return root, held.path
@@ -65,6 +72,8 @@ def _mount(contents: Contents, device: str, *, readonly: bool, untouched: bool) 
             del attempts[0]
     for flags in attempts:
         try:
+            if len(flags) > 1 and not untouched:
+                log.warning("%s was not unmounted; its journal is not replayed", contents.path)
             return syscalls.private_mount(contents.fstype, source, flags, _LOWER)
         except OSError as exc:
             if exc.errno == errno.EBUSY:  # it is mounted writable elsewhere: then so, and read-only

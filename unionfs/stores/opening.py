@@ -78,10 +78,12 @@ def open_volume(
     search: find.Search = "devices",
     timeout: float = 0,
     untouched: bool = False,
+    replay: bool = False,
 ) -> Volume:
     """Find, examine and mount what a locator names.
 
-    `untouched`: to look, with readonly: no journal is replayed, nobody is waited for.
+    With readonly: `untouched`, to look: no journal is replayed, nobody is waited for; `replay`, to
+    read what was written last: a journal is replayed.
     """
     where = locator.parse(text)
     path = find.find(where, search=search, timeout=timeout)
@@ -101,10 +103,10 @@ def open_volume(
     if kernel.may_mount():
         if not readonly and contents.fstype in ext.TYPES and ext.has_errors(path):
             _mend(path)
-        root, device = kernel.mount(contents, readonly=readonly, untouched=untouched)
+        root, device = kernel.mount(contents, readonly=readonly, untouched=untouched, replay=replay)
         return Volume(where, contents, device, root, readonly)
     patience = 0.0 if untouched else userspace.LOCK_SECONDS
-    helper = userspace.start(contents, readonly=readonly, patience=patience)
+    helper = userspace.start(contents, readonly=readonly, patience=patience, replay=replay)
     return Volume(where, contents, path, helper.root, readonly, helper)
 
 

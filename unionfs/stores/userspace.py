@@ -108,11 +108,28 @@ class Helper:
             os.close(null)
 
 
-def start(contents: Contents, *, readonly: bool, patience: float = LOCK_SECONDS) -> Helper:
-    """Mount an image for a user.  `patience`: seconds to wait for another program to end."""
+def start(
+    contents: Contents,
+    *,
+    readonly: bool,
+    patience: float = LOCK_SECONDS,
+    replay: bool = False,
+) -> Helper:
+    """Mount an image for a user.
+
+    `patience`: seconds to wait for another program to end; `replay`: with readonly, replay a
+    journal first.
+    """
     program, path = _program(contents, readonly=readonly)
     arguments = program.readonly if readonly else program.writable or ()
     _clear_stages()
+    if replay and readonly and program is _FUSE2FS and os.access(contents.path, os.W_OK):
+        held = lock_image(contents.path, readonly=False, patience=patience)
+        try:
+            ext.check_whole(contents.path)
+            ext.preen(contents.path)
+        finally:
+            os.close(held)
     lock = lock_image(contents.path, readonly=readonly, patience=patience)
     try:
         if program is _FUSE2FS:

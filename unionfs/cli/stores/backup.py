@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
         total = backing.tree_bytes(upper.fd)
         with (
             show.progress(given.file, total, quiet=given.quiet) as advance,
-            open(os.dup(fd), "w+b") as target,
+            open(os.dup(fd), "w+b", buffering=0) as target,
         ):
             trailer = backing.backup(upper, target, advance)
         size = os.fstat(fd).st_size
