@@ -391,17 +391,10 @@ def _tree(mnt: Path) -> list[object]:
                 with open(path, "rb") as file:
                     data = file.read()
             marks = [(x, os.getxattr(path, x)) for x in os.listxattr(path) if x.startswith("user.")]
-            found.append(
-                (
-                    os.path.relpath(path, mnt),
-                    status.st_mode,
-                    status.st_nlink,
-                    status.st_uid,
-                    status.st_mtime_ns,
-                    marks,
-                    data,
-                )
-            )
+            # fuse2fs shows whole seconds.
+            mtime = status.st_mtime_ns if os.geteuid() == 0 else int(status.st_mtime)
+            kept = (status.st_mode, status.st_nlink, status.st_uid, mtime)
+            found.append((os.path.relpath(path, mnt), *kept, marks, data))
     return sorted(found, key=str)
 
 
