@@ -199,8 +199,8 @@ static errint_t publish(struct tree *t, struct node *n, const struct copying *c)
     }
     if (err == 0)
         err = tree_copied_up(t, &done);
-    else if (err == -EPERM)
-        err = NOT_PLAIN; /* flags of the directory, which are lifted for a copy-up */
+    else if (err == -EPERM || err == -EINVAL)
+        err = NOT_PLAIN; /* flags of the directory are to be lifted; no RENAME_NOREPLACE */
     target_done(t, &g);
     return err;
 }
@@ -229,8 +229,11 @@ static errint_t fill_temp(const struct copying *c)
 {
     if (S_ISDIR(c->st.st_mode))
         return 0;
-    if (!c->metacopy)
-        return copy_data(c->src, c->fd, (uint64_t)c->st.st_size);
+    if (!c->metacopy) {
+        errint_t err = check_room(c->src, c->fd, (uint64_t)c->st.st_size);
+
+        return err < 0 ? err : copy_data(c->src, c->fd, (uint64_t)c->st.st_size);
+    }
     return ftruncate(c->fd, c->st.st_size) < 0 ? errno_or_eio() : 0;
 }
 

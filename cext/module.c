@@ -161,6 +161,17 @@ static PyObject *py_set_mode(PyObject *module, PyObject *args)
     return none_or_errno(err, NULL);
 }
 
+static PyObject *py_check_room(PyObject *module, PyObject *args)
+{
+    int src, dst;
+    unsigned long long size;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iiK:check_room", &src, &dst, &size))
+        return NULL;
+    return none_or_errno(check_room(src, dst, size), NULL);
+}
+
 /* The mode that may be set afterwards. */
 static PyObject *py_give_owner(PyObject *module, PyObject *args)
 {
@@ -266,6 +277,7 @@ static PyMethodDef functions[] = {
     {"lend", py_lend, METH_VARARGS, NULL},
     {"give_back", py_give_back, METH_VARARGS, NULL},
     {"set_mode", py_set_mode, METH_VARARGS, NULL},
+    {"check_room", py_check_room, METH_VARARGS, NULL},
     {"give_owner", py_give_owner, METH_VARARGS, NULL},
     {"mode_of", py_mode_of, METH_VARARGS, NULL},
     {"renameat2", py_renameat2, METH_VARARGS, NULL},

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from unionfs import _native, acl, numbers
 from unionfs.marks import fd_path, lent, publish
 from unionfs.options import IdRange
-from unionfs.space import check_room
 from unionfs.syscalls import syncfs
 from unionfs.union import METACOPY_BYTES, Info, Union
 
@@ -278,7 +277,7 @@ def _make_temp(
             elif size:
                 data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
                 try:
-                    check_room(fd, data, size)
+                    _native.check_room(data, fd, size)
                     _native.copy_data(data, fd, size)
                 finally:
                     os.close(data)
@@ -474,7 +473,7 @@ def _fill(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
             if size:
                 data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
                 try:
-                    check_room(fd, data, size)
+                    _native.check_room(data, fd, size)
                     _native.copy_data(data, fd, size)
                 finally:
                     os.close(data)

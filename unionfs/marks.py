@@ -7,6 +7,7 @@ what they mean. Called by the families of changes; docs/on-disk-format.md says i
 """
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How full the upper is: asked before a copy-up, and watched while the union is mounted.
+"""How full the upper is, watched while the union is mounted.
 
-Owns the reserve, the low-water mark and the decision to grow an image.  Does not know how a file
-system grows (stores/resizing.py).  Called by copy_up.py and daemon.py.
+Owns the low-water mark and the decision to grow an image; a copy-up asks by itself
+(cext/copy.h).  Does not know how a file system grows (stores/resizing.py).  Called by daemon.py.
 """
 
 import errno
@@ -14,30 +14,10 @@ from typing import Final
 
 log = logging.getLogger("unionfs")
 
-# Smaller copies are begun without asking: what they lack is known at once.
-_ASK: Final = 1 << 20
-_RESERVE: Final = 4 << 20
 _GROW_BEFORE: Final = 128 << 20
 _STEP: Final = 64 << 20
 LOOK_SECONDS: Final = 5.0
 GROW_SECONDS: Final = 0.25
-
-
-def check_room(target: int, source: int, size: int) -> None:
-    """Raise ENOSPC if so many bytes of `source` will not fit beside `target`.
-
-    A little is left free, so that names can still be removed, which takes whiteouts.
-    """
-    if size < _ASK:
-        return
-    here, there = os.fstat(target), os.fstat(source)
-    if here.st_dev == there.st_dev:  # they may be shared
-        return
-    space = os.fstatvfs(target)
-    free = (space.f_bfree if os.geteuid() == 0 else space.f_bavail) * space.f_frsize
-    needed = min(size, there.st_blocks * 512)
-    if needed > free - min(_RESERVE, space.f_blocks * space.f_frsize // 100):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @dataclass(slots=True)
