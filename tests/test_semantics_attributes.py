@@ -262,7 +262,6 @@ def test_set_id_bits_and_who_changes_the_file(arena: Arena, change: str, capable
 
 
 @pytest.mark.root
-@pytest.mark.root
 def test_chown_to_nobody_takes_set_id_bits_of_special_files(arena: Arena) -> None:
     os.mkfifo(arena.lower / "fifo")
     os.mknod(arena.lower / "device", stat.S_IFCHR, os.makedev(1, 3))
@@ -274,6 +273,7 @@ def test_chown_to_nobody_takes_set_id_bits_of_special_files(arena: Arena) -> Non
             assert stat.S_IMODE(os.stat(mnt / name).st_mode) == 0o755
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("change", ["write", "chown", "truncate"])
 def test_setuid_goes_when_an_ordinary_user_changes_the_file(arena: Arena, change: str) -> None:
     (arena.lower / "f").write_text("program")
