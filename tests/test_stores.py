@@ -351,6 +351,18 @@ def test_twice(base: Path) -> None:
     assert images.loops_of(image) == []
 
 
+def test_a_copy_of_an_xfs_in_use(base: Path) -> None:
+    need("xfs")
+    image = images.make(base / "one.img", "xfs")
+    ground.run("cp", "--sparse=always", image, base / "two.img")
+    with union(base, base / "tree", image):
+        (base / "mnt2").mkdir()
+        said = refused(base / "tree", base / "two.img", base / "mnt2")
+        assert "has the same UUID and is in use" in said
+    with union(base, base / "tree", base / "two.img"):
+        change(base / "mnt")
+
+
 def test_links_in_a_store_are_not_followed(base: Path) -> None:
     need("ext4")
     image = base / "store.img"

@@ -13,7 +13,7 @@ from typing import Final
 
 from unionfs import syscalls
 from unionfs.errors import ExitCode, UnionfsError
-from unionfs.stores import loop
+from unionfs.stores import find, loop
 from unionfs.stores.probe import Contents
 from unionfs.syscalls import MountAttr
 
@@ -64,7 +64,7 @@ def _mount(contents: Contents, device: str, *, readonly: bool, untouched: bool) 
         try:
             return syscalls.private_mount(contents.fstype, source, (), _UPPER)
         except OSError as exc:
-            raise _refused(contents, exc, readonly=readonly) from exc
+            raise _refused(contents, device, exc, readonly=readonly) from exc
     attempts: list[tuple[str, ...]] = [("ro",)]
     if contents.fstype in _NO_REPLAY:
         attempts.append(("ro", _NO_REPLAY[contents.fstype]))
@@ -79,7 +79,7 @@ def _mount(contents: Contents, device: str, *, readonly: bool, untouched: bool) 
             if exc.errno == errno.EBUSY:  # it is mounted writable elsewhere: then so, and read-only
                 return _mount_beside(contents, device)
             if exc.errno != errno.EROFS or flags == attempts[-1]:
-                raise _refused(contents, exc, readonly=readonly) from exc
+                raise _refused(contents, device, exc, readonly=readonly) from exc
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -87,10 +87,17 @@ def _mount_beside(contents: Contents, device: str) -> int:
     try:
         return syscalls.private_mount(contents.fstype, {"source": device}, (), _LOWER)
     except OSError as exc:
-        raise _refused(contents, exc, readonly=True) from exc
+        raise _refused(contents, device, exc, readonly=True) from exc
 
 
-def _refused(contents: Contents, exc: OSError, *, readonly: bool) -> UnionfsError:
+def _twin(contents: Contents, device: str) -> str | None:
+    """Another device with the same file system: xfs refuses two at once."""
+    others = [path for path in find.block_devices() if path != device]
+    return next((c.path for c in find.examine(others) if c.uuid == contents.uuid), None)
+
+
+def _refused(contents: Contents, device: str, exc: OSError, *, readonly: bool) -> UnionfsError:
+    path = contents.path
     code = exc.errno or errno.EIO
     said = exc.strerror or os.strerror(code)
     what = f"cannot mount the {contents.fstype} of {contents.path}"
@@ -108,6 +115,9 @@ def _refused(contents: Contents, exc: OSError, *, readonly: bool) -> UnionfsErro
     if code in (errno.EROFS, errno.EACCES):
         hint = "mount the union with --ro" if not readonly else "repair it: fsck"
         return UnionfsError(f"{what}: {said}", hint=hint)
+    if contents.fstype == "xfs" and code == errno.EINVAL and (twin := _twin(contents, device)):
+        hint = f"unmount that one, or give the copy a UUID of its own: xfs_admin -U generate {path}"
+        return UnionfsError(f"{what}: {twin} has the same UUID and is in use", hint=hint)
     if code in _DAMAGED:
         if said.startswith(("fsconfig", "fsmount")):
             said = os.strerror(code)
