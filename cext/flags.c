@@ -4,6 +4,9 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/vfs.h>
+
+#define EROFS_MAGIC 0xe0f5e1e2U
 
 /* Kernel overlayfs carries over SYNC and NOATIME (ovl_copy_fileattr of fs/overlayfs/copy_up.c);
  * these are the ones that mean the same on every file system that has them. */
@@ -91,6 +94,14 @@ void copy_flags(int src, int dst, uint32_t *ret_late)
             (void)add_flags(dst, one);
 }
 
+/* EROFS calls every file immutable, since it cannot be written (erofs_getattr). */
+static bool all_immutable(int fd)
+{
+    struct statfs st;
+
+    return fstatfs(fd, &st) == 0 && (uint32_t)st.f_type == EROFS_MAGIC;
+}
+
 /* The protecting ones, without opening the file. */
 static uint32_t protecting(int fd)
 {
@@ -98,6 +109,8 @@ static uint32_t protecting(int fd)
 
     if (statx(fd, "", AT_EMPTY_PATH, 0, &stx) < 0)
         return 0; /* the change itself will say so */
+    if (stx.stx_attributes & STATX_ATTR_IMMUTABLE && all_immutable(fd))
+        return 0;
     return (stx.stx_attributes & STATX_ATTR_IMMUTABLE ? FS_IMMUTABLE_FL : 0U) |
            (stx.stx_attributes & STATX_ATTR_APPEND ? FS_APPEND_FL : 0U);
 }
