@@ -368,13 +368,18 @@ def test_killed_at_each_step_with_wh_marks(place: Path, name: str) -> None:
 PLAIN = [
     "full copy-up in a lower directory",
     "metadata-only copy-up, chmod",
-    "utimes",
     "create",
     "unlink of a lower file",
     "unlink of a copied-up file",
-    "rename of a lower file",
-    "rename over a lower file",
-    "rename over a whiteout",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            "utimes",
+            "rename of a lower file",
+            "rename over a lower file",
+            "rename over a whiteout",
+        )
+    ),
 ]
 
 
