@@ -166,6 +166,41 @@ def test_help_and_strange_verbs() -> None:
     assert "needs a verb" in fails(code=1)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["info"],
+        ["list"],
+        ["grow", "--size", "+1G"],
+        ["shrink", "--size", "1G"],
+        ["compact"],
+        ["backup"],
+        ["clone"],
+        ["reset"],
+        ["restore"],
+    ],
+)
+def test_what_is_not_there(base: Path, words: list[str]) -> None:
+    verb, *options = words
+    places = [base / "no.img"]
+    if verb in ("backup", "clone"):
+        places.append(base / "other")
+    if verb == "restore":
+        places = [base / "no.tar.zst", base / "no.img"]
+    said = fails(verb, *places, *options)
+    assert str(base / "no") in said
+
+
+def test_a_place_that_takes_nothing(base: Path) -> None:
+    upper = base / "up"
+    upper.mkdir()
+    with union(base, base / "tree", upper):
+        change(base / "mnt")
+    target = "/proc" if os.geteuid() == 0 else "/usr"
+    assert target in fails("backup", upper, f"{target}/saved.tar.zst")
+    assert target in fails("create", f"{target}/s.img", "--size", "16M")
+
+
 # create
 
 

@@ -4,12 +4,14 @@
 Called by main.py.
 """
 
+import errno
 import importlib
+import os
 from collections.abc import Sequence
 from typing import cast
 
 from unionfs.cli.main import Verb
-from unionfs.errors import ExitCode, usage_error
+from unionfs.errors import ExitCode, UnionfsError, usage_error
 
 VERBS = {
     "create": "make a store: an image, or a file system on a device",
@@ -42,7 +44,15 @@ def run(argv: Sequence[str]) -> int:
     """Find the verb and run it."""
     first = argv[0] if argv else ""
     if first in VERBS:
-        return cast(Verb, importlib.import_module(f"unionfs.cli.stores.{first}")).run(argv[1:])
+        verb = cast(Verb, importlib.import_module(f"unionfs.cli.stores.{first}"))
+        try:
+            return verb.run(argv[1:])
+        except BrokenPipeError:
+            raise
+        except OSError as exc:  # a full disk, a file that nobody may read ...
+            reason = os.strerror(exc.errno or errno.EIO)
+            what = f"{exc.filename}: " if isinstance(exc.filename, str) else ""
+            raise UnionfsError(f"store {first}: {what}{reason}") from exc
     if first in ("-h", "--help", "help"):
         print(HELP, end="")
         raise SystemExit(int(ExitCode.OK))  # as argparse ends

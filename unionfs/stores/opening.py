@@ -246,9 +246,12 @@ class Stores:
 
     def _mount(self, text: str, *, readonly: bool) -> Volume:
         options = self.options
-        volume = open_volume(
-            text, readonly=readonly, search=options.search, timeout=options.device_timeout or 0
-        )
+        wait = options.device_timeout or 0
+        try:
+            volume = open_volume(text, readonly=readonly, search=options.search, timeout=wait)
+        except OSError as exc:
+            reason = os.strerror(exc.errno or errno.EIO)
+            raise UnionfsError(f"cannot open {text}: {reason}") from exc
         self._volumes.append(volume)
         return volume
 
