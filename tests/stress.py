@@ -68,7 +68,9 @@ class Part:
     ) -> None:
         os.chdir(self.shared)
         rng, chooser = random.Random(self.seed), Seeded(self.seed)
-        generator = Generator(Known(), root=os.geteuid() == 0, overlay=False)
+        generator = Generator(
+            Known(), root=os.geteuid() == 0, overlay=False, engine=self.harness.engine
+        )
         bursts = 0
         while time.monotonic() < end:
             for _ in range(BURST):
