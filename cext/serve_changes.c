@@ -35,7 +35,9 @@ static struct timespec wanted_time(uint32_t valid, uint32_t set, uint32_t now, u
 /* As truncate(2) and ftruncate(2) ask for it. */
 static bool only_size(uint32_t valid)
 {
-    return (valid & ~(uint32_t)(FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME)) == FATTR_SIZE;
+    uint32_t beside = FATTR_FH | FATTR_LOCKOWNER | FATTR_CTIME | FATTR_KILL_SUIDGID;
+
+    return (valid & ~beside) == FATTR_SIZE;
 }
 
 static ssize_t answer_attr(struct answer *a, errint_t err)
@@ -64,9 +66,12 @@ ssize_t on_setattr(struct answer *a)
 
     if (only_size(valid)) {
         err = plain_truncate(a->s->tree, a->r->head->nodeid, (off_t)in->size, TRUNCATE,
-                             valid & FATTR_FH ? in->fh : 0, a->r->head->uid == 0);
+                             valid & FATTR_FH ? in->fh : 0,
+                             a->r->head->uid == 0 && !(valid & FATTR_KILL_SUIDGID));
         return err == NOT_PLAIN ? by_call(a) : answer_attr(a, err);
     }
+    if (valid & OWNER)
+        valid &= ~(uint32_t)FATTR_KILL_SUIDGID; /* our chown does so by itself */
     /* Sizes and more; a change of nothing, which stands for more than it says; set-group-ID, which
      * is not everybody's to give: attributes.py. */
     if (valid & ~(uint32_t)PLAIN || !(valid & (FATTR_MODE | OWNER | TIMES)) ||
