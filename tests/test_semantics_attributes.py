@@ -463,3 +463,16 @@ def test_errno_of_attributes(arena: Arena) -> None:
         assert caught.value.errno == errno.EOPNOTSUPP
         with pytest.raises(OSError, match="Invalid"):
             os.setxattr(mnt / "f", ACCESS, acl((1, 7, NOBODY)))
+
+
+def test_an_attribute_of_what_its_owner_may_only_write(arena: Arena) -> None:
+    """XATTR_CREATE and XATTR_REPLACE ask for no permission to read."""
+    (arena.lower / "f").write_text("text")
+    with arena.mounted() as mnt:
+        os.chmod(mnt / "f", 0o200)
+        os.setxattr(mnt / "f", "user.one", b"1", os.XATTR_CREATE)
+        with pytest.raises(FileExistsError):
+            os.setxattr(mnt / "f", "user.one", b"2", os.XATTR_CREATE)
+        os.setxattr(mnt / "f", "user.one", b"3", os.XATTR_REPLACE)
+        os.chmod(mnt / "f", 0o600)
+        assert os.getxattr(mnt / "f", "user.one") == b"3"

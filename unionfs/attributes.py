@@ -233,13 +233,15 @@ def _override(union: Union, ino: int, fd: int, what: Change) -> None:
     _native.set_mode(fd, override_mode(mode, directory=stat.S_ISDIR(shown[1])))
 
 
-def set_xattr(union: Union, ino: int, name: bytes, value: bytes, ctx: Caller) -> None:
+def set_xattr(
+    union: Union, ino: int, name: bytes, value: bytes, ctx: Caller, flags: int = 0
+) -> None:
     """setxattr(2)."""
     stored = _stored(union, name)
     union.tree.changeable(ino, False, False)
     ensure_upper(union, ino)
     with _opened(union, ino) as fd:
-        os.setxattr(fd_path(fd), stored, value)
+        os.setxattr(fd_path(fd), stored, value, flags)
         if name == ACCESS.encode():
             _drop_setgid(fd, ctx)
 

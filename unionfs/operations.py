@@ -447,12 +447,18 @@ class UnionOperations(pyfuse3.Operations):
 
     @edge
     async def setxattr(
-        self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext
+        self,
+        inode: int,
+        name: bytes,
+        value: bytes,
+        ctx: pyfuse3.RequestContext,
+        flags: int = 0,
     ) -> None:
+        """`flags`: of setxattr(2); pyfuse3 looks by itself."""
         self._check_writable()
         if inode == ROOT_INO and name == STATUS_XATTR:
             raise FUSEError(errno.EPERM)
-        await self._work(attributes.set_xattr, self.union, inode, name, value, ctx)
+        await self._work(attributes.set_xattr, self.union, inode, name, value, ctx, flags)
 
     @edge
     async def set_flags(self, inode: int, wanted: bytes, extended: bool) -> None:
