@@ -19,7 +19,8 @@ struct copying {
     struct stat st; /* of src */
     bool metacopy;  /* its data stay where they are */
     char temp[TEMP_BYTES];
-    int fd; /* of temp */
+    int fd;            /* of temp */
+    errint_t unsynced; /* it is published, but its name may not be on disk */
 };
 
 /* Where a file is to be published. */
@@ -124,7 +125,7 @@ static errint_t sync_dir(int dirfd)
 }
 
 /* One rename; nothing but the copy itself changes for the union's users. */
-static errint_t rename_at(struct tree *t, const struct copying *c, int dirfd, const char *name)
+static errint_t rename_at(struct tree *t, struct copying *c, int dirfd, const char *name)
 {
     char path[PROC_BYTES];
     struct loan *own = NULL;
@@ -143,12 +144,12 @@ static errint_t rename_at(struct tree *t, const struct copying *c, int dirfd, co
         proc_path(path, dirfd, NULL);
         (void)utimensat(AT_FDCWD, path, times, 0);
         if (t->sync_names)
-            err = sync_dir(dirfd);
+            c->unsynced = sync_dir(dirfd);
     }
     return err;
 }
 
-static errint_t rename_into(struct tree *t, const struct copying *c, const struct target *g)
+static errint_t rename_into(struct tree *t, struct copying *c, const struct target *g)
 {
     mode_t needed = t->sync_names ? S_IRWXU : S_IWUSR | S_IXUSR;
     struct rdir *dir;
@@ -177,7 +178,7 @@ static errint_t discard(struct tree *t, const struct copying *c)
 }
 
 /* Precondition: committing(n). */
-static errint_t publish(struct tree *t, struct node *n, const struct copying *c)
+static errint_t publish(struct tree *t, struct node *n, struct copying *c)
 {
     struct copied_up done = {.ino = n->ino, .metacopy = c->metacopy, .orphan_fd = -1};
     struct target g;
@@ -255,7 +256,7 @@ static errint_t copy_by_temp(struct tree *t, struct node *n, struct copying *c)
     if (err != 0)
         (void)discard(t, c);
     close_keep_errno(c->fd);
-    return err;
+    return err == 0 ? c->unsynced : err;
 }
 
 /* Precondition: copying(n). */

@@ -445,7 +445,7 @@ static errint_t copy_up_for_rename(struct tree *t, const struct known *old, cons
 errint_t plain_rename(struct tree *t, uint64_t parent, const char *name, uint64_t new_parent,
                       const char *new_name)
 {
-    struct known old, new;
+    struct known old = {0}, new = {0};
     errint_t err;
 
     if (!t->plain || is_reserved(new_parent, new_name))
