@@ -2,7 +2,6 @@
 /* Copy-up of plain files and of directories: what copy_up.py does of all kinds, step by step. A
  * temporary in the work directory, its data, its metadata, fsync, and one rename. */
 #include <fcntl.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/xattr.h>
@@ -71,14 +70,6 @@ static errint_t check_source(struct tree *t, const struct copying *c)
     return 0;
 }
 
-static errint_t set_metacopy(struct tree *t, int fd)
-{
-    char name[64];
-
-    (void)snprintf(name, sizeof name, "%smetacopy", t->prefix);
-    return fsetxattr(fd, name, "", 0, 0) < 0 ? errno_or_eio() : 0;
-}
-
 /* Where the file came from, and that its data are still there. */
 static errint_t write_marks(struct tree *t, struct node *n, const struct copying *c)
 {
@@ -87,7 +78,7 @@ static errint_t write_marks(struct tree *t, struct node *n, const struct copying
 
     if (err == 0 && !kept)
         err = NOT_PLAIN; /* recorded elsewhere */
-    return err == 0 && c->metacopy ? set_metacopy(t, c->fd) : err;
+    return err == 0 && c->metacopy ? set_mark(t, c->fd, "metacopy", "", 0) : err;
 }
 
 static errint_t copy_metadata(struct tree *t, struct node *n, const struct copying *c)

@@ -62,7 +62,7 @@ errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin)
     return err;
 }
 
-static errint_t set_mark(struct tree *t, int fd, const char *mark, const void *value, size_t len)
+errint_t set_mark(struct tree *t, int fd, const char *mark, const void *value, size_t len)
 {
     char name[64], path[PROC_BYTES];
 

@@ -226,6 +226,19 @@ errint_t node_lookup(struct tree *t, struct node *parent, const char *name, stru
     }
 }
 
+/* The kernel is told of what was found: one lookup more. Puts the node back. */
+static errint_t tell_of(struct tree *t, struct node *n, const struct stat *st, struct stat *ret_st)
+{
+    errint_t err = attr_of_hit(t, n, st, ret_st);
+
+    pthread_mutex_lock(&t->lock);
+    if (err == 0)
+        n->nlookup++;
+    node_put_locked(t, n);
+    pthread_mutex_unlock(&t->lock);
+    return err;
+}
+
 errint_t tree_lookup(struct tree *t, uint64_t parent_ino, const char *name, struct stat *ret_st)
 {
     struct node *parent = node_get(t, parent_ino), *n = NULL;
@@ -241,13 +254,8 @@ errint_t tree_lookup(struct tree *t, uint64_t parent_ino, const char *name, stru
     }
     err = node_lookup(t, parent, name, h, &n);
     if (err == 0) {
-        err = attr_of_hit(t, n, &h->st, ret_st);
+        err = tell_of(t, n, &h->st, ret_st);
         hit_clear(t, h);
-        pthread_mutex_lock(&t->lock);
-        if (err == 0)
-            n->nlookup++;
-        node_put_locked(t, n);
-        pthread_mutex_unlock(&t->lock);
     }
     free(h);
     node_put(t, parent);
@@ -270,12 +278,7 @@ errint_t tree_lookup_made(struct tree *t, uint64_t parent_ino, const char *name,
         err = adopt(t, parent, name, h, &n, false);
     }
     if (err == 0) {
-        err = attr_of_hit(t, n, &h->st, ret_st);
-        pthread_mutex_lock(&t->lock);
-        if (err == 0)
-            n->nlookup++;
-        node_put_locked(t, n);
-        pthread_mutex_unlock(&t->lock);
+        err = tell_of(t, n, &h->st, ret_st);
     }
     free(h);
     if (parent)

@@ -29,19 +29,19 @@ static bool has_default_acl(int dirfd)
 }
 
 /* Whether what we make in this directory is the caller's without further ado. */
-static bool is_natural(const struct tree *t, int dirfd, const struct new_file *new)
+static bool is_natural(const struct tree *t, int dirfd, const struct new_file *wanted)
 {
     struct stat st;
 
-    if (new->uid != t->euid)
+    if (wanted->uid != t->euid)
         return false;
-    return new->gid == t->egid || (stat_fd(dirfd, &st) == 0 && st.st_mode & S_ISGID);
+    return wanted->gid == t->egid || (stat_fd(dirfd, &st) == 0 && st.st_mode & S_ISGID);
 }
 
 /* The daemon's own umask is 0. */
-static int make_at(int dirfd, const char *name, const struct new_file *new, mode_t mode)
+static int make_at(int dirfd, const char *name, const struct new_file *wanted, mode_t mode)
 {
-    int flags = (new->flags &(O_ACCMODE | SYNC_FLAGS)) | O_NONBLOCK;
+    int flags = (wanted->flags & (O_ACCMODE | SYNC_FLAGS)) | O_NONBLOCK;
 
     switch (mode & S_IFMT) {
     case S_IFREG:
@@ -50,24 +50,24 @@ static int make_at(int dirfd, const char *name, const struct new_file *new, mode
     case S_IFDIR:
         return mkdirat(dirfd, name, mode & MODE_BITS);
     case S_IFLNK:
-        return symlinkat(new->target, dirfd, name);
+        return symlinkat(wanted->target, dirfd, name);
     default:
-        return mknodat(dirfd, name, mode, new->rdev);
+        return mknodat(dirfd, name, mode, wanted->rdev);
     }
 }
 
 errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
-                    const struct new_file *new, int *ret_fd)
+                    const struct new_file *wanted, int *ret_fd)
 {
     struct node *parent;
     struct rdir *dir;
-    mode_t mode = new->mode;
+    mode_t mode = wanted->mode;
     errint_t err;
     int dirfd = -1;
 
     if (!t->plain || is_reserved(parent_ino, name))
         return NOT_PLAIN;
-    if (S_ISCHR(mode) && new->rdev == 0) /* would be a whiteout */
+    if (S_ISCHR(mode) && wanted->rdev == 0) /* would be a whiteout */
         return NOT_PLAIN;
     parent = node_get(t, parent_ino);
     if (!parent)
@@ -75,12 +75,12 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
     err = plain_copy_up(t, parent_ino, false);
     if (err == 0 && (dirfd = upper_pin(t, parent, &dir)) >= 0) {
         err = NOT_PLAIN;
-        if (is_natural(t, dirfd, new)) {
+        if (is_natural(t, dirfd, wanted)) {
             if (!S_ISLNK(mode) && !has_default_acl(dirfd))
-                mode &= ~new->umask;
+                mode &= ~wanted->umask;
             /* A name that is free in the upper and not known to the kernel has nothing below it
              * either, where whiteouts are devices. Another answer is for those who look. */
-            int fd = make_at(dirfd, name, new, mode);
+            int fd = make_at(dirfd, name, wanted, mode);
 
             if (fd >= 0) {
                 *ret_fd = S_ISREG(mode) ? fd : -1;
@@ -267,71 +267,52 @@ static errint_t whiteout_over(struct tree *t, int dirfd, const char *name)
     return err;
 }
 
-static errint_t remove_at(struct tree *t, int dirfd, const char *name, const struct hit *h,
-                          bool lower)
+/* What is known of a name is to go; NOT_PLAIN before anything has been done. */
+static errint_t check_removal(struct tree *t, const struct known *k, int dirfd, bool lower)
 {
-    if (h->upper != UPPER_ENTRY)
-        return make_whiteout(dirfd, name);
+    const struct hit *h = k->hit;
+
+    if (S_ISDIR(h->type)) /* of the upper alone */
+        return h->upper == UPPER_ENTRY && h->ndirs == 1 && !lower ? 0 : NOT_PLAIN;
+    return goes_plainly(t, k) && !is_forbidden(t, k, dirfd) ? 0 : NOT_PLAIN;
+}
+
+static errint_t remove_at(struct tree *t, int dirfd, const struct known *k, bool lower)
+{
+    if (S_ISDIR(k->hit->type)) /* whiteouts may be in it, or what the union shows */
+        return unlinkat(dirfd, k->name, AT_REMOVEDIR) < 0 ? NOT_PLAIN : 0;
+    if (k->hit->upper != UPPER_ENTRY)
+        return make_whiteout(dirfd, k->name);
     if (lower)
-        return whiteout_over(t, dirfd, name);
-    return unlinkat(dirfd, name, 0) < 0 ? errno_or_eio() : 0;
+        return whiteout_over(t, dirfd, k->name);
+    return unlinkat(dirfd, k->name, 0) < 0 ? errno_or_eio() : 0;
 }
 
-static errint_t unlink_known(struct tree *t, struct known *k)
+/* Precondition: committing(k->node). */
+static errint_t remove_known(struct tree *t, struct known *k)
 {
+    uint64_t parent = k->parent->ino;
     struct rdir *dir;
     bool lower;
     errint_t err = known_resolve(t, k);
     int dirfd;
 
+    if (err == 0)
+        err = lower_shows(t, k, &lower);
     if (err != 0)
-        return err;
-    if (!goes_plainly(t, k))
-        return NOT_PLAIN;
-    err = lower_shows(t, k, &lower);
-    if (err < 0)
         return err;
     dirfd = upper_pin(t, k->parent, &dir);
     if (dirfd < 0)
         return NOT_PLAIN;
-    err = is_forbidden(t, k, dirfd) ? NOT_PLAIN : tree_prepare_unlink(t, k->parent->ino, k->name);
+    err = check_removal(t, k, dirfd, lower);
+    if (err == 0)
+        err = tree_prepare_unlink(t, parent, k->name);
     if (err == 0) {
-        err = remove_at(t, dirfd, k->name, k->hit, lower);
-        if (err < 0)
-            tree_abandon_unlink(t, k->parent->ino, k->name);
+        err = remove_at(t, dirfd, k, lower);
+        if (err != 0)
+            tree_abandon_unlink(t, parent, k->name);
         else
-            err = tree_unlinked(t, k->parent->ino, k->name);
-    }
-    upper_unpin(t, dir);
-    return err;
-}
-
-/* A directory of the upper alone, and empty there. */
-static errint_t rmdir_known(struct tree *t, struct known *k)
-{
-    struct rdir *dir;
-    bool lower;
-    errint_t err = known_resolve(t, k);
-    int dirfd;
-
-    if (err != 0)
-        return err;
-    if (!S_ISDIR(k->hit->type) || k->hit->upper != UPPER_ENTRY || k->hit->ndirs != 1)
-        return NOT_PLAIN;
-    err = lower_shows(t, k, &lower);
-    if (err < 0 || lower)
-        return err < 0 ? err : NOT_PLAIN;
-    dirfd = upper_pin(t, k->parent, &dir);
-    if (dirfd < 0)
-        return NOT_PLAIN;
-    err = tree_prepare_unlink(t, k->parent->ino, k->name);
-    if (err == 0) {
-        if (unlinkat(dirfd, k->name, AT_REMOVEDIR) < 0) {
-            tree_abandon_unlink(t, k->parent->ino, k->name);
-            err = NOT_PLAIN; /* whiteouts are in it, or what the union shows */
-        } else {
-            err = tree_unlinked(t, k->parent->ino, k->name);
-        }
+            err = tree_unlinked(t, parent, k->name);
     }
     upper_unpin(t, dir);
     return err;
@@ -355,7 +336,7 @@ static errint_t remove_name(struct tree *t, uint64_t parent, const char *name, b
         struct keyhold hold = {.keys = {k.node->ino}};
 
         keys_take(&t->committing, &hold);
-        err = dir ? rmdir_known(t, &k) : unlink_known(t, &k);
+        err = remove_known(t, &k);
         keys_give(&t->committing, &hold);
     }
     known_done(t, &k);

@@ -21,9 +21,9 @@ struct new_file {
     uint32_t uid, gid;  /* who makes it */
 };
 
-/* `ret_fd`: a regular file's descriptor, opened with new->flags, else -1. */
-errint_t plain_make(struct tree *t, uint64_t parent, const char *name, const struct new_file *new,
-                    int *ret_fd);
+/* `ret_fd`: a regular file's descriptor, opened with wanted->flags, else -1. */
+errint_t plain_make(struct tree *t, uint64_t parent, const char *name,
+                    const struct new_file *wanted, int *ret_fd);
 /* A further name for a file that has one. */
 errint_t plain_link(struct tree *t, uint64_t ino, uint64_t parent, const char *name);
 /* Anything but a directory. */

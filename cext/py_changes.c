@@ -33,20 +33,20 @@ PyObject *py_upper_dir(PyObject *op, PyObject *args)
     return (PyObject *)out;
 }
 
-PyObject *py_origin(PyObject *op, PyObject *args)
+PyObject *py_index_name(PyObject *op, PyObject *args)
 {
     unsigned long long ino;
     struct origin o;
     errint_t err;
 
-    if (!PyArg_ParseTuple(args, "K:origin", &ino))
+    if (!PyArg_ParseTuple(args, "K:index_name", &ino))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
     err = origin_of(TREE(op), ino, &o);
     Py_END_ALLOW_THREADS
     if (err < 0)
         return raise_errno(err, NULL);
-    return Py_BuildValue("y#s", (const char *)o.fb, (Py_ssize_t)o.len, o.hex);
+    return PyUnicode_FromString(o.hex);
 }
 
 PyObject *py_copied_up(PyObject *op, PyObject *args, PyObject *kwargs)

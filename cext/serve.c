@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
-/* Answers to requests: what asks what is there, and what moves bytes, from the tree; what changes
- * the union from options.call. */
+/* Answers to requests: what asks what is there, and what moves bytes, from the tree. What changes
+ * the union is in serve_changes.c, or options.call's. */
 #include <fcntl.h>
 #include <sys/statvfs.h>
 
@@ -200,7 +200,6 @@ static ssize_t on_open(struct answer *a)
 static ssize_t on_read(struct answer *a)
 {
     const struct fuse_read_in *in = BODY(a, fuse_read_in);
-
     struct file *f;
     ssize_t n;
 

@@ -297,6 +297,8 @@ errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
                    struct origin *ret_origin);
 errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin);
 
+/* Sets overlay.MARK of what a descriptor, perhaps O_PATH, stands for. */
+errint_t set_mark(struct tree *t, int fd, const char *mark, const void *value, size_t len);
 /* Writes on a copy where it came from: its number in the union, and the origin of `src`, a
  * descriptor of the lower file (any; so is `copy`). `ret_kept`: false where the copy can hold no
  * such marks (a user's symbolic links and special files: xattr(7)). */

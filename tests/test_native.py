@@ -414,7 +414,7 @@ def _unlink(stack: Stack) -> None:
 
 def _copy_up(stack: Stack) -> None:
     ino = stack.ino("lower")
-    stack.tree.origin(ino)
+    stack.tree.index_name(ino)
     fh = stack.tree.open(ino, os.O_RDONLY)
     src = stack.tree.open_node(ino, os.O_RDONLY, True)
     dst = os.open("lower", os.O_CREAT | os.O_RDWR, dir_fd=stack.fds[0])
@@ -505,6 +505,9 @@ def _plain(s: Stack) -> None:
     tree.forget(made, 2)
     tree.forget(folder, 1)
     lower = tree.lookup(ROOT_INO, b"lower")[0]
+    for parent, to in ((ROOT_INO, 1 << 40), (1 << 40, ROOT_INO)):
+        with pytest.raises(OSError, match="Stale"):
+            tree.plain_rename(parent, b"lower", to, b"elsewhere")
     with tree.copying(lower + 1), tree.committing(lower, lower + 1):
         fd = os.open(s.upper / "file", os.O_RDWR)
         assert tree.mark_origin(lower, fd, fd)
@@ -598,7 +601,7 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
     "upper_dir": (_upper_dir, {"upper_dir"}),
     "renamed": (_rename, {"renamed", "set_nlink_diff", "name_made_real", "name_is_real"}),
     "unlinked": (_unlink, {"prepare_unlink", "abandon_unlink", "unlinked"}),
-    "copied_up": (_copy_up, {"copied_up", "data_copied", "origin"}),
+    "copied_up": (_copy_up, {"copied_up", "data_copied", "index_name"}),
     "marks": (
         _directory_marks,
         {"set_redirect", "redirect_path", "make_impure", "made_opaque", "take_warning"},

@@ -114,7 +114,7 @@ class Tree:
 
     # For the changes: where to make them, and being told of them when they are on disk.
     def upper_dir(self, ino: int, /) -> UpperDir: ...
-    def origin(self, ino: int, /) -> tuple[bytes, str]: ...  # overlay.origin, name in the index
+    def index_name(self, ino: int, /) -> str: ...  # of a lower file, by its handle
     def copied_up(
         self,
         ino: int,

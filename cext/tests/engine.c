@@ -10,6 +10,7 @@
 
 #include "../engine.h"
 #include "../flags.h"
+#include "check.h"
 
 enum { ASKERS = 4, STUCK = 60, PATIENCE_MS = 30000 };
 
@@ -19,15 +20,6 @@ static int kernel; /* our end of the device */
 static long rounds = 3000;
 static sem_t stuck, go_on;
 static _Atomic uint64_t next_unique = 1;
-
-#define CHECK(what)                                                                                \
-    do {                                                                                           \
-        if (!(what)) {                                                                             \
-            (void)fprintf(stderr, "%s:%d: not so: %s (errno %d)\n", __FILE__, __LINE__, #what,     \
-                          errno);                                                                  \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 static uint64_t ask(uint32_t opcode, const void *body, size_t len)
 {

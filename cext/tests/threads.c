@@ -10,6 +10,7 @@
 
 #include "../tree.h"
 #include "../xattrs.h"
+#include "check.h"
 
 enum { DIRS = 6, FILES = 12, READERS = 3 };
 
@@ -20,15 +21,6 @@ static long rounds = 3000;
 /* As the kernel does: names of a directory are looked up together, and changed alone. */
 static pthread_rwlock_t root_lock = PTHREAD_RWLOCK_INITIALIZER;
 static pthread_rwlock_t dir_locks[DIRS];
-
-#define CHECK(what)                                                                                \
-    do {                                                                                           \
-        if (!(what)) {                                                                             \
-            (void)fprintf(stderr, "%s:%d: not so: %s (errno %d)\n", __FILE__, __LINE__, #what,     \
-                          errno);                                                                  \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 static unsigned next_random(unsigned *seed)
 {

@@ -7,19 +7,11 @@
 #include <sys/stat.h>
 
 #include "../uring.h"
+#include "check.h"
 
 static struct server server;
 static struct ring_buffers buffers;
 static uint64_t killed; /* SETATTR requests that came */
-
-#define CHECK(what)                                                                                \
-    do {                                                                                           \
-        if (!(what)) {                                                                             \
-            (void)fprintf(stderr, "%s:%d: not so: %s (errno %d)\n", __FILE__, __LINE__, #what,     \
-                          errno);                                                                  \
-            abort();                                                                               \
-        }                                                                                          \
-    } while (0)
 
 /* Answers with 512 bytes of 'a', which must not reach the data of a write; or with what it got. */
 static ssize_t call(void *arg, const struct request *r, char *out, size_t cap)
