@@ -21,6 +21,7 @@ from unionfs.cli import show
 from unionfs.errors import UnionfsError
 from unionfs.stores import archive
 from unionfs.stores.checking import wrong_mark
+from unionfs.stores.tools import find
 
 __all__ = ["base"]
 
@@ -345,7 +346,7 @@ def test_check_of_what_is_no_store(base: Path, how: str) -> None:
 def test_check_of_a_damaged_file_system(base: Path) -> None:
     need("ext4")
     image = images.make(base / "s.img")
-    debugfs = images.tool("debugfs")
+    debugfs = find("debugfs")
     if debugfs is None:
         pytest.skip("there is no debugfs")
     ground.run(debugfs, "-w", "-R", "clri <11>", image)  # lost+found

@@ -16,6 +16,7 @@ from tests.test_stores import _await, base, change, check, mount, need, refused,
 from unionfs.errors import UnionfsError
 from unionfs.options import OptionReader
 from unionfs.space import GROW_SECONDS, LOOK_SECONDS, Mark, Watch
+from unionfs.stores.tools import find
 
 __all__ = ["base"]
 
@@ -50,8 +51,8 @@ def test_low_water_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert watch.seconds == LOOK_SECONDS
 
 
-def test_growing_ends_at_the_largest(caplog: pytest.LogCaptureFixture) -> None:
-    watch = Fake(-1, "s", Mark(1 * MIB, percent=False), largest=1500 * MIB)
+def growing(watch: Fake) -> list[int]:
+    """What it grows is what it says; the sizes in MiB, as they come."""
     steps: list[int] = []
 
     def enlarge(size: int) -> None:
@@ -60,6 +61,12 @@ def test_growing_ends_at_the_largest(caplog: pytest.LogCaptureFixture) -> None:
         watch.size = size
 
     watch.image_size, watch.enlarge = lambda: watch.size, enlarge
+    return steps
+
+
+def test_growing_ends_at_the_largest(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Fake(-1, "s", Mark(1 * MIB, percent=False), largest=1500 * MIB)
+    steps = growing(watch)
     assert watch.seconds == GROW_SECONDS
     watch.free = 20 * MIB
     watch.look()
@@ -71,14 +78,7 @@ def test_growing_ends_at_the_largest(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_growing_keeps_ahead_of_who_writes() -> None:
     watch = Fake(-1, "s", Mark(1, percent=False), largest=1 << 40)
-    steps: list[int] = []
-
-    def enlarge(size: int) -> None:
-        steps.append(size // MIB)
-        watch.free += size - watch.size
-        watch.size = size
-
-    watch.image_size, watch.enlarge = lambda: watch.size, enlarge
+    steps = growing(watch)
     watch.free = 600 * MIB
     watch.look()
     assert steps == []
@@ -225,7 +225,7 @@ def test_a_killed_daemon_is_told_of(base: Path) -> None:
 
 def test_noted_errors_are_corrected_before_it_is_mounted(base: Path) -> None:
     need("ext4")
-    debugfs = images.tool("debugfs")
+    debugfs = find("debugfs")
     if debugfs is None:
         pytest.skip("there is no debugfs")
     image = images.make(base / "s.img")
@@ -235,6 +235,6 @@ def test_noted_errors_are_corrected_before_it_is_mounted(base: Path) -> None:
     made = union(base, base / "tree", image)
     with made:
         check(base / "mnt")
-    dumpe2fs = images.tool("dumpe2fs")
+    dumpe2fs = find("dumpe2fs")
     assert dumpe2fs
     assert "clean with errors" not in ground.run(dumpe2fs, "-h", image)

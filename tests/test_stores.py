@@ -17,6 +17,7 @@ import pytest
 
 from tests.rig import ground, images
 from tests.rig.mounted import PATIENCE, Unionfs, is_mounted, program, user_mount_possible
+from unionfs.stores.tools import find
 
 ARCH = os.uname().machine
 _made: list[bytes] = []  # the image of the tree, made once
@@ -172,7 +173,7 @@ def test_partitions(base: Path) -> None:
     with open(disk, "wb") as file:
         file.truncate(32 << 20)
     table = f'label: gpt\nsize=20MiB, name="{name} x"\n'
-    sfdisk = images.tool("sfdisk")
+    sfdisk = find("sfdisk")
     if sfdisk is None:
         pytest.skip("there is no sfdisk (package fdisk)")
     subprocess.run([sfdisk, "-q", disk], input=table, text=True, check=True)
@@ -248,7 +249,7 @@ def test_lower_in_an_image(base: Path, kind: str) -> None:
     else:
         with open(image, "wb") as file:
             file.truncate(16 << 20)
-        mkfs = images.tool("mkfs.ext4")
+        mkfs = find("mkfs.ext4")
         assert mkfs
         ground.run(mkfs, "-q", "-F", "-b", "4096", "-d", base / "tree", image)
     before = image.read_bytes()
@@ -370,7 +371,7 @@ def test_links_in_a_store_are_not_followed(base: Path) -> None:
     (base / "fill/link").symlink_to("/")
     with open(image, "wb") as file:
         file.truncate(16 << 20)
-    mkfs = images.tool("mkfs.ext4")
+    mkfs = find("mkfs.ext4")
     assert mkfs
     ground.run(mkfs, "-q", "-F", "-b", "4096", "-d", base / "fill", image)
     said = refused(base / "tree", f"{image}:/link/etc", base / "mnt")
@@ -516,7 +517,7 @@ def test_foreign_things(base: Path) -> None:
     swap = base / "swap.img"
     with open(swap, "wb") as file:
         file.truncate(1 << 20)
-    mkswap = images.tool("mkswap")
+    mkswap = find("mkswap")
     assert mkswap
     ground.run(mkswap, "-q", swap)
     assert "holds swap" in refused(base / "tree", swap, base / "mnt")

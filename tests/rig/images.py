@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -14,17 +13,13 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground
+from unionfs.stores.tools import find
 
-_SBIN = "/usr/sbin:/sbin:/usr/bin:/bin"
 # The smallest that each mkfs takes.
 _SIZES = {"ext4": 16, "xfs": 300, "btrfs": 114}
 WRITABLE = ("ext4", "xfs", "btrfs")
 # For what has been tried on one kind in each run already.
 OTHERS_SLOWLY = ("ext4", "xfs", pytest.param("btrfs", marks=pytest.mark.slow))
-
-
-def tool(name: str) -> str | None:
-    return shutil.which(name) or shutil.which(name, path=_SBIN)
 
 
 def why_not(kind: str) -> str | None:
@@ -34,14 +29,14 @@ def why_not(kind: str) -> str | None:
     programs = {"ext4": "fuse2fs", "squashfs": "squashfuse", "erofs": "erofsfuse"}
     if kind not in programs:
         return f"an ordinary user cannot mount {kind}"
-    return None if tool(programs[kind]) else f"there is no {programs[kind]}"
+    return None if find(programs[kind]) else f"there is no {programs[kind]}"
 
 
 def make(path: Path, kind: str = "ext4", label: str = "", megabytes: int = 0) -> Path:
     """A writable file system in a sparse file, owned by who runs the test."""
     with open(path, "wb") as file:
         file.truncate((megabytes or _SIZES[kind]) << 20)
-    mkfs = tool(f"mkfs.{kind}")
+    mkfs = find(f"mkfs.{kind}")
     assert mkfs is not None
     words = {
         "ext4": ["-q", "-F", "-b", "4096", "-E", f"root_owner={os.getuid()}:{os.getgid()}"],

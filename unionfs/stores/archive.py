@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Final
 
 from unionfs.errors import UnionfsError
-from unionfs.stores.probe import tool
+from unionfs.stores.tools import environment, tool
 
 VERSION: Final = 1
 _MAGIC: Final = 0x184D2A5E  # one of the sixteen of skippable frames (RFC 8878)
@@ -96,7 +96,7 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=said,
-            env={**os.environ, "LC_ALL": "C"},
+            env=environment(),
         )
         pack = subprocess.Popen(
             [tool("zstd", "zstd"), "-q", "-c", "-3", "-T0", "--check"],
@@ -215,7 +215,7 @@ def extract(
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=said,
-            env={**os.environ, "LC_ALL": "C"},
+            env=environment(),
         )
         assert unpack.stdout is not None
         assert tar.stdin is not None
@@ -242,20 +242,19 @@ def extract(
 def copy(source: str, target: str, advance: Advance) -> None:
     """From one directory to another, all that an upper has."""
     with open(os.memfd_create("tar"), "w+b") as said:
-        environment = {**os.environ, "LC_ALL": "C"}
         reader = subprocess.Popen(
             tar_creating(source),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=said,
-            env=environment,
+            env=environment(),
         )
         writer = subprocess.Popen(
             tar_extracting(target),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=said,
-            env=environment,
+            env=environment(),
         )
         assert reader.stdout is not None
         assert writer.stdin is not None

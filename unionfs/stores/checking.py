@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import stat
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -20,7 +19,8 @@ from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME, parse_record
 from unionfs.identity import FILE, parse_store
 from unionfs.stores import loop
-from unionfs.stores.probe import Contents, tool
+from unionfs.stores.probe import Contents
+from unionfs.stores.tools import lines_of, run, tool
 
 _PREFIXES: Final = ("trusted.overlay.", "user.overlay.")
 _OPAQUE: Final = (b"y", b"x")
@@ -68,20 +68,14 @@ def check_filesystem(contents: Contents, report: Report, *, repair: bool) -> Non
     if command is None:
         report.filesystem = f"{fstype} has no fsck"
         return
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        env={**os.environ, "LC_ALL": "C"},
-    )
-    lines = os.fsdecode(done.stdout + done.stderr).strip().splitlines()
+    done = run(command)
+    lines = lines_of(done.stdout + done.stderr)
     code = _meaning(fstype, done.returncode, repair=repair)
     report.code |= code
     said = {Code.OK: "clean", Code.CORRECTED: "repaired", Code.UNCORRECTED: "damaged"}
     report.filesystem = f"{fstype}: {said.get(code, 'could not be checked')}"
     if code & (Code.UNCORRECTED | Code.TROUBLE) and lines:
-        report.filesystem += f" ({lines[-1].strip()})"
+        report.filesystem += f" ({lines[-1]})"
 
 
 def _fsck(path: str, fstype: str, *, repair: bool) -> list[str] | None:

@@ -6,11 +6,10 @@ Owns the look at the super block and the call of e2fsck.
 
 import os
 import struct
-import subprocess
 from typing import Final
 
 from unionfs.errors import UnionfsError
-from unionfs.stores.probe import tool
+from unionfs.stores.tools import lines_of, run, tool
 
 _SUPER: Final = 1024
 _HAS_64BIT: Final = 0x80
@@ -48,18 +47,12 @@ def has_errors(path: str) -> bool:
 
 def preen(path: str) -> bool:
     """Repair what can be repaired safely, and replay the journal; True if there was anything."""
-    done = subprocess.run(
-        [tool("e2fsck", "e2fsprogs"), "-p", path],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        env={**os.environ, "LC_ALL": "C"},
-    )
+    done = run([tool("e2fsck", "e2fsprogs"), "-p", path])
     if done.returncode <= _CORRECTED:
         return done.returncode == _CORRECTED
-    lines = os.fsdecode(done.stdout + done.stderr).strip().splitlines()
+    lines = lines_of(done.stdout + done.stderr)
     said = [line for line in lines if "UNEXPECTED" not in line and "MANUALLY" not in line.upper()]
-    reason = said[-1].strip() if said else f"e2fsck ended with {done.returncode}"
+    reason = said[-1] if said else f"e2fsck ended with {done.returncode}"
     raise UnionfsError(
         f"{path} is damaged: {reason}", hint=f"repair it: unionfs store check --repair {path}"
     )

@@ -10,14 +10,14 @@ import fcntl
 import os
 import secrets
 import stat
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from unionfs import syscalls
 from unionfs.errors import ExitCode, UnionfsError, usage_error
-from unionfs.stores.probe import probe, tool
+from unionfs.stores.probe import probe
+from unionfs.stores.tools import lines_of, run, tool
 from unionfs.syscalls import RenameFlag
 
 FileSystem = Literal["ext4", "xfs", "btrfs"]
@@ -69,11 +69,9 @@ def make_filesystem(path: str, fstype: str, label: str, *, discard: bool = True)
     elif not discard:
         command += kind.keep
     command += [*(["-L", label] if label else []), "--", path]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True
-    )
+    done = run(command)
     if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
+        said = lines_of(done.stderr or done.stdout)
         reason = said[-1] if said else f"exit code {done.returncode}"
         raise UnionfsError(f"mkfs.{fstype} of {path} failed: {reason}")
 

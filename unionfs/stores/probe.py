@@ -8,14 +8,12 @@ devices (find.py) nor mount them.
 import errno
 import os
 import re
-import shutil
 import stat
-import subprocess
 from typing import Final, NamedTuple
 
 from unionfs.errors import ExitCode, UnionfsError
+from unionfs.stores.tools import lines_of, run, tool
 
-SBIN: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
 _NOTHING: Final = 2
 _AMBIVALENT: Final = 8
 _ENCODED: Final = re.compile(rb"\\x([0-9a-f]{2})")
@@ -33,15 +31,6 @@ class Contents(NamedTuple):
     partuuid: str = ""
     table: str = ""  # the kind of partition table
     member: str = ""  # of a file system with several devices: this one's own UUID
-
-
-def tool(name: str, package: str) -> str:
-    """The path of a program that may lie where users do not look."""
-    found = shutil.which(name) or shutil.which(name, path=SBIN)
-    if found is None:
-        hint = f"install the package {package}"
-        raise UnionfsError(f"{name} is not installed", hint=hint, code=ExitCode.SYSTEM)
-    return found
 
 
 def _decode(value: bytes) -> str:
@@ -76,20 +65,14 @@ def check_readable(path: str) -> None:
 def probe(path: str) -> Contents:
     """What is in it; raises UnionfsError if it cannot be read or could be two things at once."""
     check_readable(path)
-    done = subprocess.run(
-        [tool("blkid", "util-linux"), "-p", "-o", "udev", "--", path],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        env={**os.environ, "LC_ALL": "C"},
-    )
+    done = run([tool("blkid", "util-linux"), "-p", "-o", "udev", "--", path])
     fields = _fields(done.stdout)
     if done.returncode == _AMBIVALENT or "ID_FS_AMBIVALENT" in fields:
         what = ", ".join(fields.get("ID_FS_AMBIVALENT", "").split()) or "several file systems"
         hint = "remove the signatures that are wrong: wipefs(8) shows them"
         raise UnionfsError(f"{path} could be several things at once ({what})", hint=hint)
     if done.returncode not in (0, _NOTHING):
-        said = os.fsdecode(done.stderr).strip().splitlines()
+        said = lines_of(done.stderr)
         reason = said[-1] if said else f"exit code {done.returncode}"
         raise UnionfsError(f"blkid cannot examine {path}: {reason}", code=ExitCode.SYSTEM)
     return Contents(

@@ -16,14 +16,14 @@ import fcntl
 import os
 import stat
 import struct
-import subprocess
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.stores import kernel, loop, userspace
 from unionfs.stores.making import new_file
-from unionfs.stores.probe import Contents, probe, require_filesystem, tool
+from unionfs.stores.probe import Contents, probe, require_filesystem
+from unionfs.stores.tools import lines_of, run, tool
 
 _BLKGETSIZE64: Final = 0x80081272
 # fs/ext4/ext4.h: _IOW('f', 16, __u64); xfs_fs.h: _IOW('X', 110, struct xfs_growfs_data) and
@@ -293,16 +293,10 @@ def _resize_copy(path: str, size: int, advance: Advance) -> None:
 
 
 def _run(command: list[str], path: str, *, good: int, what: str = "resized") -> None:
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        env={**os.environ, "LC_ALL": "C"},
-    )
+    done = run(command)
     if done.returncode > good:
-        lines = os.fsdecode(done.stderr or done.stdout).strip().splitlines()
-        reason = lines[-1].strip() if lines else f"exit code {done.returncode}"
+        lines = lines_of(done.stderr or done.stdout)
+        reason = lines[-1] if lines else f"exit code {done.returncode}"
         name = os.path.basename(command[0])
         hint = f"check it: unionfs store check --repair {path}"
         raise UnionfsError(f"{path} cannot be {what}: {name}: {reason}", hint=hint)

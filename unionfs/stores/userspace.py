@@ -13,7 +13,6 @@ import fcntl
 import logging
 import os
 import select
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -25,7 +24,8 @@ from unionfs import syscalls
 from unionfs.errors import ExitCode, UnionfsError
 from unionfs.mounts import mount_number, read_mounts, topmost
 from unionfs.stores import ext
-from unionfs.stores.probe import SBIN, Contents
+from unionfs.stores.probe import Contents
+from unionfs.stores.tools import find
 from unionfs.syscalls import UnmountFlag
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _program(contents: Contents, *, readonly: bool) -> tuple[Program, str]:
         raise UnionfsError(f"{path}: an ordinary user cannot mount {fstype}", hint=hint)
     if not readonly and program.writable is None:
         raise UnionfsError(f"{path}: {fstype} cannot be written to", hint="use ext4 for the upper")
-    found = shutil.which(program.name) or shutil.which(program.name, path=SBIN)
+    found = find(program.name)
     if found is None:
         raise UnionfsError(
             f"{path}: {program.name} is not installed, and without it an ordinary user cannot "
@@ -250,7 +250,7 @@ def _unmount(stage: str) -> None:
         syscalls.umount(stage, UnmountFlag.DETACH | UnmountFlag.NOFOLLOW)
         return
     for name in ("fusermount3", "fusermount"):
-        if (found := shutil.which(name) or shutil.which(name, path=SBIN)) is not None:
+        if (found := find(name)) is not None:
             command = [found, "-u", "-z", "-q", "--", stage]
             if subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode == 0:
                 return
