@@ -15,6 +15,7 @@ from tests.rig import as_user, ground
 from tests.rig.arena import Arena, backends
 from tests.rig.ground import Ground, Kind
 from tests.rig.pair import Pair
+from tests.rig.spots import Spot, shared
 
 # While this file is imported the process has one thread, so all of pytest moves at once.
 ground.isolate()
@@ -127,3 +128,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root"))
+
+
+@pytest.fixture(scope="module")
+def spots(stores: Stores) -> Iterator[Iterator[Spot]]:
+    with shared(stores) as found:
+        yield found
+
+
+@pytest.fixture
+def spot(spots: Iterator[Spot]) -> Spot:
+    return next(spots)

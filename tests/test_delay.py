@@ -13,39 +13,20 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
+from tests.rig.at_once import begin, soon
 from tests.rig.mounted import PATIENCE, Unionfs
 from tests.rig.slow_source import SIZE, SlowSource, content
 
 pytestmark = pytest.mark.root
 T = TypeVar("T")
 MANY = 50  # more than the 40 threads that trio gives out by default
-
-
-def begin(action: Callable[[], T]) -> Future[T]:
-    """Run it in a thread of its own."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def soon(action: Callable[[], T]) -> T:
-    """The result of what must not wait for the slow copy-up."""
-    return begin(action).result(PATIENCE)
 
 
 class Slowly:

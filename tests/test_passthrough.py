@@ -14,13 +14,11 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
 
-from tests.conftest import Stores
 from tests.rig import ground
 from tests.rig.mounted import PATIENCE, Unionfs
 from tests.rig.spots import (
@@ -32,23 +30,11 @@ from tests.rig.spots import (
     make,
     open_files,
     opened,
-    shared,
     told,
     wait_until,
 )
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def spots(stores: Stores) -> Iterator[Iterator[Spot]]:
-    with shared(stores) as found:
-        yield found
-
-
-@pytest.fixture
-def spot(spots: Iterator[Spot]) -> Spot:
-    return next(spots)
 
 
 # ---- one who reads and writes ----

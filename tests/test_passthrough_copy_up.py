@@ -38,17 +38,6 @@ SECONDS = 3.0
 
 
 @pytest.fixture(scope="module")
-def spots(stores: Stores) -> Iterator[Iterator[Spot]]:
-    with shared(stores) as found:
-        yield found
-
-
-@pytest.fixture
-def spot(spots: Iterator[Spot]) -> Spot:
-    return next(spots)
-
-
-@pytest.fixture(scope="module")
 def spots_upper(stores: Stores) -> Iterator[Iterator[Spot]]:
     with shared(stores, "passthrough=upper") as found:
         yield found

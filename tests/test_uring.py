@@ -17,14 +17,15 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Stores
 from tests.rig import as_user, mounted, syscalls
+from tests.rig.at_once import begin, soon
 from tests.rig.mounted import PATIENCE, Unionfs
 from tests.rig.slow_source import SlowSource, content
 from unionfs import uring
@@ -82,24 +83,6 @@ def told(union: Unionfs) -> tuple[bool, str | None]:
     """Whether requests come over io_uring, and why not."""
     status = json.loads(json.dumps(union.status()))
     return status["features"]["io_uring"], status["reasons"].get("io_uring")
-
-
-def begin(action: Callable[[], object]) -> Future[object]:
-    future: Future[object] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def soon(action: Callable[[], object]) -> object:
-    """The result of what must not wait for the slow."""
-    return begin(action).result(PATIENCE)
 
 
 def ring_threads(pid: int) -> int:
