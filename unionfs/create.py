@@ -116,7 +116,7 @@ def create_nameless(union: Union, parent: int, new: New, ctx: Caller) -> int:
         gid = _inherited_gid(dirfd, gid)
     finally:
         os.close(dirfd)
-    fd = _open_nameless(union.work_fd, new.flags, 0o600)
+    fd = _open_nameless(union.work_fd, new.flags)
     try:
         _dress(union, fd, mode, uid, gid, default)
     except BaseException:
@@ -125,10 +125,10 @@ def create_nameless(union: Union, parent: int, new: New, ctx: Caller) -> int:
     return fd
 
 
-def _open_nameless(dirfd: int, flags: int, mode: int) -> int:
+def _open_nameless(dirfd: int, flags: int) -> int:
     kept = flags & (os.O_ACCMODE | os.O_SYNC | os.O_DSYNC)
     try:
-        return os.open(".", kept | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=dirfd)
+        return os.open(".", kept | os.O_TMPFILE | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
     except IsADirectoryError as exc:  # of file systems that know nothing of it (open(2))
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP)) from exc
 
