@@ -296,7 +296,9 @@ class TestChecks:
 
     def test_mountpoint(self, place: Path) -> None:
         good = options(place)
-        assert "is also the lower" in refusal(replace(good, mountpoint=f"{place}/l"))
+        (place / "l/file").touch()
+        over_itself = replace(good, mountpoint=f"{place}/l")
+        assert checks.check_mountpoint(over_itself, mounts.read_mounts()) == f"{place}/l"
         assert "is also the upper" in refusal(replace(good, mountpoint=f"{place}/u"))
         (place / "l/m").mkdir()
         inside = replace(good, mountpoint=f"{place}/l/m")

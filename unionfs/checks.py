@@ -10,8 +10,9 @@ path: `unionfs mount / UPPER MNT` is fine with UPPER on a tmpfs or a disk of its
 is seen without what is mounted beneath it; and it is refused with UPPER on the root file system,
 also through a bind mount, as kernel overlayfs refuses it.
 
-The mount point may lie in a lower (it is not seen there either), not in the upper.  The mount
-point may not be a layer itself.
+The mount point may lie in a lower (it is not seen there either) or be one, as with kernel
+overlayfs: the directory is then changed in place, and the lower is what was there before.  It may
+not lie in the upper nor be it.
 """
 
 import errno
@@ -170,13 +171,13 @@ def check_mountpoint(
     except OSError as exc:
         raise _mountpoint_error(path, exc) from exc
     try:
-        if not options.nonempty and os.listdir(fd):
+        place = place_of(f"mount point {path}", fd, mounts)
+        over_itself = _check_mountpoint_place(options, place, mounts, opened)
+        if not (over_itself or options.nonempty) and os.listdir(fd):
             raise UnionfsError(
                 f"the mount point {path} is not empty",
                 hint="choose an empty directory, or hide what is there with -o nonempty",
             )
-        place = place_of(f"mount point {path}", fd, mounts)
-        _check_mountpoint_place(options, place, mounts, opened)
     finally:
         os.close(fd)
     return real
@@ -204,18 +205,16 @@ def _mountpoint_error(path: str, exc: OSError) -> UnionfsError:
 
 def _check_mountpoint_place(
     options: MountOptions, point: Place, mounts: Sequence[MountEntry], opened: Opened
-) -> None:
+) -> bool:
+    """Refuse a place in or at the upper; whether it is that of a lower."""
     hint = "choose another mount point"
-    for path in options.lowers:
-        if point.same(lower := _place_of_path(LOWER, path, mounts, opened)):
-            raise UnionfsError(f"the {point.name} is also the {lower.name}", hint=hint)
-    if options.upper is None:
-        return
-    upper = _place_of_path(UPPER, options.upper, mounts, opened)
-    if point.same(upper):
-        raise UnionfsError(f"the {point.name} is also the {upper.name}", hint=hint)
-    if point.inside(upper):
-        raise UnionfsError(f"the {point.name} lies inside the {upper.name}", hint=hint)
+    if options.upper is not None:
+        upper = _place_of_path(UPPER, options.upper, mounts, opened)
+        if point.same(upper):
+            raise UnionfsError(f"the {point.name} is also the {upper.name}", hint=hint)
+        if point.inside(upper):
+            raise UnionfsError(f"the {point.name} lies inside the {upper.name}", hint=hint)
+    return any(point.same(_place_of_path(LOWER, p, mounts, opened)) for p in options.lowers)
 
 
 def mark_careful(layers: Sequence[Layer], point: str, mounts: Sequence[MountEntry]) -> None:
