@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.cli import helper, mount, status, umount, unions
+from unionfs import unions, unmounting
+from unionfs.cli import helper, mount, status
 from unionfs.cli import main as cli
 from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.mounts import MountEntry, parse_mounts
@@ -372,7 +373,7 @@ def test_status_survives_any_answer(facts: dict[str, object], entries: list[Moun
 def test_users_of_a_directory_are_named(tmp_path: Path) -> None:
     with open(tmp_path / "file", "w"):
         assert (str(os.getpid()), Path("/proc/self/comm").read_text().strip()) in list(
-            umount._users(str(tmp_path))
+            unmounting._users(str(tmp_path))
         )
 
 

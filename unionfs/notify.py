@@ -31,9 +31,3 @@ def watchdog_seconds() -> float | None:
     except ValueError:
         return None
     return seconds if seconds > 0 and pid == os.getpid() else None
-
-
-def silence() -> None:
-    """What this process starts is no concern of the service manager's."""
-    for name in (_SOCKET, "WATCHDOG_USEC", "WATCHDOG_PID"):
-        os.environ.pop(name, None)

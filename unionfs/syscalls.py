@@ -21,6 +21,7 @@ _syscall.restype = ctypes.c_long
 
 # Added after the unified numbering: the same on every architecture (include/uapi/asm-generic).
 _NR_OPEN_TREE: Final = 428
+_NR_MOVE_MOUNT: Final = 429
 _NR_FSOPEN: Final = 430
 _NR_FSCONFIG: Final = 431
 _NR_FSMOUNT: Final = 432
@@ -30,6 +31,7 @@ AT_FDCWD: Final = -100
 AT_SYMLINK_FOLLOW: Final = 0x400
 AT_EMPTY_PATH: Final = 0x1000
 _OPEN_TREE_CLONE: Final = 1
+_MOVE_MOUNT_F_EMPTY_PATH: Final = 4
 _FSOPEN_CLOEXEC: Final = 1
 _FSMOUNT_CLOEXEC: Final = 1
 _FSCONFIG_SET_FLAG: Final = 0
@@ -128,6 +130,12 @@ def set_mount_attributes(fd: int, attr_set: MountAttr, attr_clear: MountAttr) ->
     size = ctypes.sizeof(attr)
     empty = ctypes.c_char_p(b"")
     _call("mount_setattr", _NR_MOUNT_SETATTR, fd, empty, AT_EMPTY_PATH, ctypes.byref(attr), size)
+
+
+def attach_mount(fd: int, target: str) -> None:
+    """move_mount(2): have a detached mount seen at `target`, a directory or, of a file, a file."""
+    words = (fd, ctypes.c_char_p(b""), AT_FDCWD, ctypes.c_char_p(os.fsencode(target)))
+    _call("move_mount", _NR_MOVE_MOUNT, *words, _MOVE_MOUNT_F_EMPTY_PATH)
 
 
 def private_tmpfs(options: dict[str, str]) -> int:

@@ -15,10 +15,10 @@ from dataclasses import replace
 from unionfs import locator
 from unionfs.cli.main import guarded
 from unionfs.cli.parser import Parser
-from unionfs.cli.unions import FSTYPE, ask, find, texts
 from unionfs.errors import ExitCode, UnionfsError, usage_error
 from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions, OptionReader, read_strings
+from unionfs.unions import FSTYPE, ask, find, texts
 
 USAGE = "mount.unionfs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPT,...] [-t TYPE]"
 

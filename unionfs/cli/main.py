@@ -18,6 +18,9 @@ VERBS = {
     "mount": "show lower layers and an upper as one file system",
     "umount": "unmount, and wait until the layers are free",
     "status": "tell what is mounted, since when, and what works on it",
+    "up": "mount what a profile says",
+    "down": "unmount what a profile has mounted",
+    "policy": "tell what profiles say of a path",
     "store": "make, look at, check, grow, back up and restore what holds the changes",
 }
 

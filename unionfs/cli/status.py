@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 
 from unionfs.cli.parser import Parser
-from unionfs.cli.unions import FSTYPE, Answer, ask, find, integer, texts
 from unionfs.errors import ExitCode, printable, usage_error
 from unionfs.mounts import MountEntry, read_mounts
+from unionfs.unions import FSTYPE, Answer, ask, find, integer, texts
 
 USAGE = "unionfs status [MNT...] [--json]"
 

@@ -152,7 +152,7 @@ def uppers_of(volume: Volume) -> list[str]:
 
 def mounted_unions() -> dict[str, str]:
     """The mount points of unions by their upper's id."""
-    from unionfs.cli.unions import FSTYPE, ask
+    from unionfs.unions import FSTYPE, ask
 
     mounts = read_mounts()
     found = {}

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs up`: mount what a profile says.  Called by main.py."""
+
+import sys
+from collections.abc import Sequence
+
+from unionfs.cli.parser import Parser
+from unionfs.errors import ExitCode, printable
+
+USAGE = "unionfs up NAME [--root DIR] [-f] [-q]"
+
+DESCRIPTION = """\
+Mounts what the profile NAME says (unionfs-profile(5)): /etc/unionfs/NAME.toml, for an ordinary
+user ~/.config/unionfs/NAME.toml, or the file if NAME has a slash. What is mounted already
+stays; a union whose daemon has died is mounted anew. After an error all is as it was before."""
+
+EPILOG = """
+exit codes: 0 all is mounted, 1 wrong usage, 32 failed: nothing more is mounted than before
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Bring it up."""
+    parser = Parser(prog="unionfs up", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
+    add = parser.add_argument
+    add("name", metavar="NAME", help="the profile")
+    add("--root", default="/", metavar="DIR", help="the root of the system it is for")
+    add("-f", "--foreground", action="store_true", help="stay, and end when a daemon ends")
+    add("-q", "--quiet", action="store_true", help="say nothing of what was mounted")
+    given = parser.read(argv)
+    from unionfs.profiles import files, running, supervise
+
+    profile = files.load(given.name)
+    if given.foreground:
+        return supervise.run(profile, given.root)
+    outcome = running.up(profile, given.root)
+    for warning in outcome.warnings:
+        print(printable(f"unionfs: warning: {warning}"), file=sys.stderr)
+    if not given.quiet:
+        again = "" if outcome.fresh else ", which was up already"
+        print(f"{profile.name}: {len(outcome.made)} mounts{again}")
+    return ExitCode.OK

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Finding profiles: /etc/unionfs/NAME.toml, those of the vendor and of this boot, and drop-ins.
+
+Owns the places and their order, which are systemd's (systemd.unit(5)): a file in /etc takes the
+place of one with the same name in /run, and that of one in /usr/lib; drop-ins in NAME.toml.d/ of
+any of these places are added in the order of their names.  A user's profiles are below
+$XDG_CONFIG_HOME/unionfs and $XDG_RUNTIME_DIR/unionfs.
+
+`app@one` is read from app@.toml, where %i stands for `one` (%% is a percent sign).
+"""
+
+import os
+import re
+import tomllib
+from typing import Any, Final
+
+from unionfs.errors import UnionfsError
+from unionfs.profiles import persistence, profile
+from unionfs.profiles.profile import Profile
+
+_SUFFIX: Final = ".toml"
+_SYSTEM: Final = ("/etc/unionfs", "/run/unionfs", "/usr/lib/unionfs")
+
+
+def directories(root: str = "/") -> list[str]:
+    """Where profiles lie, the place that wins first."""
+    if os.geteuid() == 0:
+        return [profile.below(root, path) for path in _SYSTEM]
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    found = [f"{home}/unionfs"]
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        found.append(f"{runtime}/unionfs")
+    return found
+
+
+def names(root: str = "/") -> list[str]:
+    """The profiles there are; templates end in @."""
+    found = set()
+    for place in directories(root):
+        for entry in _entries(place):
+            if entry.endswith(_SUFFIX) and profile.NAME.fullmatch(entry.removesuffix(_SUFFIX)):
+                found.add(entry.removesuffix(_SUFFIX))
+    return sorted(found)
+
+
+def own_name(name: str) -> str:
+    """What a profile is called that is named so: by its name, or by a path."""
+    own = os.path.basename(name).removesuffix(_SUFFIX) if "/" in name else name
+    profile.check_name(own)
+    return own
+
+
+def load(name: str, root: str = "/") -> Profile:
+    """Read a profile by its name, or from the one file that a path names.
+
+    root: the system whose files are meant.  Raises UnionfsError.
+    """
+    if "/" in name:
+        own = own_name(name)
+        return _complete(profile.read(own, [(name, _read(name))]))
+    own_name(name)
+    places = directories(root)
+    template, at, instance = name.partition("@")
+    candidates = [name, f"{template}@"] if at and instance else [name]
+    if at and not instance:
+        raise UnionfsError(f"{name} is a template", hint=f"name what it is for: {name}ONE")
+    main = _first(places, [candidate + _SUFFIX for candidate in candidates])
+    if main is None:
+        hint = (
+            f"the profiles are {', '.join(names(root))}"
+            if names(root)
+            else f"write {places[0]}/{name}.toml"
+        )
+        raise UnionfsError(f"there is no profile {name}", hint=hint)
+    files = [main, *_drop_ins(places, [f"{c}{_SUFFIX}.d" for c in reversed(candidates)])]
+    documents = [(path, _read(path)) for path in files]
+    if at:
+        documents = [(path, _filled(document, instance)) for path, document in documents]
+    return _complete(profile.read(name, documents))
+
+
+def _complete(read: Profile) -> Profile:
+    """Without paths of its own it has those that the store's persistence.conf names."""
+    if read.rules:
+        return read
+    if read.store is None:
+        what = read.files[0] if read.files else read.name
+        raise UnionfsError(f"{what} names no paths", hint='add [paths] and "/etc" = "persist"')
+    return persistence.complete(read)
+
+
+def _entries(place: str) -> list[str]:
+    try:
+        return sorted(os.listdir(place))
+    except OSError:
+        return []
+
+
+def _first(places: list[str], wanted: list[str]) -> str | None:
+    """The file of the first name that is found, in the place that wins."""
+    paths = [f"{place}/{name}" for name in wanted for place in places]
+    return next((path for path in paths if os.path.isfile(path)), None)
+
+
+def _drop_ins(places: list[str], folders: list[str]) -> list[str]:
+    """By name; of two with the same name the one in the place that wins."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        for place in reversed(places):
+            for entry in _entries(f"{place}/{folder}"):
+                if entry.endswith(_SUFFIX):
+                    found[entry] = f"{place}/{folder}/{entry}"
+    return [found[entry] for entry in sorted(found)]
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as exc:
+        raise UnionfsError(f"cannot read {path}: {os.strerror(exc.errno or 0)}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UnionfsError(f"{path} is not understood: {exc}", hint="it has to be TOML") from exc
+
+
+def _filled(value: Any, instance: str) -> Any:  # noqa: ANN401
+    """A document with %i filled in."""
+    if isinstance(value, str):
+        return re.sub("%([%i])", lambda match: "%" if match[1] == "%" else instance, value)
+    if isinstance(value, list):
+        return [_filled(item, instance) for item in value]
+    if isinstance(value, dict):
+        return {_filled(key, instance): _filled(item, instance) for key, item in value.items()}
+    return value

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""persistence.conf, by which live-boot is told what persists: persistence.conf(5).
+
+Owns its grammar, and how its words become rules.  A line is `DIR [OPTION,...]`, with the options
+bind (the default), union, link and source=PATH; what live-boot skips with a warning is skipped
+here.  live-boot keeps the changes of a union in `rw` below the source, as is done here.
+"""
+
+import dataclasses
+import logging
+import os
+from typing import Final
+
+from unionfs import locator
+from unionfs.errors import UnionfsError, printable
+from unionfs.profiles.profile import Kind, Profile, Rule
+
+log = logging.getLogger("unionfs")
+
+FILE: Final = "persistence.conf"
+_KINDS: Final[dict[str, Kind]] = {"bind": "bind", "union": "persist", "link": "link"}
+# Where live-boot refuses to mount.
+_UNSAFE: Final = ("/lib", "/live", "/run/live")
+_LARGEST: Final = 1 << 20
+
+
+def complete(profile: Profile) -> Profile:
+    """A profile with the paths that the file at its store's root names."""
+    assert profile.store is not None
+    return dataclasses.replace(profile, rules=tuple(read(_text(profile.store), profile.store)))
+
+
+def _text(store: str) -> str:
+    """The file at the root of a store."""
+    from unionfs.stores.opening import open_volume
+
+    volume = open_volume(store, readonly=True)
+    try:
+        with open(os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=volume.root), "rb") as file:
+            return os.fsdecode(file.read(_LARGEST))
+    except OSError as exc:
+        hint = "name the paths in the profile, or write that file"
+        reason = os.strerror(exc.errno or 0)
+        raise UnionfsError(f"{store} has no {FILE} at its root: {reason}", hint=hint) from exc
+    finally:
+        volume.close()
+
+
+def read(text: str, store: str) -> list[Rule]:
+    """The rules of a file's text; lines that cannot be used are logged and skipped."""
+    device = locator.parse(store).source
+    rules: dict[str, Rule] = {}
+    sources: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        try:
+            rule, source = _rule(words, device)
+            others = [place for path, place in sources.items() if path != rule.path]
+            if near := next((p for p in others if _nested(p, source)), None):
+                raise ValueError(f"{source} in the store lies in or around {near}")
+        except ValueError as exc:
+            log.warning("%s:%d: %s: skipped", FILE, number, printable(str(exc)))
+            continue
+        rules[rule.path], sources[rule.path] = rule, source
+    return sorted(rules.values(), key=lambda rule: rule.path.split("/"))
+
+
+def _nested(one: str, other: str) -> bool:
+    one, other = one.rstrip("/") + "/", other.rstrip("/") + "/"
+    return one.startswith(other) or other.startswith(one)
+
+
+def _rule(words: list[str], store: str) -> tuple[Rule, str]:
+    """The rule of a line, and its place in the store."""
+    path = words[0]
+    if not path.startswith("/") or {".", ".."} & set(path.split("/")):
+        raise ValueError(f"{path} is no absolute path")
+    path = os.path.normpath("/" + path.lstrip("/"))
+    if any(path == place or path.startswith(place + "/") for place in _UNSAFE):
+        raise ValueError(f"{path} cannot persist")
+    kind: Kind = "bind"
+    source = path
+    for option in ",".join(words[1:]).split(","):
+        word, equals, value = option.partition("=")
+        if equals and word == "source":
+            source = _source(value)
+        elif option in _KINDS:
+            kind = _KINDS[option]
+        elif option:
+            raise ValueError(f"the option {option} is unknown")
+    if kind == "persist":
+        upper = f"{store}:{os.path.join(source, 'rw')}"
+        return Rule(path=path, kind=kind, upper=upper, said_by=FILE), source
+    return Rule(path=path, kind=kind, source=source, said_by=FILE), source
+
+
+def _source(value: str) -> str:
+    if value == ".":
+        return "/"
+    if not value or value.startswith("/") or {".", ".."} & set(value.split("/")):
+        raise ValueError(f"source={value} is no path below the store's root")
+    return os.path.normpath(f"/{value}")

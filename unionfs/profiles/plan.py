@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From a profile to the mounts that make it, in their order.
+
+Owns where in the store a path's changes lie, which mount each kind is, and what of the base is
+below it.  Looks at the base, makes nothing.
+
+In the store, a path's changes lie in a directory that is called as systemd-escape(1) writes the
+path, `-` for the root: DIR/var-lib, where DIR is what the store's locator names
+(`LABEL=x:/dir`), or the store itself if that is a directory, or else /persistent_NAME.
+
+Where directories are covered in place, what is mounted below another path of the profile could not
+see its base any more.  So a view of each such base comes first, in /run/unionfs/NAME/base.
+"""
+
+import dataclasses
+import os
+import stat
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from unionfs import locator, runtime
+from unionfs.errors import UnionfsError
+from unionfs.locator import Locator
+from unionfs.options import MountOptions, read_strings
+from unionfs.profiles.profile import Profile, Rule, below
+
+Action = Literal["union", "memory", "bind", "view", "links"]
+EMPTY: Final = "empty"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One mount.  `path`: that of its rule."""
+
+    action: Action
+    path: str
+    point: str
+    options: MountOptions | None = None  # of a union
+    source: str = ""  # of a bind, view or links: a locator
+    readonly: bool = False
+    size: str | None = None  # of memory
+    like: str | None = None  # a directory of the base: what is made gets its mode, or its content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """Where a profile is brought up: the root of its system, our directory in /run, our rights."""
+
+    root: str
+    directory: str
+    may_mount: bool
+
+
+def steps(profile: Profile, ground: Ground) -> list[Step]:
+    """The mounts of a profile.  Raises UnionfsError for what cannot be made here."""
+    planner = _Planner(profile, ground)
+    made = [step for rule in profile.rules for step in planner.steps(rule)]
+    order = {"view": 0, "links": 2}
+    return sorted(made, key=lambda step: order.get(step.action, 1))
+
+
+def place_in_store(profile: Profile, rule: Rule) -> str:
+    """The locator of a path's directory in the store."""
+    assert profile.store is not None
+    where = locator.parse(profile.store)
+    if rule.source is not None:
+        return f"{where.source}:{rule.source}"
+    return f"{where.source}:{below(_top(profile, where), runtime.name_of(rule.path))}"
+
+
+def _top(profile: Profile, where: Locator) -> str:
+    if where.directory is not None:
+        return where.directory
+    if where.tag is None and os.path.isdir(where.value):
+        return "/"
+    return f"/persistent_{profile.name}"
+
+
+class _Planner:
+    def __init__(self, profile: Profile, ground: Ground) -> None:
+        self.profile = profile
+        self.ground = ground
+        self.top = self._rooted(profile.where)
+
+    def _rooted(self, text: str) -> str:
+        """A plain path of the profile's system, from here."""
+        return below(self.ground.root, text) if text.startswith("/") else text
+
+    def steps(self, rule: Rule) -> list[Step]:
+        point = below(self.top, rule.path)
+        if point == "/":
+            hint = "bring it up over another root: unionfs up NAME --root DIR"
+            raise UnionfsError(f"{rule.said_by}: / cannot be covered while it is in use", hint=hint)
+        above = self.profile.above(rule)
+        if rule.kind == "exclude" and above is None:
+            return []  # nothing is done to it
+        made: list[Step] = []
+        if self.profile.in_place and above is not None:
+            base = f"{self.ground.directory}/base/{runtime.name_of(rule.path)}"
+            source = below(self._rooted(self.profile.base[0]), rule.path)
+            lowers = [base] if _exists(source) else []
+            if lowers:
+                self._need_rights(rule, "below another path in place")
+                made.append(
+                    Step(action="view", path=rule.path, point=base, source=source, readonly=True)
+                )
+        else:
+            lowers = self._lowers(rule.path)
+        if rule.kind == "link":
+            source = place_in_store(self.profile, rule)
+            made.append(
+                Step(action="bind", path=rule.path, point=self._linked(rule), source=source)
+            )
+        made.append(self._step(rule, point, lowers))
+        return made
+
+    def _step(self, rule: Rule, point: str, lowers: list[str]) -> Step:
+        like = lowers[0] if lowers else None
+        step = Step(action="union", path=rule.path, point=point, like=like)
+        match rule.kind:
+            case "persist":
+                upper = rule.upper or place_in_store(self.profile, rule)
+                return dataclasses.replace(step, options=self._options(rule, point, lowers, upper))
+            case "tmpfs" if rule.union:
+                memory = f"tmpfs:size={rule.size}" if rule.size else "tmpfs:"
+                return dataclasses.replace(step, options=self._options(rule, point, lowers, memory))
+            case "tmpfs":
+                self._need_rights(rule, "an empty tmpfs")
+                return dataclasses.replace(step, action="memory", size=rule.size)
+            case "exclude" if self._can_bind(lowers):
+                return dataclasses.replace(step, action="bind", source=lowers[0], readonly=True)
+            case "exclude":
+                return dataclasses.replace(step, options=self._options(rule, point, lowers, None))
+        self._need_rights(rule, rule.kind)
+        source = place_in_store(self.profile, rule)
+        if rule.kind == "bind":
+            return dataclasses.replace(step, action="bind", source=source)
+        return dataclasses.replace(step, action="links", source=self._linked(rule))
+
+    def _linked(self, rule: Rule) -> str:
+        """Where the files that are linked to are seen."""
+        return f"{self.ground.directory}/links/{runtime.name_of(rule.path)}"
+
+    def _can_bind(self, lowers: list[str]) -> bool:
+        return self.ground.may_mount and len(lowers) == 1
+
+    def _need_rights(self, rule: Rule, what: str) -> None:
+        if not self.ground.may_mount:
+            hint = "use persist or tmpfs, which an ordinary user may mount"
+            raise UnionfsError(f"{rule.said_by}: {rule.path}: {what} needs root", hint=hint)
+
+    def _lowers(self, path: str) -> list[str]:
+        """What the layers of the base have of a path."""
+        found = []
+        for layer in self.profile.base:
+            inside = _inside(self._rooted(layer), path)
+            if path == "/" or _exists(inside):
+                found.append(inside)
+        return found
+
+    def _options(
+        self, rule: Rule, point: str, lowers: list[str], upper: str | None
+    ) -> MountOptions:
+        """Those of a union, as if they were given on a command line."""
+        name = f"{self.profile.name}:{runtime.name_of(rule.path)}"
+        reader = read_strings([*self.profile.options, *rule.options])
+        try:
+            reader.lowers = list(lowers) or [f"{self.ground.directory}/{EMPTY}"]
+            reader.mountpoint = point
+            if upper is not None:
+                reader.set("upper", upper, rule.path)
+            for setting, value in (("name", name), ("fsname", name), ("nonempty", True)):
+                if not reader.has(setting):
+                    reader.set(setting, value, f"{setting}={value}")
+            return reader.build()
+        except UnionfsError as exc:
+            raise UnionfsError(
+                f"{rule.said_by}: {rule.path}: {exc.message}", hint=exc.hint
+            ) from exc
+
+
+def _inside(layer: str, path: str) -> str:
+    """The locator of a path inside a layer."""
+    where = locator.parse(layer)
+    if path == "/":
+        return layer
+    if locator.is_directory(layer):
+        return below(layer, path)
+    return f"{where.source}:{below(where.directory or '/', path)}"
+
+
+def _exists(text: str) -> bool:
+    """Whether a layer has a directory; a symbolic link in its place is an error."""
+    if locator.is_directory(text):
+        return _is_plain(text)
+    from unionfs.stores.opening import open_volume, walk
+
+    volume = open_volume(text, readonly=True)
+    try:
+        os.close(walk(volume, volume.locator.directory or "/"))
+    except FileNotFoundError:
+        return False
+    finally:
+        volume.close()
+    return True
+
+
+def _is_plain(path: str) -> bool:
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if stat.S_ISLNK(mode):
+        hint = f"name what it points to: {os.readlink(path)}"
+        raise UnionfsError(f"{path} is a symbolic link in the base", hint=hint)
+    return True

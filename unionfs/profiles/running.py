@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bringing a profile up and taking it down.
+
+Owns the order, what is undone after an error, and the record of what was mounted:
+/run/unionfs/NAME/mounts, written after each mount, under a lock.  Each union has a daemon of its
+own, which outlives us.  Called by the verbs up and down, by boot and by the supervisor.
+
+A union whose daemon has died is mounted anew by the next `up`, with what is mounted below it.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from unionfs import runtime, syscalls
+from unionfs.errors import ExitCode, UnionfsError
+from unionfs.mounts import MountEntry, read_mounts, topmost
+from unionfs.profiles import binding, plan
+from unionfs.profiles.plan import Ground, Step
+from unionfs.profiles.profile import Profile
+from unionfs.stores import kernel
+from unionfs.syscalls import UnmountFlag
+from unionfs.unions import FSTYPE, ask
+from unionfs.unmounting import busy, unmount
+
+log = logging.getLogger("unionfs")
+
+_RECORD: Final = "mounts"
+_LOCK: Final = "lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A mount of ours, as it is found again in the mount table."""
+
+    point: str
+    device: str
+    fstype: str
+
+    def entry(self, mounts: list[MountEntry]) -> MountEntry | None:
+        """It, if it is still what is seen there."""
+        found = topmost(self.point, mounts)
+        return found if found is not None and found.device == self.device else None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a profile."""
+
+    made: list[Made]  # all its mounts, in their order
+    warnings: list[str]
+    fresh: int = 0  # how many of them were not there before
+
+
+def directory_of(name: str) -> str:
+    """The profile's directory in /run; raises UnionfsError where there is no such place."""
+    place = runtime.directory(name)
+    if place is None:
+        hint = "log in by a session, or set it to a directory of yours in memory"
+        raise UnionfsError("XDG_RUNTIME_DIR is not set", hint=hint, code=ExitCode.SYSTEM)
+    return place
+
+
+def up(profile: Profile, root: str = "/") -> Outcome:
+    """Mount all that is not mounted yet.  After an error all is as it was before."""
+    ground = Ground(
+        root=os.path.realpath(root),
+        directory=directory_of(profile.name),
+        may_mount=kernel.may_mount(),
+    )
+    with _locked(ground.directory):
+        os.makedirs(f"{ground.directory}/{plan.EMPTY}", 0o755, exist_ok=True)
+        record = _Record(ground.directory)
+        _heal(record)
+        outcome = Outcome([], [])
+        wanted = plan.steps(profile, ground)
+        fresh: list[Made] = []
+        try:
+            for step in wanted:
+                _do(profile, step, record, fresh, outcome)
+        except BaseException:
+            for made in reversed(fresh):
+                with contextlib.suppress(UnionfsError, OSError):
+                    _take_down(made, lazy=True)
+                record.remove(made)
+            raise
+        outcome.made = list(record.made)
+        outcome.fresh = len(fresh)
+        _tell(profile, outcome)
+        return outcome
+
+
+def down(name: str, *, lazy: bool = False) -> int:
+    """Unmount all that `up` mounted, the last first; how many there were.
+
+    Raises UnionfsError at the first that is busy; those above it stay.
+    """
+    place = directory_of(name)
+    if not os.path.isdir(place):
+        return 0
+    with _locked(place):
+        record = _Record(place)
+        count = 0
+        for made in reversed(list(record.made)):
+            count += _take_down(made, lazy=lazy)
+            record.remove(made)
+        _sweep(place)
+        return count
+
+
+def standing(name: str) -> list[Made]:
+    """What `up` has mounted and is still there."""
+    mounts = read_mounts()
+    return [made for made in _Record(directory_of(name)).made if made.entry(mounts) is not None]
+
+
+def _do(
+    profile: Profile, step: Step, record: "_Record", fresh: list[Made], outcome: Outcome
+) -> None:
+    if record.at(step.point) is not None and step.action != "links":
+        return
+    try:
+        _make_point(step)
+        _mount(step, profile)
+    except (UnionfsError, OSError) as exc:
+        error = _error(step, exc)
+        if not profile.nofail or error.code == ExitCode.INTERRUPT:
+            raise error from exc
+        outcome.warnings.append(error.line())
+        return
+    if step.action != "links":
+        entry = topmost(step.point, read_mounts())
+        if entry is None:
+            raise UnionfsError(f"{step.point} was mounted, and is not in the mount table")
+        made = Made(step.point, entry.device, entry.fstype)
+        record.add(made)
+        fresh.append(made)
+
+
+def _error(step: Step, exc: UnionfsError | OSError) -> UnionfsError:
+    if isinstance(exc, UnionfsError):
+        return UnionfsError(f"{step.path}: {exc.message}", hint=exc.hint, code=exc.code)
+    reason = os.strerror(exc.errno or errno.EIO)
+    what = f"{exc.filename}: " if isinstance(exc.filename, str) else ""
+    return UnionfsError(f"{step.path}: {what}{reason}")
+
+
+def _make_point(step: Step) -> None:
+    """What is not there is made, in the union above; what cannot be changed has to have it."""
+    if os.path.lexists(step.point):
+        return
+    try:
+        os.makedirs(step.point, 0o755)
+    except OSError as exc:
+        hint = "make it in the base, or give the path above it a rule"
+        reason = os.strerror(exc.errno or errno.EIO)
+        raise UnionfsError(f"{step.point} cannot be made: {reason}", hint=hint) from exc
+
+
+def _mount(step: Step, profile: Profile) -> None:
+    match step.action:
+        case "union":
+            from unionfs import daemon
+
+            assert step.options is not None
+            daemon.run(step.options)
+        case "memory":
+            name = f"{profile.name}:{runtime.name_of(step.path)}"
+            binding.memory(step.point, name, step.size, step.like)
+        case "bind" | "view":
+            binding.bind(step.source, step.point, readonly=step.readonly, like=step.like)
+        case "links":
+            binding.links(step.source, step.point)
+
+
+def _take_down(made: Made, *, lazy: bool) -> bool:
+    """Whether it was there."""
+    if made.entry(read_mounts()) is None:
+        return False
+    if made.fstype == FSTYPE:
+        unmount(made.point, lazy=lazy, force=False)
+        return True
+    flags = UnmountFlag.NOFOLLOW | (UnmountFlag.DETACH if lazy else UnmountFlag(0))
+    try:
+        syscalls.umount(made.point, flags)
+    except OSError as exc:
+        if exc.errno == errno.EBUSY:
+            raise busy(made.point) from None
+        reason = os.strerror(exc.errno or errno.EIO)
+        raise UnionfsError(f"{made.point} cannot be unmounted: {reason}") from exc
+    return True
+
+
+def _heal(record: "_Record") -> None:
+    """Forget what is gone, and take dead unions away, with what is mounted below them."""
+    mounts = read_mounts()
+    for made in list(record.made):
+        if made.entry(mounts) is None:
+            record.remove(made)
+    dead = [made for made in record.made if _is_dead(made, mounts)]
+    for made in reversed(list(record.made)):
+        if any(f"{made.point}/".startswith(f"{other.point}/") for other in dead):
+            _take_down(made, lazy=True)
+            record.remove(made)
+
+
+def _is_dead(made: Made, mounts: list[MountEntry]) -> bool:
+    entry = made.entry(mounts)
+    return entry is not None and made.fstype == FSTYPE and ask(entry, mounts).state == "dead"
+
+
+def _tell(profile: Profile, outcome: Outcome) -> None:
+    """In one place, which of its unions run without their store, and what is missing."""
+    place = directory_of(profile.name)
+    lines = list(outcome.warnings)
+    for rule in profile.rules:
+        union = runtime.directory(f"{profile.name}:{runtime.name_of(rule.path)}")
+        with contextlib.suppress(OSError), open(f"{union}/degraded", encoding="utf-8") as file:
+            lines += file.read().splitlines()
+    outcome.warnings = lines
+    if lines:
+        runtime.tell_degraded(profile.name, "; ".join(lines))
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{place}/degraded")
+
+
+def _sweep(place: str) -> None:
+    """Take away the directory in /run, as far as nothing is mounted in it any more."""
+    for folder, _folders, _files in os.walk(place, topdown=False):
+        if folder != place:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+    for name in (_RECORD, "degraded", _LOCK):
+        with contextlib.suppress(OSError):
+            os.unlink(f"{place}/{name}")
+    with contextlib.suppress(OSError):
+        os.rmdir(place)
+
+
+@contextlib.contextmanager
+def _locked(place: str) -> Iterator[None]:
+    """One at a time: who comes second waits, and then finds what the first has done."""
+    while True:
+        os.makedirs(place, 0o755, exist_ok=True)
+        fd = os.open(f"{place}/{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(fd), os.stat(f"{place}/{_LOCK}")):
+                break
+        os.close(fd)  # `down` has taken it away meanwhile
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+class _Record:
+    """What is mounted, in its order, in a file that is replaced whole."""
+
+    def __init__(self, directory: str) -> None:
+        self._path = f"{directory}/{_RECORD}"
+        self.made: list[Made] = []
+        with contextlib.suppress(OSError, ValueError, TypeError), open(self._path) as file:
+            self.made = [Made(**item) for item in json.load(file)]
+
+    def at(self, point: str) -> Made | None:
+        return next((made for made in self.made if made.point == point), None)
+
+    def add(self, made: Made) -> None:
+        self.made.append(made)
+        self._write()
+
+    def remove(self, made: Made) -> None:
+        self.made.remove(made)
+        self._write()
+
+    def _write(self) -> None:
+        with open(f"{self._path}.new", "w") as file:
+            json.dump([dataclasses.asdict(made) for made in self.made], file)
+        os.rename(f"{self._path}.new", self._path)
