@@ -78,9 +78,9 @@ def meaning(profile: Profile, rule: Rule) -> str:
 def _place(profile: Profile, rule: Rule) -> str | None:
     from unionfs.profiles.plan import place_in_store
 
-    if rule.kind in ("bind", "link") or (rule.kind == "persist" and rule.upper is None):
-        return place_in_store(profile, rule)
-    return rule.upper
+    if rule.kind in ("tmpfs", "exclude"):
+        return None
+    return rule.upper or place_in_store(profile, rule)
 
 
 def _object(path: str, profile: Profile, rule: Rule) -> dict[str, object]:

@@ -10,12 +10,13 @@ from unionfs.errors import ExitCode, printable
 USAGE = "unionfs up NAME [--root DIR] [-f] [-q]"
 
 DESCRIPTION = """\
-Mounts what the profile NAME says (unionfs-profile(5)): /etc/unionfs/NAME.toml, for an ordinary
-user ~/.config/unionfs/NAME.toml, or the file if NAME has a slash. What is mounted already
-stays; a union whose daemon has died is mounted anew. After an error all is as it was before."""
+Mounts what the profile NAME says (unionfs-profile(5)): /etc/unionfs/NAME.toml, for an
+ordinary user ~/.config/unionfs/NAME.toml, or the file itself if NAME has a slash.
+What is mounted already stays; a union whose daemon has died is mounted anew. After an
+error all is as it was before."""
 
 EPILOG = """
-exit codes: 0 all is mounted, 1 wrong usage, 32 failed: nothing more is mounted than before
+exit codes: 0 all is mounted, 1 wrong usage, 32 failed: all is as it was before
 """
 
 

@@ -44,11 +44,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
-    """Where a profile is brought up: the root of its system, our directory in /run, our rights."""
+    """Where a profile is brought up: the root of its system, our directory in /run, our rights.
+
+    `standing`: where it is mounted already; what is seen there is not the base any more.
+    """
 
     root: str
     directory: str
     may_mount: bool
+    standing: frozenset[str] = frozenset()
 
 
 def steps(profile: Profile, ground: Ground) -> list[Step]:
@@ -97,15 +101,16 @@ class _Planner:
         made: list[Step] = []
         if self.profile.in_place and above is not None:
             base = f"{self.ground.directory}/base/{runtime.name_of(rule.path)}"
-            source = below(self._rooted(self.profile.base[0]), rule.path)
-            lowers = [base] if _exists(source) else []
+            lowers = [base] if self._has_base(rule, point, base) else []
             if lowers:
                 self._need_rights(rule, "below another path in place")
-                made.append(
-                    Step(action="view", path=rule.path, point=base, source=source, readonly=True)
-                )
+                view = Step(action="view", path=rule.path, point=base, source=point)
+                made.append(dataclasses.replace(view, readonly=True))
         else:
             lowers = self._lowers(rule.path)
+            if self.profile.in_place and not lowers:
+                hint = "make it in the base, or give the path above it a rule"
+                raise UnionfsError(f"{rule.said_by}: {point} does not exist", hint=hint)
         if rule.kind == "link":
             source = place_in_store(self.profile, rule)
             made.append(
@@ -113,6 +118,15 @@ class _Planner:
             )
         made.append(self._step(rule, point, lowers))
         return made
+
+    def _has_base(self, rule: Rule, point: str, view: str) -> bool:
+        """Whether the base has a path that lies below another one of the profile, in place."""
+        others = [
+            other for other in self.profile.rules if other != rule and other.covers(rule.path)
+        ]
+        if any(below(self.top, other.path) in self.ground.standing for other in others):
+            return view in self.ground.standing
+        return _exists(point)
 
     def _step(self, rule: Rule, point: str, lowers: list[str]) -> Step:
         like = lowers[0] if lowers else None

@@ -70,16 +70,18 @@ def directory_of(name: str) -> str:
 
 def up(profile: Profile, root: str = "/") -> Outcome:
     """Mount all that is not mounted yet.  After an error all is as it was before."""
-    ground = Ground(
-        root=os.path.realpath(root),
-        directory=directory_of(profile.name),
-        may_mount=kernel.may_mount(),
-    )
-    with _locked(ground.directory):
-        os.makedirs(f"{ground.directory}/{plan.EMPTY}", 0o755, exist_ok=True)
-        record = _Record(ground.directory)
+    directory = directory_of(profile.name)
+    with _locked(directory):
+        os.makedirs(f"{directory}/{plan.EMPTY}", 0o755, exist_ok=True)
+        record = _Record(directory)
         _heal(record)
         outcome = Outcome([], [])
+        ground = Ground(
+            root=os.path.realpath(root),
+            directory=directory,
+            may_mount=kernel.may_mount(),
+            standing=frozenset(made.point for made in record.made),
+        )
         wanted = plan.steps(profile, ground)
         fresh: list[Made] = []
         try:
@@ -159,9 +161,8 @@ def _make_point(step: Step) -> None:
     try:
         os.makedirs(step.point, 0o755)
     except OSError as exc:
-        hint = "make it in the base, or give the path above it a rule"
         reason = os.strerror(exc.errno or errno.EIO)
-        raise UnionfsError(f"{step.point} cannot be made: {reason}", hint=hint) from exc
+        raise UnionfsError(f"{step.point} cannot be made: {reason}") from exc
 
 
 def _mount(step: Step, profile: Profile) -> None:

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Profiles brought up and taken down by the real commands, on real stores."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rig import ground, images, snapshot
+from tests.rig.mounted import PATIENCE, program, user_mount_possible
+from tests.test_stores import need
+
+ROOT = os.geteuid() == 0
+
+
+class System:
+    """A small system in a directory, and one profile for it."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.top = place / "sys"
+        self.data = place / "data"
+        self.name = f"t{uuid.uuid4().hex[:8]}"
+        self.file = place / f"{self.name}.toml"
+        for path in ("etc", "var/cache/apt", "var/lib", "var/log", "home/u", "root"):
+            (self.top / path).mkdir(parents=True)
+            (self.top / path / "file").write_text(f"base {path}\n")
+        self.data.mkdir()
+        self.before = snapshot.take(self.top)
+        self.environment = dict(os.environ)
+        if not ROOT:
+            (place / "run").mkdir(mode=0o700)
+            self.environment["XDG_RUNTIME_DIR"] = str(place / "run")
+
+    @property
+    def run_directory(self) -> Path:
+        return Path("/run" if ROOT else self.place / "run") / "unionfs" / self.name
+
+    def write(self, text: str, paths: str) -> None:
+        self.file.write_text(f'base = "{self.top}"\n{text}\n[paths]\n{paths}\n')
+
+    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*program(), *words],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            env=self.environment,
+        )
+
+    def up(self, *words: str) -> str:
+        done = self.call("up", str(self.file), *words)
+        assert done.returncode == 0, done
+        return done.stdout + done.stderr
+
+    def down(self, *words: str) -> None:
+        done = self.call("down", self.name, *words)
+        assert done.returncode == 0, done
+        assert not self.run_directory.exists()
+
+    def refused(self, *words: str) -> str:
+        done = self.call("up", str(self.file), *words)
+        assert done.returncode == 32, done
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    def points(self) -> list[str]:
+        below = ground.mounts_below(self.top)
+        return sorted(os.path.relpath(point, self.top) for point in below)
+
+    def unchanged(self) -> None:
+        snapshot.assert_same(self.before, snapshot.take(self.top), "the base")
+
+
+@pytest.fixture
+def system(place: Path) -> Iterator[System]:
+    if why := user_mount_possible():
+        pytest.skip(why)
+    made = System(place)
+    yield made
+    made.call("down", "--lazy", made.name)
+    for point in reversed([*ground.mounts_below(made.run_directory), *ground.mounts_below(place)]):
+        with contextlib.suppress(RuntimeError):
+            ground.run("umount", "-l", point)
+
+
+KINDS = """
+"/etc" = "persist"
+"/home" = "bind"
+"/var" = "persist"
+"/var/cache" = "tmpfs"
+"/var/lib" = "exclude"
+"/var/log" = { kind = "tmpfs", union = false, size = "1M" }
+"/var/made/deep" = "persist"
+"""
+
+
+@pytest.mark.root
+def test_every_kind(system: System) -> None:
+    system.write(f'store = "{system.data}"', KINDS)
+    top = system.top
+    assert "mounts" in system.up()
+    assert system.points() == [
+        "etc",
+        "home",
+        "var",
+        "var/cache",
+        "var/lib",
+        "var/log",
+        "var/made/deep",
+    ]
+    assert os.listdir(top / "var/log") == []
+    assert (top / "var/cache/apt/file").read_text() == "base var/cache/apt\n"
+    for path in ("etc", "home/u", "var", "var/cache", "var/log", "var/made/deep"):
+        (top / path / "new").write_text("new\n")
+    with pytest.raises(OSError, match="Read-only"):
+        (top / "var/lib/new").touch()
+    assert "up already" in system.up()
+    system.down()
+    assert system.points() == []
+    system.unchanged()
+    system.up()
+    kept = [str(path.parent.relative_to(top)) for path in top.rglob("new") if path.is_file()]
+    assert sorted(kept) == ["etc", "home/u", "var", "var/made/deep"]
+    assert (top / "home/u/file").read_text() == "base home/u\n", "filled from the base"
+    system.down()
+    assert {p.name for p in system.data.iterdir()} == {"etc", "home", "var", "var-made-deep"}
+
+
+def test_what_anybody_may_have(system: System) -> None:
+    """Unions that do not lie in one another; an ordinary user's too."""
+    system.write(f'store = "{system.data}:/kept"', '"/etc" = "persist"\n"/var/cache" = "tmpfs"\n')
+    system.up()
+    assert system.points() == ["etc", "var/cache"]
+    (system.top / "etc/file").write_text("changed\n")
+    (system.top / "var/cache/apt/file").write_text("changed\n")
+    system.down()
+    system.unchanged()
+    system.up()
+    assert (system.top / "etc/file").read_text() == "changed\n"
+    assert (system.top / "var/cache/apt/file").read_text() == "base var/cache/apt\n"
+    status = json.loads(system.call("status", "--json", str(system.top / "etc")).stdout)
+    assert status[0]["source"] == f"{system.name}:etc"
+    assert status[0]["upper"] == f"{system.data}/kept/etc"
+    system.down()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", images.WRITABLE)
+def test_one_image_for_all(system: System, kind: str) -> None:
+    need(kind)
+    image = images.make(system.place / "data.img", kind)
+    system.write(f'store = "{image}"', '"/etc" = "persist"\n"/var" = "persist"\n"/home" = "bind"\n')
+    for round_ in range(2):
+        system.up()
+        assert (system.top / "etc/kept").exists() == bool(round_)
+        (system.top / "etc/kept").touch()
+        (system.top / "var/kept").touch()
+        (system.top / "home/kept").touch()
+        system.down()
+        system.unchanged()
+
+
+@pytest.mark.root
+def test_base_in_an_image(system: System) -> None:
+    need("squashfs")
+    base = images.squash(system.place / "base.squashfs", system.top)
+    (system.place / "mnt").mkdir()
+    text = f'target = "{system.place}/mnt"\nstore = "{system.data}"'
+    paths = '"/" = "persist"\n"/var/log" = "tmpfs"\n"/home" = "bind"\n"/etc" = "exclude"\n'
+    system.write(text, paths)
+    system.file.write_text(system.file.read_text().replace(f'"{system.top}"', f'"{base}"'))
+    system.up()
+    mnt = system.place / "mnt"
+    assert (mnt / "home/u/file").read_text() == "base home/u\n"
+    for path in ("root", "var/log", "home/u"):
+        (mnt / path / "new").touch()
+    with pytest.raises(OSError, match="Read-only"):
+        (mnt / "etc/new").touch()
+    system.down()
+    system.up()
+    assert (mnt / "root/new").exists()
+    assert (mnt / "home/u/new").exists()
+    assert not (mnt / "var/log/new").exists()
+    assert (mnt / "var/log/file").exists()
+    system.down()
+
+
+@pytest.mark.root
+def test_another_root(system: System) -> None:
+    """As a boot brings it up: the paths are those of a system that lies elsewhere."""
+    system.file.write_text(
+        f'store = "{system.data}"\n[paths]\n"/" = "persist"\n"/var/log" = "tmpfs"\n'
+    )
+    assert "while it is in use" in system.refused()
+    system.up("--root", str(system.top))
+    assert system.points() == [".", "var/log"]
+    (system.top / "new").touch()
+    (system.top / "var/log/new").touch()
+    system.down()
+    system.unchanged()
+    assert (system.data / "-" / "new").exists()
+
+
+@pytest.mark.root
+def test_an_error_leaves_all_as_it_was(system: System) -> None:
+    paths = '"/etc" = "persist"\n"/home" = { kind = "persist", upper = "LABEL=none-such" }\n'
+    system.write(f'store = "{system.data}"', paths)
+    told = system.refused()
+    assert "/home: no device has" in told or "none-such" in told
+    assert system.points() == []
+    system.unchanged()
+    system.write(f'nofail = true\nstore = "{system.data}"', paths)
+    assert "warning: /home" in system.up()
+    assert system.points() == ["etc"]
+    assert "none-such" in (system.run_directory / "degraded").read_text()
+    system.down()
+
+
+@pytest.mark.root
+def test_a_store_that_is_not_there(system: System) -> None:
+    system.write(
+        'store = "LABEL=none-such"\noptions = "fallback=tmpfs"',
+        '"/etc" = "persist"\n"/root" = { kind = "persist", options = "on-mismatch=ro" }\n',
+    )
+    told = system.up()
+    assert told.count("runs without its store") >= 2
+    assert system.points() == ["etc", "root"]
+    assert "none-such" in (system.run_directory / "degraded").read_text()
+    (system.top / "etc/new").touch()
+    system.down()
+    system.unchanged()
+
+
+def daemons(system: System) -> dict[str, int]:
+    told = json.loads(system.call("status", "--json").stdout)
+    mine = [one for one in told if str(one["source"]).startswith(f"{system.name}:")]
+    return {os.path.relpath(one["mountpoint"], system.top): one["pid"] for one in mine}
+
+
+def kill(pid: int) -> None:
+    fd = os.pidfd_open(pid)
+    signal.pidfd_send_signal(fd, signal.SIGKILL)
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    assert poll.poll(PATIENCE * 1000)
+    os.close(fd)
+
+
+@pytest.mark.root
+def test_up_heals_a_killed_daemon(system: System) -> None:
+    system.write(f'store = "{system.data}"', KINDS)
+    system.up()
+    (system.top / "var/kept").touch()
+    (system.top / "var/cache/kept").touch()
+    running_before = daemons(system)
+    kill(running_before["var"])
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(system.top / "var")
+    system.up()
+    assert (system.top / "var/kept").exists()
+    after = daemons(system)
+    assert after["etc"] == running_before["etc"], "what works stays"
+    assert after["var/cache"] != running_before["var/cache"]
+    system.down()
+    system.unchanged()
+
+
+def test_busy(system: System) -> None:
+    system.write(f'store = "{system.data}"', '"/etc" = "persist"\n"/root" = "persist"\n')
+    system.up()
+    with open(system.top / "etc/file", "a") as file:
+        done = system.call("down", system.name)
+        assert done.returncode == 32
+        assert "is busy" in done.stderr
+        assert system.points() == ["etc"], "what comes after it in the order is down"
+        file.write("late\n")
+        file.flush()
+        system.down("--lazy")
+    assert "late" in (system.data / "etc/file").read_text()
+    assert system.call("down", system.name).returncode == 32
+
+
+# In the foreground, as a service
+
+
+class Manager:
+    """What a service manager is to a service: an environment, and a socket to be told by."""
+
+    def __init__(self, system: System, watchdog: float | None = None) -> None:
+        self.path = system.place / "notify"
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(self.path))
+        self.socket.settimeout(PATIENCE)
+        environment = system.environment | {"NOTIFY_SOCKET": str(self.path)}
+        if watchdog is not None:
+            environment["WATCHDOG_USEC"] = str(int(watchdog * 1e6))
+        self.process = subprocess.Popen(
+            [*program(), "up", "-f", str(system.file)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def told(self, line: str) -> list[str]:
+        """Wait for a message that has this line."""
+        while True:
+            lines = self.socket.recv(4096).decode().split("\n")
+            if line in lines:
+                return lines
+
+    def end(self) -> tuple[int, str]:
+        _, said = self.process.communicate(timeout=PATIENCE)
+        self.socket.close()
+        return self.process.returncode, said
+
+
+def test_service(system: System) -> None:
+    system.write(f'store = "{system.data}"', '"/etc" = "persist"\n"/var" = "tmpfs"\n')
+    manager = Manager(system, watchdog=0.3)
+    lines = manager.told("READY=1")
+    assert any(line.startswith("STATUS=") for line in lines)
+    (system.top / "etc/new").touch()
+    manager.told("WATCHDOG=1")
+    with open(system.top / "etc/open", "w") as file:  # in use: ended all the same
+        file.write("x")
+        file.flush()
+        manager.process.send_signal(signal.SIGTERM)
+        manager.told("STOPPING=1")
+        assert manager.end()[0] == 0
+    assert system.points() == []
+    assert (system.data / "etc/open").read_text() == "x"
+    assert not system.run_directory.exists()
+    system.unchanged()
+
+
+def test_service_ends_with_a_daemon(system: System) -> None:
+    system.write(f'store = "{system.data}"', '"/etc" = "persist"\n"/var" = "tmpfs"\n')
+    manager = Manager(system)
+    manager.told("READY=1")
+    kill(daemons(system)["etc"])
+    code, said = manager.end()
+    assert code == 32
+    assert f"the daemon of {system.top}/etc has ended" in said
+    assert system.points() == []
+
+
+def test_service_is_silent_when_a_daemon_hangs(system: System) -> None:
+    system.write(f'store = "{system.data}"', '"/etc" = "persist"\n')
+    manager = Manager(system, watchdog=0.3)
+    manager.told("READY=1")
+    pid = daemons(system)["etc"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert manager.process.stderr is not None
+        assert "has not answered" in manager.process.stderr.readline()
+        manager.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # what was told before it hung
+            while True:
+                manager.socket.recv(4096)
+        manager.socket.setblocking(True)
+        assert "has not answered" in manager.process.stderr.readline()
+        manager.socket.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            manager.socket.recv(4096)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    manager.process.send_signal(signal.SIGTERM)
+    assert manager.end()[0] == 0

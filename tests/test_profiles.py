@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Profiles: what their files say, which file wins, and what would be mounted for them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unionfs.cli import main as cli
+from unionfs.errors import UnionfsError
+from unionfs.profiles import files, persistence, plan, profile
+from unionfs.profiles.plan import Ground, Step
+from unionfs.profiles.profile import Profile, Rule
+
+Capture = pytest.CaptureFixture[str]
+
+
+def read(**document: object) -> Profile:
+    return profile.read("p", [("p.toml", document)])
+
+
+def wrong(**document: object) -> str:
+    with pytest.raises(UnionfsError) as caught:
+        read(**document)
+    line = caught.value.line()
+    assert "p.toml" in line or "profile p" in line
+    return line
+
+
+# What a file says
+
+
+def test_rules_are_in_the_order_of_their_paths() -> None:
+    made = read(
+        store="LABEL=s",
+        paths={"/var-x": "tmpfs", "/var/log": "tmpfs", "/": "persist", "/var/": "persist"},
+    )
+    assert [rule.path for rule in made.rules] == ["/", "/var", "/var/log", "/var-x"]
+    assert made.rules[2] == Rule(path="/var/log", kind="tmpfs", said_by="p.toml")
+
+
+@pytest.mark.parametrize(
+    ("path", "rule"),
+    [
+        ("/", "/"),
+        ("/etc/fstab", "/"),
+        ("/var", "/var"),
+        ("/variable", "/"),
+        ("/var/log/a/b", "/var/log"),
+        ("var//log/", "/var/log"),
+        ("/var/log/../lib", "/var"),
+        ("//var/log", "/var/log"),
+    ],
+)
+def test_the_nearest_rule_above_says_it(path: str, rule: str) -> None:
+    made = read(store="s", paths={"/": "persist", "/var": "tmpfs", "/var/log": "persist"})
+    found = made.rule_for(path)
+    assert found is not None
+    assert found.path == rule
+
+
+def test_no_rule() -> None:
+    made = read(store="s", paths={"/var": "persist"})
+    assert made.rule_for("/etc") is None
+    assert made.above(made.rules[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("document", "told"),
+    [
+        ({"stor": "x"}, "did you mean store?"),
+        ({"store": 3}, "it has to be a locator"),
+        ({"target": "mnt"}, "it has to be an absolute path"),
+        ({"boot": "yes"}, "true or false"),
+        ({"options": [1]}, "a text or a list"),
+        ({"paths": "x"}, "paths is no table"),
+        ({"paths": {"etc": "persist"}}, "is no absolute path"),
+        ({"paths": {"/a/../b": "persist"}}, "is no absolute path"),
+        ({"paths": {"/etc": "persists"}}, "use one of persist, tmpfs"),
+        ({"paths": {"/etc": True}}, "True is no kind"),
+        ({"paths": {"/etc": {"kin": "x"}}}, "did you mean kind?"),
+        ({"paths": {"/etc": {"kind": "tmpfs", "source": "/x"}}}, "source is not for tmpfs"),
+        ({"paths": {"/etc": {"kind": "tmpfs", "size": "much"}}}, "write 100M"),
+        ({"paths": {"/etc": {"kind": "tmpfs", "union": "no"}}}, "true or false"),
+        ({"store": "s", "paths": {"/etc": {"kind": "bind", "source": "x"}}}, 'write "/home"'),
+        ({"paths": {"/etc": "persist"}}, "needs a store"),
+        ({"base": "LABEL=x", "paths": {"/etc": "tmpfs"}}, "has no target"),
+        ({"base": "a::b"}, "names an empty layer"),
+        ({"base": []}, "a locator or a list"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_file(document: dict[str, Any], told: str) -> None:
+    assert told in wrong(**document)
+
+
+def test_later_files_win_and_may_take_rules_away() -> None:
+    first = {"store": "a", "options": "fallback=ro", "paths": {"/a": "persist", "/b": "tmpfs"}}
+    second = {"store": "b", "paths": {"/b": False, "/c": {"kind": "tmpfs", "size": "1M"}}}
+    made = profile.read("p", [("1", first), ("2", second)])
+    assert (made.store, made.options, made.files) == ("b", ("fallback=ro",), ("1", "2"))
+    assert [(rule.path, rule.said_by) for rule in made.rules] == [("/a", "1"), ("/c", "2")]
+
+
+# Which file
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    made = [tmp_path / name for name in ("etc", "run", "lib")]
+    for place in made:
+        place.mkdir()
+    monkeypatch.setattr(files, "directories", lambda _root="/": [str(place) for place in made])
+    return made
+
+
+def test_etc_wins_and_drop_ins_are_added(places: list[Path]) -> None:
+    etc, run, lib = places
+    (lib / "p.toml").write_text('store = "lib"\n[paths]\n"/a" = "persist"\n')
+    assert files.load("p").store == "lib"
+    (etc / "p.toml").write_text('store = "etc"\n[paths]\n"/a" = "persist"\n')
+    for place, name, text in (
+        (lib, "10-x", '"/x" = "tmpfs"'),
+        (run, "10-x", '"/y" = "tmpfs"'),
+        (lib, "05-z", '"/y" = "persist"'),
+    ):
+        (place / "p.toml.d").mkdir(exist_ok=True)
+        (place / "p.toml.d" / f"{name}.toml").write_text(f"[paths]\n{text}\n")
+    made = files.load("p")
+    assert made.store == "etc"
+    assert [(rule.path, rule.kind) for rule in made.rules] == [("/a", "persist"), ("/y", "tmpfs")]
+    assert files.names() == ["p"]
+
+
+def test_templates(places: list[Path]) -> None:
+    text = 'store = "/data:/%i"\ntarget = "/srv/%i"\n[paths]\n"/%%i" = "persist"\n'
+    (places[2] / "app@.toml").write_text(text)
+    made = files.load("app@one")
+    assert (made.name, made.store, made.target) == ("app@one", "/data:/one", "/srv/one")
+    assert made.rules[0].path == "/%i"
+    (places[0] / "app@two.toml").write_text(text.replace("/data", "/other"))
+    assert files.load("app@two").store == "/other:/two"
+    with pytest.raises(UnionfsError, match="is a template"):
+        files.load("app@")
+
+
+def test_files_that_cannot_be_read(places: list[Path]) -> None:
+    with pytest.raises(UnionfsError, match="there is no profile p"):
+        files.load("p")
+    for text, told in ((b"store = ", "is not understood"), (b"\xff", "is not understood")):
+        (places[0] / "p.toml").write_bytes(text)
+        with pytest.raises(UnionfsError, match=told):
+            files.load("p")
+    for name in ("../p", "", "a b", "-x", "p/"):
+        with pytest.raises(UnionfsError):
+            files.load(name)
+
+
+# persistence.conf
+
+
+def test_persistence_conf(caplog: pytest.LogCaptureFixture) -> None:
+    text = """
+# comment
+/home/u link,source=config/u
+/home
+/usr union
+/ union,source=.hidden
+/var/x bind,union,source=vx
+relative
+/a/../b
+/lib/x
+/y loud
+/run/live/z
+/again source=../up
+/etc source=/abs
+"""
+    made = {rule.path: rule for rule in persistence.read(text, "LABEL=p:/ignored")}
+    assert list(made) == ["/", "/home", "/home/u", "/usr", "/var/x"]
+    assert made["/home"].kind == "bind"
+    assert made["/home"].source == "/home"
+    assert made["/home/u"].kind == "link"
+    assert made["/home/u"].source == "/config/u"
+    assert made["/usr"].upper == "LABEL=p:/usr/rw"
+    assert made["/"].upper == "LABEL=p:/.hidden/rw"
+    assert made["/var/x"].upper == "LABEL=p:/vx/rw"
+    assert len(caplog.records) == 7
+
+
+def test_persistence_conf_with_places_in_one_another(caplog: pytest.LogCaptureFixture) -> None:
+    made = persistence.read("/home\n/home/u\n/ union,source=.\n", "s")
+    assert [rule.path for rule in made] == ["/home"]
+    assert "lies in or around" in caplog.text
+
+
+@given(st.text())
+def test_no_persistence_conf_raises(text: str) -> None:
+    for rule in persistence.read(text, "LABEL=p"):
+        assert rule.path.startswith("/")
+
+
+# What is mounted
+
+
+def ground(top: Path, *, may_mount: bool = True) -> Ground:
+    return Ground(root=str(top), directory="/run/unionfs/p", may_mount=may_mount)
+
+
+def short(steps: list[Step]) -> list[tuple[str, str]]:
+    return [(step.action, step.path) for step in steps]
+
+
+@pytest.fixture
+def system(tmp_path: Path) -> Path:
+    for path in ("etc", "var/log", "var/lib", "home"):
+        (tmp_path / path).mkdir(parents=True)
+    return tmp_path
+
+
+def test_steps_in_place(system: Path) -> None:
+    made = read(
+        store="LABEL=data",
+        options="fallback=tmpfs",
+        paths={
+            "/etc": "persist",
+            "/home": "bind",
+            "/var": "persist",
+            "/var/log": "tmpfs",
+            "/var/lib": "exclude",
+            "/var/none": {"kind": "tmpfs", "union": False, "size": "1M"},
+            "/none": "exclude",
+        },
+    )
+    steps = plan.steps(made, ground(system))
+    assert short(steps) == [
+        ("view", "/var/lib"),
+        ("view", "/var/log"),
+        ("union", "/etc"),
+        ("bind", "/home"),
+        ("union", "/var"),
+        ("bind", "/var/lib"),
+        ("union", "/var/log"),
+        ("memory", "/var/none"),
+    ]
+    etc, log = steps[2].options, steps[6].options
+    assert etc is not None
+    assert log is not None
+    assert etc.lowers == (f"{system}/etc",)
+    assert etc.mountpoint == f"{system}/etc"
+    assert etc.upper == "LABEL=data:/persistent_p/etc"
+    assert (etc.fallback, etc.name, etc.fsname) == ("tmpfs", "p:etc", "p:etc")
+    assert log.lowers == ("/run/unionfs/p/base/var-log",)
+    assert log.ephemeral
+    assert steps[3].source == "LABEL=data:/persistent_p/home"
+    assert steps[5].readonly
+    assert steps[7].size == "1M"
+
+
+def test_steps_elsewhere(system: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    made = read(
+        base=[f"{system}/var", f"{system}"],
+        target="/mnt",
+        store=f"{tmp_path}/data",
+        paths={"/": "persist", "/log": "tmpfs", "/x": {"kind": "persist", "upper": "LABEL=o:/x"}},
+    )
+    steps = plan.steps(made, Ground(root="/", directory="/run/p", may_mount=False))
+    assert short(steps) == [("union", "/"), ("union", "/log"), ("union", "/x")]
+    options = [step.options for step in steps]
+    assert [o.lowers for o in options if o] == [
+        (f"{system}/var", str(system)),
+        (f"{system}/var/log",),
+        ("/run/p/empty",),
+    ]
+    assert [o.mountpoint for o in options if o] == ["/mnt", "/mnt/log", "/mnt/x"]
+    assert [o.upper for o in options if o] == [f"{tmp_path}/data:/-", None, "LABEL=o:/x"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "told"),
+    [
+        ({"/home": "bind"}, "bind needs root"),
+        ({"/home": "link"}, "link needs root"),
+        ({"/home": {"kind": "tmpfs", "union": False}}, "an empty tmpfs needs root"),
+        ({"/var": "persist", "/var/log": "tmpfs"}, "below another path in place needs root"),
+    ],
+)
+def test_what_needs_root(system: Path, paths: dict[str, Any], told: str) -> None:
+    made = read(store="s", paths=paths)
+    with pytest.raises(UnionfsError, match=told):
+        plan.steps(made, ground(system, may_mount=False))
+
+
+def test_what_cannot_be_mounted(system: Path) -> None:
+    with pytest.raises(UnionfsError, match="/ cannot be covered while it is in use"):
+        plan.steps(read(store="s", paths={"/": "persist"}), ground(Path("/")))
+    with pytest.raises(UnionfsError, match="/opt does not exist"):
+        plan.steps(read(store="s", paths={"/opt": "persist"}), ground(system))
+    (system / "link").symlink_to("var/log")
+    with pytest.raises(UnionfsError, match="is a symbolic link in the base"):
+        plan.steps(read(store="s", paths={"/link": "persist"}), ground(system))
+    with pytest.raises(UnionfsError, match=r"p.toml: /etc: option 'fallbck=x'|fallbck"):
+        plan.steps(read(store="s", options="fallbck=x", paths={"/etc": "persist"}), ground(system))
+
+
+def test_several_layers_in_one_place_are_not_in_place(system: Path) -> None:
+    assert read(store="s", paths={"/var": "persist"}).in_place
+    assert not read(store="s", target="/mnt", paths={"/var": "persist"}).in_place
+    assert read(store="s", base=str(system), paths={}).where == str(system)
+
+
+# The verb
+
+
+def test_policy(places: list[Path], tmp_path: Path, capsys: Capture) -> None:
+    text = 'store = "LABEL=d"\n[paths]\n"/etc" = "persist"\n"/etc/x" = "tmpfs"\n"/h" = "bind"\n'
+    (places[0] / "one.toml").write_text(text)
+    (places[0] / "app@.toml").write_text('store = "s"\n[paths]\n"/%i" = "persist"\n')
+    assert cli.main(["policy", "test", "/etc/fstab", "/etc/x/y", "/home"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        "/etc/fstab persists: changes are kept in LABEL=d:/persistent_one/etc (one: /etc)",
+        "/etc/x/y is forgotten: changes are in memory, over the base (one: /etc/x)",
+        "/home is left as it is: no profile has a rule for it",
+    ]
+    assert cli.main(["policy", "test", "--json", "/h/u"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "bind"
+    assert found["place"] == "LABEL=d:/persistent_one/h"
+    assert found["file"] == str(places[0] / "one.toml")
+    assert cli.main(["policy", "test", "/one/z", "--profile", "app@one"]) == 0
+    assert "(app@one: /one)" in capsys.readouterr().out
+    assert cli.main(["policy", "show", "one"]) == 0
+    assert "is forgotten" in capsys.readouterr().out
+    (places[0] / "bad.toml").write_text("x")
+    assert cli.main(["policy", "show"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any("bad" in line and "is not understood" in line for line in told)
+    for words in (
+        ["policy"],
+        ["policy", "tell", "/x"],
+        ["policy", "test"],
+        ["policy", "test", "x"],
+    ):
+        assert cli.main(words) in (1, 32)
+
+
+def test_an_ordinary_user_s_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    assert files.directories() == [f"{tmp_path}/unionfs"]
