@@ -35,6 +35,7 @@ class System:
         for path in ("etc", "var/cache/apt", "var/lib", "var/log", "home/u", "root"):
             (self.top / path).mkdir(parents=True)
             (self.top / path / "file").write_text(f"base {path}\n")
+        (self.top / "var/file").write_text("base\n")
         self.data.mkdir()
         self.before = snapshot.take(self.top)
         self.environment = dict(os.environ)
@@ -103,6 +104,7 @@ KINDS = """
 "/var/lib" = "exclude"
 "/var/log" = { kind = "tmpfs", union = false, size = "1M" }
 "/var/made/deep" = "persist"
+"/var/file" = "exclude"
 """
 
 
@@ -116,6 +118,7 @@ def test_every_kind(system: System) -> None:
         "home",
         "var",
         "var/cache",
+        "var/file",
         "var/lib",
         "var/log",
         "var/made/deep",
@@ -124,8 +127,10 @@ def test_every_kind(system: System) -> None:
     assert (top / "var/cache/apt/file").read_text() == "base var/cache/apt\n"
     for path in ("etc", "home/u", "var", "var/cache", "var/log", "var/made/deep"):
         (top / path / "new").write_text("new\n")
-    with pytest.raises(OSError, match="Read-only"):
-        (top / "var/lib/new").touch()
+    for path in ("var/lib/new", "var/file"):
+        with pytest.raises(OSError, match="Read-only"):
+            (top / path).write_text("no")
+    assert (top / "var/file").read_text() == "base\n"
     assert "up already" in system.up()
     system.down()
     assert system.points() == []
@@ -241,6 +246,32 @@ def test_a_store_that_is_not_there(system: System) -> None:
     (system.top / "etc/new").touch()
     system.down()
     system.unchanged()
+
+
+@pytest.mark.root
+def test_persistence_conf_of_a_live_system(system: System) -> None:
+    """A stick as live-boot leaves it, with changes that its overlay has made."""
+    (system.data / "persistence.conf").write_text(
+        "/home\n/etc union\n/var/lib link,source=files\n/opt loud\n"
+    )
+    (system.data / "etc/rw").mkdir(parents=True)
+    (system.data / "etc/rw/file").write_text("changed by live-boot\n")
+    (system.data / "files/dpkg").mkdir(parents=True)
+    (system.data / "files/dpkg/status").write_text("kept\n")
+    (system.top / "opt").mkdir()
+    system.write(f'store = "{system.data}"', "")
+    system.up()
+    assert system.points() == ["etc", "home"]
+    assert (system.top / "etc/file").read_text() == "changed by live-boot\n"
+    assert (system.top / "var/lib/dpkg/status").read_text() == "kept\n"
+    assert (system.top / "var/lib/dpkg/status").is_symlink()
+    (system.top / "var/lib/dpkg/status").write_text("changed\n")
+    (system.top / "home/u/new").touch()
+    assert (system.data / "files/dpkg/status").read_text() == "changed\n"
+    system.down()
+    assert (system.data / "home/u/new").exists()
+    (system.data / "persistence.conf").unlink()
+    assert "has no persistence.conf" in system.refused()
 
 
 def daemons(system: System) -> dict[str, int]:

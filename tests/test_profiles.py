@@ -301,6 +301,9 @@ def test_what_cannot_be_mounted(system: Path) -> None:
         plan.steps(read(store="s", paths={"/": "persist"}), ground(Path("/")))
     with pytest.raises(UnionfsError, match="/opt does not exist"):
         plan.steps(read(store="s", paths={"/opt": "persist"}), ground(system))
+    (system / "file").touch()
+    with pytest.raises(UnionfsError, match="/file is no directory"):
+        plan.steps(read(store="s", paths={"/file": "persist"}), ground(system))
     (system / "link").symlink_to("var/log")
     with pytest.raises(UnionfsError, match="is a symbolic link in the base"):
         plan.steps(read(store="s", paths={"/link": "persist"}), ground(system))

@@ -101,6 +101,16 @@ class _UnionServed:
         self._union.close()
 
 
+def preload() -> None:
+    """Import what a daemon needs before several of them are forked."""
+    import unionfs.engine
+    import unionfs.opened
+    import unionfs.operations
+    import unionfs.session
+    import unionfs.status
+    import unionfs.union  # noqa: F401
+
+
 def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
     """Mount; return 0 once the union can be used (foreground: once it has ended).
 
@@ -136,7 +146,8 @@ def _await_ready(pipe: BinaryIO, child: int, options: MountOptions) -> int:
             if message.get("warning"):
                 sys.stderr.write(f"unionfs: warning: {message['warning']}\n")
             # The daemon's answer to this proves that the tree can be used.
-            os.stat(options.mountpoint)
+            if options.only is None:  # else it is not for us to look
+                os.stat(options.mountpoint)
             return int(ExitCode.OK)
     except OSError as exc:
         _end_child(child)

@@ -99,12 +99,41 @@ def read_number(word: str, text: str) -> int:
     return int(text)
 
 
-def read_id(word: str, text: str) -> int:
-    """A uid or gid."""
-    number = read_number(word, text)
+def read_uid(word: str, text: str) -> int:
+    """A uid, or the name of a user."""
+    return _read_id(word, text, lambda name: read_user(word, name)[0])
+
+
+def read_gid(word: str, text: str) -> int:
+    """A gid, or the name of a group."""
+    import grp
+
+    try:
+        return _read_id(word, text, lambda name: grp.getgrnam(name).gr_gid)
+    except KeyError:
+        hint = "getent group lists the groups"
+        raise usage_error(f"option {word}={text}: there is no such group", hint) from None
+
+
+def _read_id(word: str, text: str, by_name: Callable[[str], int]) -> int:
+    if not (text.isascii() and text.isdigit()):
+        return by_name(text)
+    number = int(text)
     if number >= ID_LIMIT:
         raise usage_error(f"option {word}={text} is no uid or gid", f"stay below {ID_LIMIT}")
     return number
+
+
+def read_user(word: str, text: str) -> tuple[int, int]:
+    """A user by name or number: uid and gid."""
+    import pwd
+
+    try:
+        entry = pwd.getpwuid(int(text)) if text.isascii() and text.isdigit() else pwd.getpwnam(text)
+    except (KeyError, OverflowError):
+        hint = "getent passwd lists the users"
+        raise usage_error(f"option {word}={text}: there is no such user", hint) from None
+    return entry.pw_uid, entry.pw_gid
 
 
 def read_seconds(word: str, text: str) -> float:
@@ -212,6 +241,7 @@ OWN_WORDS = {
     "fallback": Word("fallback", read=one_of(fail="fail", ro="ro", tmpfs="tmpfs")),
     "on-mismatch": Word("on_mismatch", read=one_of(refuse="refuse", ro="ro", ignore="ignore")),
     "name": Word("name", read=read_name),
+    "only": Word("only", read=read_user),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
     "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),
     "io_uring": Word("io_uring", read=one_of(auto=True, off=False)),
@@ -222,8 +252,8 @@ FUSE_OVERLAYFS_WORDS = {
     "uidmapping": Word("uidmapping", read=read_mapping),
     "gidmapping": Word("gidmapping", read=read_mapping),
     "squash_to_root": Word("squash_to_root", flag=True),
-    "squash_to_uid": Word("squash_to_uid", read=read_id),
-    "squash_to_gid": Word("squash_to_gid", read=read_id),
+    "squash_to_uid": Word("squash_to_uid", read=read_uid),
+    "squash_to_gid": Word("squash_to_gid", read=read_gid),
     "xattr_permissions": Word("xattr_permissions", read=one_of(_0=0, _1=1, _2=2)),
     "static_nlink": Word("static_nlink", flag=True),
     "noacl": Word("noacl", flag=True),

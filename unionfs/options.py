@@ -54,6 +54,7 @@ class MountOptions:
     subtype: str = "unionfs"
     allow_other: bool | None = None  # None: as root yes, as a user no
     allow_root: bool = False
+    only: tuple[int, int] | None = None  # uid, gid: nobody else may use it, not even root
     nonempty: bool = False  # the mount point may hold files
     auto_unmount: bool = False
     max_read: int | None = None
@@ -103,6 +104,7 @@ class _Fields(TypedDict, total=False):
     subtype: str
     allow_other: bool
     allow_root: bool
+    only: tuple[int, int]
     nonempty: bool
     auto_unmount: bool
     max_read: int
@@ -359,6 +361,11 @@ class OptionReader:
                 self.has("allow_other") and self.has("allow_root"),
                 "allow_other and allow_root",
                 "give one of them",
+            ),
+            (
+                self.has("only") and (self.has("allow_other") or self.has("allow_root")),
+                "only and allow_other or allow_root",
+                "leave out one",
             ),
         ]
         for wrong, pair, hint in conflicts:

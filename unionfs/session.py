@@ -65,6 +65,7 @@ class Mount:
     number: str  # "major:minor" as in mountinfo
     helper: str | None
     keeper: "subprocess.Popen[bytes] | None" = None  # of auto_unmount
+    only: tuple[int, int] | None = None  # who alone may look into it
 
 
 def has_admin() -> bool:
@@ -89,7 +90,11 @@ def plan_mount(options: MountOptions) -> Plan:
     """Decide how to mount and check that it can be done, changing nothing."""
     _check_device()
     admin = has_admin()
-    allow_other = admin if options.allow_other is None else options.allow_other
+    if options.only is not None and os.geteuid() != 0:
+        hint = "leave it out: what a user mounts is the user's alone"
+        raise UnionfsError("option only is root's", hint=hint, code=ExitCode.USAGE)
+    shared = admin and options.only is None
+    allow_other = shared if options.allow_other is None else options.allow_other
     allow_other = allow_other or options.allow_root
     if admin:
         return Plan(None, allow_other)
@@ -153,8 +158,9 @@ def is_readonly(options: MountOptions) -> bool:
 
 def mount_data(plan: Plan, options: MountOptions, device: int) -> str:
     """The file system's own options of mount(2)."""
-    words = [f"fd={device}", "rootmode=40000", f"user_id={os.geteuid()}"]
-    words += [f"group_id={os.getegid()}", "default_permissions"]
+    uid, gid = options.only or (os.geteuid(), os.getegid())
+    words = [f"fd={device}", "rootmode=40000", f"user_id={uid}", f"group_id={gid}"]
+    words.append("default_permissions")
     if plan.allow_other:
         words.append("allow_other")
     if options.max_read is not None:
@@ -193,7 +199,7 @@ def _mount_directly(plan: Plan, options: MountOptions, point: str) -> Mount:
         }.get(exc.errno or 0)
         reason = os.strerror(exc.errno or errno.EIO)
         raise UnionfsError(f"cannot mount on {point}: {reason}", hint=hint) from exc
-    return Mount(point, device, "", None)
+    return Mount(point, device, "", None, only=options.only)
 
 
 def _mount_by_helper(helper: str, plan: Plan, options: MountOptions, point: str) -> Mount:
@@ -279,6 +285,12 @@ def read_ahead(mount: Mount) -> None:
 
 def flush(mount: Mount) -> None:
     """Have the kernel write what it holds for us.  Needs the loop; not on its thread."""
+    if mount.only is not None:
+        uid, gid = mount.only
+        subprocess.run(
+            ["sync", "-f", mount.point], user=uid, group=gid, extra_groups=(), check=False
+        )
+        return
     fd = os.open(mount.point, os.O_RDONLY | os.O_DIRECTORY)
     try:
         syscalls.syncfs(fd)

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
-from unionfs import syscalls
+from unionfs import locator, syscalls
 from unionfs.errors import UnionfsError
 from unionfs.stores import archive
 from unionfs.stores.opening import Volume, make_directory, open_volume, walk
@@ -27,14 +27,13 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _FILLING: Final = ".filling"
 
 
-def bind(source: str, point: str, *, readonly: bool, like: str | None, wait: float = 0) -> None:
+def bind(source: str, point: str, *, readonly: bool, like: str | None) -> None:
     """Have a directory or file that a locator names seen at `point`.
 
     A directory that is to be written and is not there is made, with the content of `like`.
     """
-    volume = open_volume(source, readonly=readonly, timeout=wait)
+    volume, inside = _reach(source, readonly=readonly)
     try:
-        inside = volume.locator.directory or "/"
         if not readonly:
             _provide(volume, inside, like)
         fd = _open(volume, inside)
@@ -51,6 +50,26 @@ def bind(source: str, point: str, *, readonly: bool, like: str | None, wait: flo
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
         raise UnionfsError(f"cannot bind {source} on {point}: {reason}") from exc
+    finally:
+        volume.close()
+
+
+def _reach(text: str, *, readonly: bool) -> tuple[Volume, str]:
+    """The volume that a locator names, and the place in it; a plain file is no image here."""
+    if locator.is_tag(text) or locator.is_directory(text) or not os.path.isfile(text):
+        volume = open_volume(text, readonly=readonly)
+        return volume, volume.locator.directory or "/"
+    folder, name = os.path.split(text)
+    return open_volume(folder or "/", readonly=readonly), f"/{name}"
+
+
+def open_seen(text: str) -> int:
+    """Open what a locator names, also a file or a link, to look at it (O_PATH)."""
+    if not locator.is_tag(text) and locator.parse(text).directory is None:
+        return os.open(text, _PATH)
+    volume = open_volume(text, readonly=True)
+    try:
+        return _open(volume, volume.locator.directory or "/")
     finally:
         volume.close()
 

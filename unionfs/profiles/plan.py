@@ -22,6 +22,7 @@ from unionfs import locator, runtime
 from unionfs.errors import UnionfsError
 from unionfs.locator import Locator
 from unionfs.options import MountOptions, read_strings
+from unionfs.profiles.binding import open_seen
 from unionfs.profiles.profile import Profile, Rule, below
 
 Action = Literal["union", "memory", "bind", "view", "links"]
@@ -107,7 +108,7 @@ class _Planner:
                 view = Step(action="view", path=rule.path, point=base, source=point)
                 made.append(dataclasses.replace(view, readonly=True))
         else:
-            lowers = self._lowers(rule.path)
+            lowers = self._lowers(rule)
             if self.profile.in_place and not lowers:
                 hint = "make it in the base, or give the path above it a rule"
                 raise UnionfsError(f"{rule.said_by}: {point} does not exist", hint=hint)
@@ -126,7 +127,15 @@ class _Planner:
         ]
         if any(below(self.top, other.path) in self.ground.standing for other in others):
             return view in self.ground.standing
-        return _exists(point)
+        return self._has(rule, point)
+
+    def _has(self, rule: Rule, place: str) -> bool:
+        """Whether there is something at a place of the base that a rule can be for."""
+        found = _look(place)
+        if found == "file" and rule.kind != "exclude":
+            hint = "give a rule to its directory"
+            raise UnionfsError(f"{rule.said_by}: {rule.path} is no directory", hint=hint)
+        return found is not None
 
     def _step(self, rule: Rule, point: str, lowers: list[str]) -> Step:
         like = lowers[0] if lowers else None
@@ -163,14 +172,10 @@ class _Planner:
             hint = "use persist or tmpfs, which an ordinary user may mount"
             raise UnionfsError(f"{rule.said_by}: {rule.path}: {what} needs root", hint=hint)
 
-    def _lowers(self, path: str) -> list[str]:
+    def _lowers(self, rule: Rule) -> list[str]:
         """What the layers of the base have of a path."""
-        found = []
-        for layer in self.profile.base:
-            inside = _inside(self._rooted(layer), path)
-            if path == "/" or _exists(inside):
-                found.append(inside)
-        return found
+        places = [_inside(self._rooted(layer), rule.path) for layer in self.profile.base]
+        return [place for place in places if rule.path == "/" or self._has(rule, place)]
 
     def _options(
         self, rule: Rule, point: str, lowers: list[str], upper: str | None
@@ -203,28 +208,17 @@ def _inside(layer: str, path: str) -> str:
     return f"{where.source}:{below(where.directory or '/', path)}"
 
 
-def _exists(text: str) -> bool:
-    """Whether a layer has a directory; a symbolic link in its place is an error."""
-    if locator.is_directory(text):
-        return _is_plain(text)
-    from unionfs.stores.opening import open_volume, walk
-
-    volume = open_volume(text, readonly=True)
+def _look(text: str) -> Literal["directory", "file"] | None:
+    """What a layer has at a place; a symbolic link there is an error."""
     try:
-        os.close(walk(volume, volume.locator.directory or "/"))
+        fd = open_seen(text)
     except FileNotFoundError:
-        return False
-    finally:
-        volume.close()
-    return True
-
-
-def _is_plain(path: str) -> bool:
+        return None
     try:
-        mode = os.lstat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    if stat.S_ISLNK(mode):
-        hint = f"name what it points to: {os.readlink(path)}"
-        raise UnionfsError(f"{path} is a symbolic link in the base", hint=hint)
-    return True
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISLNK(mode):
+            hint = f"name what it points to: {os.readlink('', dir_fd=fd)}"
+            raise UnionfsError(f"{text} is a symbolic link in the base", hint=hint)
+        return "directory" if stat.S_ISDIR(mode) else "file"
+    finally:
+        os.close(fd)

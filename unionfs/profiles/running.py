@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs import runtime, syscalls
+from unionfs import daemon, runtime, syscalls
 from unionfs.errors import ExitCode, UnionfsError
 from unionfs.mounts import MountEntry, read_mounts, topmost
 from unionfs.profiles import binding, plan
@@ -84,6 +84,8 @@ def up(profile: Profile, root: str = "/") -> Outcome:
         )
         wanted = plan.steps(profile, ground)
         fresh: list[Made] = []
+        if sum(step.action == "union" for step in wanted) > 1:
+            daemon.preload()
         try:
             for step in wanted:
                 _do(profile, step, record, fresh, outcome)
@@ -159,7 +161,11 @@ def _make_point(step: Step) -> None:
     if os.path.lexists(step.point):
         return
     try:
-        os.makedirs(step.point, 0o755)
+        if os.path.isfile(step.source):
+            os.makedirs(os.path.dirname(step.point), 0o755, exist_ok=True)
+            os.close(os.open(step.point, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        else:
+            os.makedirs(step.point, 0o755)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
         raise UnionfsError(f"{step.point} cannot be made: {reason}") from exc
@@ -168,8 +174,6 @@ def _make_point(step: Step) -> None:
 def _mount(step: Step, profile: Profile) -> None:
     match step.action:
         case "union":
-            from unionfs import daemon
-
             assert step.options is not None
             daemon.run(step.options)
         case "memory":
@@ -235,9 +239,11 @@ def _tell(profile: Profile, outcome: Outcome) -> None:
 
 def _sweep(place: str) -> None:
     """Take away the directory in /run, as far as nothing is mounted in it any more."""
-    for folder, _folders, _files in os.walk(place, topdown=False):
+    for folder, _folders, files in os.walk(place, topdown=False):
         if folder != place:
             with contextlib.suppress(OSError):
+                for name in files:  # where a file was seen
+                    os.unlink(f"{folder}/{name}")
                 os.rmdir(folder)
     for name in (_RECORD, "degraded", _LOCK):
         with contextlib.suppress(OSError):
