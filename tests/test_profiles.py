@@ -307,8 +307,8 @@ def test_what_cannot_be_mounted(system: Path) -> None:
     (system / "link").symlink_to("var/log")
     with pytest.raises(UnionfsError, match="is a symbolic link in the base"):
         plan.steps(read(store="s", paths={"/link": "persist"}), ground(system))
-    with pytest.raises(UnionfsError, match=r"p.toml: /etc: option 'fallbck=x'|fallbck"):
-        plan.steps(read(store="s", options="fallbck=x", paths={"/etc": "persist"}), ground(system))
+    with pytest.raises(UnionfsError, match=r"p.toml: /etc: option 'falback=x'|falback"):
+        plan.steps(read(store="s", options="falback=x", paths={"/etc": "persist"}), ground(system))
 
 
 def test_several_layers_in_one_place_are_not_in_place(system: Path) -> None:
