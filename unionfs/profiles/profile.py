@@ -83,6 +83,11 @@ class Profile:
         """Whether directories of the base are covered by what is made of them."""
         return len(self.base) == 1 and self.where == self.base[0]
 
+    @property
+    def covers_root(self) -> bool:
+        """Whether it can be brought up before the system runs only, over the root that is to be."""
+        return self.in_place and self.where == "/" and any(r.path == "/" for r in self.rules)
+
     def rule_for(self, path: str) -> Rule | None:
         """The rule that says what becomes of a path: the one nearest above."""
         normal = below("/", path)
