@@ -15,6 +15,7 @@
  * are all held up, the watch adds one.
  *
  * Locking: `lock` protects the fields so marked; it is never held over a request. */
+#include "chute.h"
 #include "face.h"
 #include "uring.h"
 
@@ -68,8 +69,9 @@ struct worker {
     pthread_t thread;
     struct ring_worker *ring; /* NULL: it reads the device, */
     char *in, *out;           /* with these */
-    int64_t answered_at;      /* CLOCK_MONOTONIC */
-    int eager;                /* how many of the last requests came soon, at most EAGER_MOST */
+    struct chute chute;
+    int64_t answered_at; /* CLOCK_MONOTONIC */
+    int eager;           /* how many of the last requests came soon, at most EAGER_MOST */
 };
 
 static void *buffer_new(void)
@@ -81,6 +83,7 @@ static void *buffer_new(void)
 static void worker_free(struct worker *w)
 {
     ring_worker_free(w->ring);
+    chute_close(&w->chute);
     free(w->in);
     free(w->out);
     free(w);
@@ -145,7 +148,8 @@ static void answer(struct worker *w, size_t n)
 {
     struct engine *e = w->e;
     const struct fuse_in_header *head = (const void *)w->in;
-    struct request r = {.head = head, .body = w->in + sizeof *head, .len = n - sizeof *head};
+    struct request r = {
+        .head = head, .body = w->in + sizeof *head, .len = n - sizeof *head, .chute = &w->chute};
     size_t len;
 
     if (n < sizeof *head || head->len != n)

@@ -15,6 +15,8 @@ struct request {
     const struct fuse_in_header *head;
     const char *body;
     size_t len; /* of the body */
+    /* By which a large answer may go to the device; NULL: there is no other way than `out`. */
+    struct chute *chute;
 };
 
 struct rings; /* of a union to be, a ring for each processor; opened before INIT is answered */

@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/statvfs.h>
 
+#include "chute.h"
 #include "face.h"
 #include "plain.h"
 #include "serve.h"
@@ -197,6 +198,16 @@ static ssize_t on_open(struct answer *a)
     return sizeof *out;
 }
 
+static ssize_t by_chute(struct answer *a, const struct file *f, size_t size, off_t offset)
+{
+    struct fuse_out_header *head = (void *)(a->data - sizeof *head);
+    ssize_t n;
+
+    head->unique = a->r->head->unique;
+    n = chute_read(a->r->chute, a->s->options.device, f, head, a->data, size, offset);
+    return n == CHUTE_SENT ? SILENT : n;
+}
+
 static ssize_t on_read(struct answer *a)
 {
     const struct fuse_read_in *in = BODY(a, fuse_read_in);
@@ -208,7 +219,10 @@ static ssize_t on_read(struct answer *a)
     n = file_of(a->s->tree, a->r->head->nodeid, in->fh, &f);
     if (n < 0)
         return n;
-    n = file_read(f, a->data, in->size, (off_t)in->offset, false);
+    if (a->r->chute && chute_takes(a->r->chute, f, in->size))
+        n = by_chute(a, f, in->size, (off_t)in->offset);
+    else
+        n = file_read(f, a->data, in->size, (off_t)in->offset, false);
     file_put(a->s->tree, f);
     return n;
 }
@@ -541,7 +555,7 @@ size_t serve(struct server *s, const struct request *r, char *out)
 {
     struct fuse_out_header *head = (void *)out;
     struct fuse_in_header in = *r->head;
-    struct request inner = {.head = &in, .body = r->body, .len = r->len};
+    struct request inner = {.head = &in, .body = r->body, .len = r->len, .chute = r->chute};
     struct answer a = {
         .s = s, .r = &inner, .id = in.nodeid, .data = out + sizeof *head, .cap = WIRE_DATA};
     uint32_t opcode = in.opcode;

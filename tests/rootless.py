@@ -160,6 +160,13 @@ def check_closed_directory(place: Path) -> None:
             assert (status.st_size, status.st_mode & 0o777, status.st_mtime_ns) == (1000, 0o640, 7)
         os.chmod(u.mnt / "shut", 0o755)
         assert os.listdir(u.mnt / "shut") == ["big"]
+        (u.mnt / "shut" / "inner").mkdir()
+        inner = os.open(u.mnt / "shut" / "inner", os.O_RDONLY)
+        os.chmod(u.mnt / "shut", 0)
+        os.fsync(inner)
+        os.close(inner)
+        os.chmod(u.mnt / "shut", 0o755)
+        (u.mnt / "shut" / "inner").rmdir()
         os.chmod(u.mnt / "shut", 0o600)
         assert os.listdir(u.mnt / "shut") == ["big"]
         for _ in range(2):

@@ -8,8 +8,10 @@ import contextlib
 import errno
 import fcntl
 import os
+import random
 import struct
 import subprocess
+import threading
 import zlib
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pytest
 from tests.conftest import Stores
 from tests.rig import syscalls
 from tests.rig.ground import Kind
+from tests.rig.mounted import Unionfs
 from tests.rig.pair import Pair, outcome
 
 KEEP, PUNCH, ZERO = (
@@ -43,6 +46,57 @@ def read_through(fd: int) -> tuple[int, int, bytes]:
     """Size, checksum, and what the descriptor says of the start."""
     size = os.fstat(fd).st_size
     return size, zlib.crc32(os.pread(fd, size + 10, 0)), os.pread(fd, 20, 4990)
+
+
+@pytest.mark.parametrize("passthrough", ["auto", "off"])
+def test_large_reads(place: Path, passthrough: str) -> None:
+    """Answers of any length from any place, also where a file ends or is cut meanwhile."""
+    for name in ("lower", "upper", "mnt"):
+        (place / name).mkdir()
+    rng = random.Random(7)
+    sizes = [1, 65_535, 65_536, 65_537, 200_000, 1 << 20, (1 << 20) + 1, (3 << 20) + 12_345]
+    contents = {f"f{size}": rng.randbytes(size) for size in sizes}
+    for name, content in contents.items():
+        (place / "lower" / name).write_bytes(content)
+    options = [f"passthrough={passthrough}"]
+    with Unionfs([place / "lower"], place / "upper", place / "mnt", options=options) as union:
+        for round_ in range(2):
+            for name, content in contents.items():
+                with open(union.mnt / name, "rb", buffering=0) as file:
+                    for _ in range(20):
+                        at, length = rng.randrange(len(content)), rng.randrange(1 << 21)
+                        assert os.pread(file.fileno(), length, at) == content[at : at + length]
+                assert (union.mnt / name).read_bytes() == content
+                if round_ == 0:
+                    with open(union.mnt / name, "r+b") as file:
+                        file.write(content[:1])
+            union.remount()
+        _read_what_is_cut(union.mnt / "cut")
+
+
+def _read_what_is_cut(path: Path) -> None:
+    """A file is as long as it was or as it is, and has its bytes or zeros, at each read."""
+    whole = b"x" * (4 << 20)
+    path.write_bytes(whole)
+    over = threading.Event()
+
+    def cut() -> None:
+        while not over.is_set():
+            os.truncate(path, 70_000)
+            os.truncate(path, len(whole))
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    try:
+        for _ in range(100):
+            with open(path, "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                got = file.read(1 << 20)
+                assert len(got) >= 70_000
+                assert set(got) <= set(b"x\0")
+    finally:
+        over.set()
+        thread.join()
 
 
 HOW = {"plain": os.O_RDWR, "append": os.O_RDWR | os.O_APPEND, "read": os.O_RDONLY}

@@ -509,24 +509,25 @@ def sync_names(union: Union, ino: int) -> None:
     info = union.info_or_none(ino)
     if info is None or not info.upper or not info.foreign:
         return
-    try:
-        place = union.tree.name_of(ino)
-        while place is not None:
-            parent = place[0]
-            sync_directory(union, parent)
-            if parent == _native.ROOT_INO or not union.info(parent).foreign:
-                return
-            place = union.tree.name_of(parent)
-    except PermissionError:
-        # A user's directory that he has closed to himself since he opened the file.
-        assert union.upper is not None
-        syncfs(union.upper.fd)
+    place = union.tree.name_of(ino)
+    while place is not None:
+        parent = place[0]
+        sync_directory(union, parent)
+        if parent == _native.ROOT_INO or not union.info(parent).foreign:
+            return
+        place = union.tree.name_of(parent)
 
 
 def sync_directory(union: Union, ino: int) -> None:
     """fsync of a directory's upper part; what lies in lower layers is on disk, and of what has been
     removed nothing is to be."""
     info = union.info(ino)
-    if info.upper and not info.unlinked:
+    if not info.upper or info.unlinked:
+        return
+    try:
         with union.tree.upper_dir(ino) as dirfd:
             sync_dir(dirfd)
+    except PermissionError:
+        # A user's directory that he has closed to himself, or one above it, since it was opened.
+        assert union.upper is not None
+        syncfs(union.upper.fd)
