@@ -89,6 +89,15 @@ def _split_path(text: str) -> tuple[str, str | None]:
     return text[: cuts[0]], text[cuts[0] + 1 :]
 
 
+def cut(text: str) -> tuple[str, str | None]:
+    """What a locator names, and the directory inside; by the text alone, nothing is looked at."""
+    tag = _TAG.fullmatch(text)
+    parts = _VALUE.fullmatch(tag[2] if tag is not None else text)
+    if parts is None or not parts[2]:
+        return text, None
+    return (f"{tag[1]}=" if tag is not None else "") + parts[1], _normal(parts[2])
+
+
 def is_directory(text: str) -> bool:
     """Whether the locator is an ordinary directory, or a path of which nothing is known."""
     if is_tag(text):

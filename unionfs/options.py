@@ -274,7 +274,7 @@ class OptionReader:
         then also SOURCE MNT, as mount(8) and mount.fuse3 call, where SOURCE is but a name; and in
         both cases what stands before MNT is what /proc/mounts shows.
         """
-        self._check_unknown()  # a misspelt lowerdir is why no layer is there
+        self.check_unknown()  # a misspelt lowerdir is why no layer is there
         if not places:
             raise usage_error("no mount point is given", "see unionfs mount --help")
         *before, self.mountpoint = places
@@ -303,7 +303,7 @@ class OptionReader:
 
     def build(self) -> MountOptions:
         """The whole, checked."""
-        self._check_unknown()
+        self.check_unknown()
         if not self.lowers or self.mountpoint is None:
             raise usage_error("no lower layer is given", "name one with lowerdir=")
         if not all([self.mountpoint, *self.lowers, self._values.get("upper", "/")]):
@@ -345,7 +345,7 @@ class OptionReader:
         del self._values["upper"]
         self.set("ephemeral_size", read_size("size", size) if asked else "", spelled)
 
-    def _check_unknown(self) -> None:
+    def check_unknown(self) -> None:
         if self._unknown and not self.has("sloppy"):
             raise _stranger(self._unknown[0])
 
