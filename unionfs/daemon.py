@@ -294,7 +294,11 @@ class _Daemon:
             self._tell(opened, stack)
             self._facts = self._describe(point, plan) | opened.facts
             served.set_facts(self._facts)
+            if self.options.holds_root:
+                from unionfs.boot import aside
             mount = session.make_mount(plan, self.options, point)
+            if self.options.holds_root:
+                aside.step_aside()  # while there are no threads
             stack.callback(session.release_keeper, mount)
             # After the device is closed: nothing then waits for an answer.
             stack.callback(session.unmount, mount, lazily=True)
@@ -428,6 +432,8 @@ class _Daemon:
             ending.append(signal.SIGHUP)  # its terminal is gone
         with trio.open_signal_receiver(*ending) as signals:
             task_status.started()
+            if self.options.holds_root:
+                return  # nothing can be unmounted on which the system stands
             async with trio.open_nursery() as nursery:
                 stopping = False
                 async for number in signals:

@@ -63,6 +63,8 @@ def open_layers(
         if options.fallback == "fail" or options.upper is None or exc.code == ExitCode.INTERRUPT:
             raise
         opened = _degraded(options, stack, was_live, exc)
+    if options.degraded is not None:
+        _tell(opened, "tmpfs", UnionfsError(options.degraded))
     opened.facts["asked"] = asked
     return opened
 
@@ -112,6 +114,9 @@ def _tell(opened: Opened, mode: str, error: UnionfsError) -> None:
 def _open_all(
     options: MountOptions, stack: contextlib.ExitStack, was_live: Callable[[], bool]
 ) -> Opened:
+    if options.upper is not None and options.ephemeral:  # only read, beneath the memory
+        beneath = (options.upper, *options.lowers)
+        options = dataclasses.replace(options, lowers=beneath, upper=None)
     readonly = is_readonly(options)
     mounts = read_mounts()
     stores = _open_stores(options, stack, mounts, readonly=readonly)

@@ -242,6 +242,8 @@ OWN_WORDS = {
     "on-mismatch": Word("on_mismatch", read=one_of(refuse="refuse", ro="ro", ignore="ignore")),
     "name": Word("name", read=read_name),
     "only": Word("only", read=read_user),
+    "store-flags": Word("store_flags", read=read_text),
+    "holds-root": Word("holds_root", flag=True),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
     "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),
     "io_uring": Word("io_uring", read=one_of(auto=True, off=False)),

@@ -89,6 +89,11 @@ class MountOptions:
     low_water: str | None = None  # of the upper's file system: 512M, 5%; None: 5% of a store's own
     autogrow: str | None = None  # up to this size an image grows by itself
     name: str | None = None  # in /run/unionfs; None: after the mount point
+    store_flags: str | None = None  # for mounting the upper's file system, as in fstab
+    holds_root: bool = False  # the running system's root is to be this union: see boot/aside.py
+    degraded: str | None = (
+        None  # why it is mounted, in memory, without the store that was asked for
+    )
 
 
 class _Fields(TypedDict, total=False):
@@ -134,6 +139,8 @@ class _Fields(TypedDict, total=False):
     low_water: str
     autogrow: str
     name: str
+    store_flags: str
+    holds_root: bool
 
 
 FIELDS = frozenset(_Fields.__annotations__)

@@ -38,6 +38,8 @@ _FSCONFIG_SET_FLAG: Final = 0
 _FSCONFIG_SET_STRING: Final = 1
 _FSCONFIG_CMD_CREATE: Final = 6
 _MS_PRIVATE: Final = 1 << 18
+_CLONE_NEWNS: Final = 0x20000
+_STATFS_BYTES: Final = 256
 _FICLONE: Final = 0x40049409
 _MAX_HANDLE: Final = 128
 
@@ -48,8 +50,10 @@ class MountAttr(IntFlag):
     RDONLY = 0x1
     NOSUID = 0x2
     NODEV = 0x4
+    NOEXEC = 0x8
     NOATIME = 0x10
     ATIME_MASK = 0x70
+    NODIRATIME = 0x80
 
 
 class MountFlag(IntFlag):
@@ -64,6 +68,10 @@ class MountFlag(IntFlag):
     NOSYMFOLLOW = 256
     NOATIME = 1024
     NODIRATIME = 2048
+    BIND = 4096
+    MOVE = 8192
+    REC = 16384
+    PRIVATE = 1 << 18
     RELATIME = 1 << 21
     STRICTATIME = 1 << 24
     LAZYTIME = 1 << 25
@@ -180,8 +188,8 @@ def _messages(context: int) -> str:
     return ", ".join(found)
 
 
-def mount(source: str, target: str, fstype: str, flags: MountFlag, data: str) -> None:
-    """mount(2)."""
+def mount(source: str, target: str, fstype: str, flags: MountFlag, data: str = "") -> None:
+    """mount(2); where it makes no new mount, the type does not matter."""
     result = _libc.mount(
         os.fsencode(source),
         os.fsencode(target),
@@ -197,9 +205,21 @@ def umount(target: str, flags: UnmountFlag) -> None:
     _checked("umount", _libc.umount2(os.fsencode(target), ctypes.c_int(int(flags))), target)
 
 
+def filesystem_type(path: str) -> int:
+    """f_type of statfs(2): linux/magic.h."""
+    told = ctypes.create_string_buffer(_STATFS_BYTES)
+    _checked("statfs", _libc.statfs(os.fsencode(path), told), path)
+    return ctypes.c_long.from_buffer(told).value
+
+
 def syncfs(fd: int) -> None:
     """syncfs(2)."""
     _checked("syncfs", _libc.syncfs(ctypes.c_int(fd)))
+
+
+def unshare_mounts() -> None:
+    """A copy of all mounts for this thread alone; while there is but one, for the process."""
+    _checked("unshare", _libc.unshare(ctypes.c_int(_CLONE_NEWNS)))
 
 
 def renameat2(old_dir: int, old: str, new_dir: int, new: str, flags: RenameFlag) -> None:

@@ -113,6 +113,8 @@ class _Reading:
         """All of it together."""
         values = self.values
         store, mode = self._store(), self._mode()
+        if store is None and mode in ("persist", "ro"):
+            store = _PERSISTENCE
         asked = mode != "off" or "profile" in values
         if values and not asked and not {"place", "mode"} & values.keys():
             words = ", ".join(dict.fromkeys(self.sources.values()))
@@ -148,7 +150,7 @@ class _Reading:
         asked = self.asked or any(self.values.get(name, False) is not False for name in _ASKING)
         if not asked or self.values.get("place") == NOWHERE:
             return "off"
-        if said is not None:
+        if said is not None and not (said == "ro" and self.values.get("place") == MEMORY):
             return said
         wanted = self._store() is not None or self.values.get("persistent", False)
         return "persist" if wanted else "ram"

@@ -3,11 +3,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 Mode = Literal["persist", "ram", "ro", "off"]
 Fallback = Literal["fail", "ro", "tmpfs"]
 OnMismatch = Literal["refuse", "ro", "ignore"]
+SECONDS: Final = 30.0  # that a device is waited for, as archiso does
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,11 @@ class Request:
     options: str = ""  # as after -o
     notices: tuple[str, ...] = ()  # a line each
     sources: Mapping[str, str] = field(default_factory=dict)  # of each field: the word
+
+    @property
+    def seconds(self) -> float:
+        """How long the store's device is waited for."""
+        return SECONDS if self.timeout is None else self.timeout
 
     @property
     def native(self) -> bool:

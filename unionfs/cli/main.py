@@ -21,6 +21,7 @@ VERBS = {
     "up": "mount what a profile says",
     "down": "unmount what a profile has mounted",
     "policy": "tell what profiles say of a path",
+    "boot": "mount what the kernel command line asks for over the root",
     "store": "make, look at, check, grow, back up and restore what holds the changes",
 }
 

@@ -55,6 +55,10 @@ class Chosen:
         return f"{self.volume.locator.source}:{self.directory}"
 
 
+class NoUpper(UnionfsError):
+    """A store has nothing where it was looked for."""
+
+
 @contextlib.contextmanager
 def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
     """The upper that a locator names; without `:/dir` the only one in the store.
@@ -68,7 +72,7 @@ def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
             fd = walk(volume, directory)
         except FileNotFoundError:
             if not make:
-                raise UnionfsError(f"{volume.locator.source} has no {directory}") from None
+                raise NoUpper(f"{volume.locator.source} has no {directory}") from None
             fd = make_directory(volume, directory, None)
         upper = os.open(".", _OPEN, dir_fd=fd)
         os.close(fd)

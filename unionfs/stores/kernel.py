@@ -9,10 +9,11 @@ import errno
 import logging
 import os
 import stat
+from dataclasses import dataclass
 from typing import Final
 
 from unionfs import syscalls
-from unionfs.errors import ExitCode, UnionfsError
+from unionfs.errors import ExitCode, UnionfsError, usage_error
 from unionfs.stores import find, loop
 from unionfs.stores.probe import Contents
 from unionfs.syscalls import MountAttr
@@ -21,6 +22,13 @@ log = logging.getLogger("unionfs")
 
 _LOWER: Final = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOATIME
 _UPPER: Final = MountAttr.NOSUID | MountAttr.NODEV
+# Of fstab, what a mount takes and no file system; and what is so anyway.
+_ATTRIBUTES: Final = {
+    "noatime": MountAttr.NOATIME,
+    "noexec": MountAttr.NOEXEC,
+    "nodiratime": MountAttr.NODIRATIME,
+    **dict.fromkeys(("defaults", "rw", "nosuid", "nodev", "relatime"), MountAttr(0)),
+}
 # Of a file system that was not unmounted, mounted without writing to it.
 _NO_REPLAY: Final = {"ext3": "noload", "ext4": "noload", "xfs": "norecovery"}
 # What file systems answer when they do not understand what is on the device.
@@ -38,31 +46,67 @@ def may_mount() -> bool:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class Flags:
+    """Options of fstab, sorted by who takes them: the file system, or the mount."""
+
+    values: dict[str, str]
+    words: tuple[str, ...]
+    attributes: MountAttr
+
+
+def read_flags(text: str) -> Flags:
+    """Of A,B=C; raises UnionfsError for what would take the writing away."""
+    values, words, attributes = {}, [], MountAttr(0)
+    for item in filter(None, text.split(",")):
+        word, equals, value = item.partition("=")
+        if word == "ro":
+            raise usage_error(f"the flag ro of a store ({text})", "mount the union with --ro")
+        if equals:
+            values[word] = value
+        elif word in _ATTRIBUTES:
+            attributes |= _ATTRIBUTES[word]
+        else:
+            words.append(word)
+    return Flags(values, tuple(words), attributes)
+
+
 def mount(
-    contents: Contents, *, readonly: bool, untouched: bool = False, replay: bool = False
+    contents: Contents,
+    *,
+    readonly: bool,
+    untouched: bool = False,
+    replay: bool = False,
+    flags: str | None = None,
 ) -> tuple[int, str]:
     """The root of a private mount, and its device.
+
+    `flags`: as in fstab, of one that is writable.
 
     With readonly: `untouched`, a journal is never replayed; `replay`, it is if that can be done.
     Else it is not replayed into an image, since that is opened for reading only.
     """
     path = contents.path
     if stat.S_ISBLK(os.stat(path).st_mode):
-        return _mount(contents, path, readonly=readonly, untouched=untouched), path
+        return _mount(contents, path, readonly=readonly, untouched=untouched, text=flags), path
     writable = not readonly or (replay and os.access(path, os.W_OK))
     held = loop.attach(path, readonly=not writable)
     try:
-        root = _mount(contents, held.path, readonly=readonly, untouched=untouched)
+        root = _mount(contents, held.path, readonly=readonly, untouched=untouched, text=flags)
         return root, held.path
     finally:
         os.close(held.fd)  # from here on the mount holds it
 
 
-def _mount(contents: Contents, device: str, *, readonly: bool, untouched: bool) -> int:
+def _mount(
+    contents: Contents, device: str, *, readonly: bool, untouched: bool, text: str | None
+) -> int:
     source = {"source": device}
     if not readonly:
+        asked = read_flags(text or "")
+        values, attributes = source | asked.values, _UPPER | asked.attributes
         try:
-            return syscalls.private_mount(contents.fstype, source, (), _UPPER)
+            return syscalls.private_mount(contents.fstype, values, asked.words, attributes)
         except OSError as exc:
             raise _refused(contents, device, exc, readonly=readonly) from exc
     attempts: list[tuple[str, ...]] = [("ro",)]

@@ -79,8 +79,9 @@ def open_volume(
     timeout: float = 0,
     untouched: bool = False,
     replay: bool = False,
+    flags: str | None = None,
 ) -> Volume:
-    """Find, examine and mount what a locator names.
+    """Find, examine and mount what a locator names; `flags`: as in fstab, if it is writable.
 
     With readonly: `untouched`, to look: no journal is replayed, nobody is waited for; `replay`, to
     read what was written last: a journal is replayed.
@@ -103,8 +104,12 @@ def open_volume(
     if kernel.may_mount():
         if not readonly and contents.fstype in ext.TYPES and ext.has_errors(path):
             _mend(path)
-        root, device = kernel.mount(contents, readonly=readonly, untouched=untouched, replay=replay)
+        root, device = kernel.mount(
+            contents, readonly=readonly, untouched=untouched, replay=replay, flags=flags
+        )
         return Volume(where, contents, device, root, readonly)
+    if flags is not None:
+        raise usage_error(f"only root mounts {path} with flags ({flags})", "leave store-flags out")
     patience = 0.0 if untouched else userspace.LOCK_SECONDS
     helper = userspace.start(contents, readonly=readonly, patience=patience, replay=replay)
     return Volume(where, contents, path, helper.root, readonly, helper)
@@ -201,7 +206,7 @@ class Stores:
         if self.options.work is not None:
             hint = "leave workdir out: it lies in the store"
             raise UnionfsError(f"workdir= and a store ({text}) exclude each other", hint=hint)
-        self._upper = self._mount(text, readonly=readonly)
+        self._upper = self._mount(text, readonly=readonly, flags=self.options.store_flags)
 
     def _open_lowers(self, mounts: list[MountEntry]) -> None:
         names = list(self.options.lowers)
@@ -244,11 +249,13 @@ class Stores:
         os.close(fd)
         self.options = replace(self.options, upper=volume.path_of(inside))
 
-    def _mount(self, text: str, *, readonly: bool) -> Volume:
+    def _mount(self, text: str, *, readonly: bool, flags: str | None = None) -> Volume:
         options = self.options
         wait = options.device_timeout or 0
         try:
-            volume = open_volume(text, readonly=readonly, search=options.search, timeout=wait)
+            volume = open_volume(
+                text, readonly=readonly, search=options.search, timeout=wait, flags=flags
+            )
         except OSError as exc:
             reason = os.strerror(exc.errno or errno.EIO)
             raise UnionfsError(f"cannot open {text}: {reason}") from exc

@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs boot` over a directory: each mode, what becomes of a broken store, where it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rig import ground, images
+from tests.rig.mounted import PATIENCE, program
+from tests.test_stores import label, need
+from unionfs.mounts import read_mounts
+from unionfs.unions import FSTYPE
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a system is booted by root")
+
+INSIDE = f"persistent_root/{os.uname().machine}"
+RUN = Path("/run/unionfs")
+
+
+@pytest.fixture
+def root(place: Path) -> Iterator[Path]:
+    """The root of a system that an initramfs has mounted, and a /run/unionfs of our own."""
+    tree = place / "root"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc/name").write_text("lower\n")
+    (tree / "gone").write_text("lower\n")
+    RUN.mkdir(exist_ok=True)
+    ground.run("mount", "-t", "tmpfs", "tmpfs", str(RUN))
+    try:
+        yield tree
+    finally:
+        end(tree)
+        ground.run("umount", str(RUN))
+
+
+def boot(root: Path, line: str, *words: str, code: int = 0) -> str:
+    done = subprocess.run(
+        [*program(), "boot", "--root", str(root), "--cmdline", f"quiet {line}", *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == code, done
+    assert "Traceback" not in done.stderr
+    return done.stderr + done.stdout
+
+
+def status(root: Path) -> dict[str, object]:
+    done = subprocess.run(
+        [*program(), "status", "--json", str(root)], capture_output=True, text=True, check=True
+    )
+    facts = json.loads(done.stdout)[0]
+    assert isinstance(facts, dict)
+    return facts
+
+
+def end(root: Path) -> None:
+    """Unmount it as the end of a system does, and wait for its daemons."""
+    for entry in reversed([e for e in read_mounts() if Path(e.point).is_relative_to(root)]):
+        pid = status(Path(entry.point))["pid"] if entry.fstype == FSTYPE else None
+        ground.run("umount", entry.point)
+        if isinstance(pid, int):
+            _await_end(pid)
+
+
+def _await_end(pid: int) -> None:
+    """It is not our child; but its end can be polled for."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([fd], [], [], PATIENCE)[0], "the daemon has not ended"
+    finally:
+        os.close(fd)
+
+
+def change(root: Path) -> None:
+    (root / "etc/name").write_text("changed\n")
+    (root / "gone").unlink()
+
+
+def is_changed(root: Path) -> bool:
+    changed = (root / "etc/name").read_text() == "changed\n"
+    assert changed != (root / "gone").exists()
+    return changed
+
+
+@pytest.fixture
+def image(place: Path) -> Path:
+    need("ext4")
+    return images.make(place / "store.img", label=label(), megabytes=32)
+
+
+def test_nothing_asked(root: Path) -> None:
+    assert "asks for no union" in boot(root, "root=/dev/sda1 ro")
+    assert "asks for no union" in boot(root, "cow_label=x unionfs.mode=off")
+    assert not ground.mounts_below(root)
+
+
+def test_changes_persist(root: Path, image: Path) -> None:
+    with images.attached(image):
+        name = ground.run("blkid", "-p", "-s", "LABEL", "-o", "value", str(image)).strip()
+        line = f"cow_label={name}"
+        for turn in range(2):
+            boot(root, line)
+            assert is_changed(root) == bool(turn)
+            if not turn:
+                change(root)
+            assert "degraded" not in status(root)
+            told = (RUN / "root/boot").read_text()
+            assert f"is a union, with changes in LABEL={name}:/{INSIDE}" in told
+            end(root)
+            assert not is_changed(root)
+
+
+def test_in_memory(root: Path) -> None:
+    boot(root, "overlayroot=tmpfs overlay-size=16m")
+    change(root)
+    assert os.statvfs(root).f_blocks * os.statvfs(root).f_frsize == 16 << 20
+    end(root)
+    assert not is_changed(root)
+    boot(root, "systemd.volatile=overlay")
+    assert not is_changed(root)
+
+
+def test_store_is_only_read(root: Path, image: Path) -> None:
+    line = f"unionfs.store={image}"
+    boot(root, line)
+    change(root)
+    end(root)
+    before = image.read_bytes()
+    boot(root, f"{line} rd.overlay.readonly")
+    assert is_changed(root)
+    (root / "etc/name").write_text("again\n")
+    (root / "more").write_text("more\n")
+    assert sorted(os.listdir(root)) == ["etc", "more"]
+    end(root)
+    assert image.read_bytes() == before
+
+
+def test_store_by_directory(root: Path, place: Path) -> None:
+    (place / "changes").mkdir()
+    boot(root, f"unionfs.store={place}/changes")
+    change(root)
+    end(root)
+    assert (place / "changes/etc/name").read_text() == "changed\n"
+
+
+def test_directory_and_flags(root: Path, image: Path) -> None:
+    boot(root, f"unionfs.store={image} cow_directory=own/place cow_flags=noatime,data=journal")
+    change(root)
+    end(root)
+    refused = boot(root, f"unionfs.store={image} cow_flags=data=nonsense", code=64)
+    assert "cannot mount the ext4" in refused
+    end(root)
+    boot(root, f"unionfs.store={image}:/own/place")
+    assert is_changed(root)
+
+
+@pytest.mark.parametrize("reason", ["no device has LABEL", "no file system that is known"])
+@pytest.mark.parametrize("fallback", ["", "unionfs.fallback=ro", "unionfs.fallback=fail"])
+def test_store_that_cannot_be_used(root: Path, place: Path, reason: str, fallback: str) -> None:
+    store = f"LABEL={label()}"
+    if "LABEL" not in reason:
+        store = str(place / "broken.img")
+        Path(store).write_bytes(b"x" * 65536)
+    line = f"unionfs.store={store} unionfs.timeout=0 {fallback}"
+    if "fail" in fallback:
+        told = boot(root, line, code=32)
+        assert reason in told
+        assert len(told.splitlines()) == 1
+        assert not ground.mounts_below(root)
+        assert reason in (RUN / "root/boot").read_text()
+        return
+    told = boot(root, line, code=64)
+    assert reason in told
+    for place_of_word in ("degraded", "boot"):
+        assert reason in (RUN / "root" / place_of_word).read_text()
+    degraded = status(root)["degraded"]
+    assert isinstance(degraded, dict)
+    assert reason in degraded["reason"]
+    assert degraded["fallback"] == ("ro" if fallback else "tmpfs")
+    if fallback:
+        with pytest.raises(OSError, match="Read-only"):
+            change(root)
+    else:
+        change(root)
+        assert is_changed(root)
+
+
+def test_only_read_and_missing(root: Path) -> None:
+    told = boot(root, f"rd.overlay=LABEL={label()} rd.overlay.readonly unionfs.timeout=0", code=64)
+    assert "no device has LABEL" in told
+    change(root)
+
+
+def test_no_union_at_all(root: Path, place: Path) -> None:
+    words = ("--lower", str(place / "nothing.squashfs"))
+    told = boot(root, "overlayroot=tmpfs", *words, code=64)
+    assert "goes on without its union" in told
+    assert "nothing.squashfs" in (RUN / "root/degraded").read_text()
+    assert not ground.mounts_below(root)
+
+
+def test_reset_keeps_what_was(root: Path, image: Path) -> None:
+    line = f"unionfs.store={image} rd.live.overlay.reset"
+    assert "reset" not in boot(root, line), "there is nothing yet"
+    change(root)
+    end(root)
+    told = boot(root, line)
+    assert "its changes are kept in" in told
+    kept = told.partition("are kept in ")[2].splitlines()[0]
+    assert not is_changed(root)
+    end(root)
+    boot(root, f"unionfs.store={kept}")
+    assert is_changed(root)
+
+
+def test_reset_of_another_bases_store(root: Path, image: Path, place: Path) -> None:
+    need("squashfs")
+    lower = images.squash(place / "one.squashfs", root)
+    (root / "other").touch()
+    another = images.squash(place / "two.squashfs", root)
+    point = place / "point"
+    point.mkdir()
+    line = f"unionfs.store={image}:/same"
+    boot(point, line, "--lower", str(lower))
+    change(point)
+    end(point)
+    told = boot(point, f"{line} unionfs.reset", "--lower", str(another), code=64)
+    assert "the store is not reset" in told
+    assert "was made over" in told
+    end(point)
+    boot(point, line, "--lower", str(lower))
+    assert is_changed(point)
+    end(point)
+
+
+def test_base_in_memory(root: Path, image: Path, place: Path) -> None:
+    need("squashfs")
+    lower = images.squash(place / "base.squashfs", root)
+    point = place / "point"
+    point.mkdir()
+    line = f"cow_device={image} copytoram=y"
+    assert "is copied to memory" in boot(point, line, "--lower", str(lower))
+    lower.write_bytes(b"")
+    assert not is_changed(point)
+    change(point)
+    assert not (RUN / "toram").exists()
+    end(point)
+    told = boot(root, f"cow_device={image} toram")
+    assert "toram has no effect" in told
+
+
+def test_union_of_others_is_left_alone(root: Path, place: Path) -> None:
+    for name in ("up", "work"):
+        (place / name).mkdir()
+    words = f"lowerdir={root},upperdir={place}/up,workdir={place}/work"
+    ground.run("mount", "-t", "overlay", "overlay", "-o", words, str(root))
+    assert "is a union already (overlay)" in boot(root, "overlayroot=tmpfs")
+    assert len(ground.mounts_below(root)) == 1
+    boot(root, "unionfs.mode=ram")
+    assert len(ground.mounts_below(root)) == 2
+    change(root)
+    end(root)
+
+
+def test_what_would_be_done(root: Path) -> None:
+    told = boot(root, "cow_label=x unionfs.reset cow_chunksize=8", "-n")
+    assert f"with changes in LABEL=x:/{INSIDE} on {root}" in told
+    assert "reset = True (unionfs.reset)" in told
+    assert "cow_chunksize=8: it has no effect here" in told
+    assert not ground.mounts_below(root)
+    assert not (RUN / "root").exists()
+
+
+def test_mounts_beneath_are_told_of(root: Path) -> None:
+    ground.run("mount", "-t", "tmpfs", "tmpfs", str(root / "etc"))
+    assert "will not be seen in the union" in boot(root, "overlayroot=tmpfs")
+    assert (root / "etc/name").read_text() == "lower\n"

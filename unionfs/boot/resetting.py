@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A store put back to its base before it is mounted.  Called by root.py."""
+
+import os
+
+from unionfs import identity, locator
+from unionfs.errors import UnionfsError
+from unionfs.options import MountOptions
+from unionfs.stores import backing, base, changing, find, inspect, probe
+
+
+def reset(options: MountOptions) -> str | None:
+    """Put the upper's changes aside; where they are kept, None if there were none.
+
+    Not those of another base, unless mismatches are ignored.
+    """
+    assert options.upper is not None
+    # The device is waited for here: what looks at stores does not.
+    find.find(locator.parse(options.upper), timeout=options.device_timeout or 0)
+    try:
+        with backing.chosen(options.upper, write=True) as upper:
+            if not changing.contents(upper):
+                return None
+            if options.on_mismatch != "ignore":
+                _refuse_another(upper, options.lowers[-1])
+            kept = changing.reset(upper, keep=True)
+            return f"{upper.name.rpartition('/')[0]}/{kept}"
+    except backing.NoUpper:
+        return None
+    except OSError as exc:
+        raise UnionfsError(f"{options.upper}: {os.strerror(exc.errno or 0)}") from exc
+
+
+def _refuse_another(upper: backing.Chosen, lower: str) -> None:
+    where = locator.parse(lower)
+    path = find.find(where)
+    contents = None if os.path.isdir(path) else probe.probe(path)
+    record = inspect.read_record(upper.fd)
+    error = identity.mismatch(record, base.describe(where, contents), upper.name)
+    if error is not None:
+        raise error

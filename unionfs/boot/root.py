@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From what the command line asks for to a union over the root.
+
+Owns the order of a boot, and that it goes on: what is wrong with a store is told, and the fallback
+is taken.  Mounting is daemon.py's, which also knows the fallbacks of one union.  Called by the
+verb.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+from collections.abc import Callable
+from typing import Final
+
+from unionfs import locator, runtime, syscalls
+from unionfs.boot.request import Request
+from unionfs.boot.telling import NAME, Teller, degraded
+from unionfs.errors import ExitCode, UnionfsError, printable
+from unionfs.locator import Locator
+from unionfs.mounts import mounted_beneath, read_mounts, topmost
+from unionfs.options import MountOptions, read_strings
+from unionfs.syscalls import UnmountFlag
+from unionfs.unions import FSTYPE
+
+_UNIONS: Final = ("overlay", "aufs", FSTYPE, "fuse.fuse-overlayfs")
+
+
+def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = False) -> int:
+    """Do what is asked; the exit code."""
+    teller = Teller()
+    for notice in request.notices:
+        teller.warn(notice)
+    if not request.asked:
+        teller.say("the kernel's command line asks for no union")
+        return ExitCode.OK
+    mounts = read_mounts()
+    entry = topmost(os.path.realpath(root), mounts)
+    if entry is not None and entry.fstype in _UNIONS and not request.native:
+        teller.say(f"{root} is a union already ({entry.fstype}), made by whose words these are")
+        return ExitCode.OK
+    if mounted_beneath(os.path.realpath(root), mounts):
+        teller.warn(f"what is mounted beneath {root} will not be seen in the union")
+    if dry:
+        for line in described(request, root, lower):
+            print(printable(line))
+        return ExitCode.OK
+    # Whatever it is loaded from may be beneath what is mounted.
+    from unionfs import daemon  # noqa: F401
+
+    try:
+        return _Boot(request, root, lower, teller).run()
+    finally:
+        teller.keep()
+
+
+def described(request: Request, root: str, lower: str | None) -> list[str]:
+    """What would be done, for people."""
+    lines = []
+    if request.mode != "off":
+        options = mount_options(request, root, lower)
+        layers = ":".join(options.lowers)
+        changes = options.upper or "memory"
+        lines.append(f"mode {request.mode}: {layers} with changes in {changes} on {root}")
+    if request.profile is not None:
+        lines.append(f"profile {request.profile} below {root}")
+    for name, word in request.sources.items():
+        value = getattr(request, name)
+        lines.append(f"{name} = {value} ({word})")
+    return lines
+
+
+def mount_options(request: Request, root: str, lower: str | None) -> MountOptions:
+    """The union of the root."""
+    reader = read_strings([request.options] if request.options else [])
+    reader.lowers = [lower or root]
+    reader.mountpoint = root
+    memory = request.mode == "ram"
+    keeps = request.mode == "persist"
+    asked = reader.build()
+    return dataclasses.replace(
+        asked,
+        upper=None if memory else store_of(request, root, lower),
+        readonly=False,
+        ephemeral=not keeps,
+        ephemeral_size=request.size,
+        nonempty=True,
+        name=NAME,
+        device_timeout=request.seconds,
+        fallback=request.fallback,
+        on_mismatch=request.on_mismatch,
+        autogrow=asked.autogrow if keeps else None,
+        low_water=asked.low_water if keeps else None,
+        store_flags=request.flags if keeps else None,
+        holds_root=True,
+    )
+
+
+def store_of(request: Request, root: str, lower: str | None) -> str:
+    """The locator of the upper; in a file system it always has a directory."""
+    assert request.store is not None
+    if request.directory is not None:
+        return f"{request.store}:{request.directory}"
+    if locator.is_directory(request.store):
+        return request.store
+    from unionfs.stores import base
+
+    return f"{request.store}:{base.default_directory(_base_name(root, lower, request.seconds))}"
+
+
+def _base_name(root: str, lower: str | None, seconds: float) -> str:
+    """What the base is called: the label of its file system, or its image's name, or `root`."""
+    from unionfs.stores import base, find, probe
+
+    if lower is not None:
+        where = locator.parse(lower)
+        path = find.find(where, timeout=seconds)
+        return base.base_name(where, None if os.path.isdir(path) else probe.probe(path))
+    entry = topmost(os.path.realpath(root), read_mounts())
+    named = Locator(NAME, NAME)
+    if entry is None or not entry.source.startswith("/dev/"):
+        return base.base_name(named, None)
+    backing = f"/sys/class/block/{os.path.basename(entry.source)}/loop/backing_file"
+    with contextlib.suppress(OSError), open(backing, errors="surrogateescape") as file:
+        named = Locator(NAME, file.read().strip())
+    with contextlib.suppress(UnionfsError):
+        return base.base_name(named, probe.probe(entry.source))
+    return base.base_name(named, None)
+
+
+@dataclasses.dataclass
+class _Boot:
+    """One boot."""
+
+    request: Request
+    root: str
+    lower: str | None
+    teller: Teller
+
+    def run(self) -> int:
+        """All that is asked for; the exit code."""
+        code: int = ExitCode.OK
+        if self.request.mode != "off":
+            action = self._persistence if self.request.persistence else self._union
+            code = self._go_on(action)
+        if self.request.profile is not None:
+            code = max(code, self._go_on(self._profile))
+        return code
+
+    def _go_on(self, action: Callable[[], None]) -> int:
+        """Do a part of it; what cannot be done stops the boot only if that is asked for."""
+        try:
+            action()
+        except UnionfsError as exc:
+            self._unmount_dead()
+            if self.request.fallback == "fail":
+                self.teller.warn(exc.line(), shown=True)
+                raise UnionfsError(exc.message, hint=exc.hint, code=ExitCode.FAIL) from exc
+            self.teller.warn(f"the system goes on without its union: {exc.line()}")
+            runtime.tell_degraded(NAME, exc.line())
+            return ExitCode.PARTIAL
+        if (reason := degraded()) is not None:
+            self.teller.warn(reason, shown=True)
+            return ExitCode.PARTIAL
+        return ExitCode.OK
+
+    def _union(self) -> None:
+        """One union over the root."""
+        from unionfs import daemon
+        from unionfs.boot import copying
+
+        request = self.request
+        options = mount_options(request, self.root, self.lower)
+        if request.reset and request.mode == "persist":
+            self._reset(options)
+        with contextlib.ExitStack() as stack:
+            if request.toram:
+                options = copying.to_memory(options, self.lower, self.teller, stack)
+            daemon.run(options)
+        if degraded() is None:
+            beneath = f" over {options.upper}" if options.upper else ""
+            where = options.upper if request.mode == "persist" else f"memory{beneath}"
+            self.teller.say(f"{self.root} is a union, with changes in {where}")
+
+    def _reset(self, options: MountOptions) -> None:
+        """Put the store's changes aside, if they are those of this base."""
+        from unionfs.boot import resetting
+
+        try:
+            kept = resetting.reset(options)
+        except UnionfsError as exc:
+            self.teller.warn(f"the store is not reset: {exc.line()}")
+            return
+        if kept is not None:
+            self.teller.say(f"the store is reset; its changes are kept in {kept}")
+
+    def _persistence(self) -> None:
+        """As live-boot: the root in memory, and what the store's persistence.conf names."""
+        from unionfs import daemon
+        from unionfs.boot import parts
+
+        try:
+            warnings = parts.up_persistence(self.request, self.root)
+        except UnionfsError as exc:
+            if self.request.fallback != "tmpfs":
+                raise
+            self._unmount_dead()
+            memory = dataclasses.replace(self.request, mode="ram")
+            options = mount_options(memory, self.root, self.lower)
+            daemon.run(dataclasses.replace(options, degraded=exc.line()))
+            return
+        for warning in warnings:
+            self.teller.warn(warning)
+        self.teller.say(f"{self.root} is in memory, and persists where {self.request.store} says")
+
+    def _profile(self) -> None:
+        """A profile of the system that is booted."""
+        from unionfs.boot import parts
+
+        for warning in parts.up_profile(self.request, self.root):
+            self.teller.warn(warning)
+
+    def _unmount_dead(self) -> None:
+        """A daemon that has ended before it was ready left its mount: it had stepped aside."""
+        point = os.path.realpath(self.root)
+        entry = topmost(point, read_mounts())
+        if entry is None or entry.fstype != FSTYPE:
+            return
+        try:
+            os.stat(point)
+        except OSError as exc:
+            if exc.errno == errno.ENOTCONN:
+                syscalls.umount(point, UnmountFlag.NOFOLLOW | UnmountFlag.DETACH)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a boot says, where somebody will see it.
+
+On stderr, which an initramfs shows or keeps; there also in the kernel's log, which the system's
+journal takes over; and in /run/unionfs/root/boot, for scripts.  Called by root.py.
+"""
+
+import contextlib
+import os
+import sys
+from typing import Final
+
+from unionfs import runtime
+from unionfs.boot.aside import in_initramfs
+from unionfs.errors import printable
+
+NAME: Final = "root"  # of the union
+_FILE: Final = "boot"
+_KERNEL_LOG: Final = "/dev/kmsg"
+_INFO: Final = 6  # of syslog(3)
+_WARNING: Final = 4
+
+
+class Teller:
+    """Collects the lines of one boot."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._log = _KERNEL_LOG if in_initramfs() else None
+
+    def say(self, text: str) -> None:
+        """What is done."""
+        self._tell(text, _INFO)
+
+    def warn(self, text: str, *, shown: bool = False) -> None:
+        """What is not as it was asked for; `shown`: another has put it on stderr."""
+        self._tell(f"warning: {text}", _WARNING, shown=shown)
+
+    def _tell(self, text: str, priority: int, *, shown: bool = False) -> None:
+        line = printable(text)
+        self.lines.append(line)
+        if not shown:
+            print(f"unionfs: {line}", file=sys.stderr, flush=True)
+        if self._log is not None:
+            with contextlib.suppress(OSError), open(self._log, "wb", buffering=0) as log:
+                log.write(f"<{priority}>unionfs: {line}\n".encode(errors="replace"))
+
+    def keep(self) -> None:
+        """Write the file.  A full or missing /run must not stop a boot."""
+        if (place := runtime.directory(NAME)) is None:
+            return
+        with contextlib.suppress(OSError):
+            os.makedirs(place, 0o755, exist_ok=True)
+            text = "".join(line + "\n" for line in self.lines)
+            with open(f"{place}/{_FILE}", "wb") as file:
+                file.write(text.encode(errors="surrogateescape"))
+
+
+def degraded() -> str | None:
+    """Why the union of the root has no store, if so."""
+    with contextlib.suppress(OSError), open(f"{runtime.directory(NAME)}/degraded", "rb") as file:
+        return os.fsdecode(file.read()).strip()
+    return None
