@@ -1,0 +1,30 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# Copies `unionfs boot` and what it needs into an initramfs: a directory 90unionfs in
+# /usr/lib/dracut/modules.d.
+
+check() {
+    require_binaries "${UNIONFS:-unionfs}" || return 1
+}
+
+depends() {
+    echo base
+}
+
+installkernel() {
+    instmods fuse loop ext4 xfs btrfs squashfs erofs
+}
+
+install() {
+    local unionfs list
+    local -a files
+    unionfs=$(command -v "${UNIONFS:-unionfs}") && list=$("$unionfs" boot --files) || return
+    mapfile -t files <<<"$list"
+    # Later it looks for the libraries of executable files only, which Python's modules are not.
+    DRACUT_RESOLVE_DEPS=1 inst_multiple "${files[@]}" || return
+    # shellcheck disable=SC2154  # dracut's own
+    [ -e "$initdir/usr/bin/unionfs" ] || ln -s "$unionfs" "$initdir/usr/bin/unionfs"
+    # shellcheck disable=SC2154
+    inst_hook pre-pivot 10 "$moddir/unionfs-mount.sh"
+}
