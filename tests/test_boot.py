@@ -37,7 +37,7 @@ def root(place: Path) -> Iterator[Path]:
         yield tree
     finally:
         end(tree)
-        ground.run("umount", str(RUN))
+        ground.run("umount", "-R", str(RUN))  # with what profiles have mounted there
 
 
 def boot(root: Path, line: str, *words: str, code: int = 0) -> str:
@@ -287,3 +287,70 @@ def test_mounts_beneath_are_told_of(root: Path) -> None:
     ground.run("mount", "-t", "tmpfs", "tmpfs", str(root / "etc"))
     assert "will not be seen in the union" in boot(root, "overlayroot=tmpfs")
     assert (root / "etc/name").read_text() == "lower\n"
+
+
+def write_in(image: Path, place: Path, name: str, text: str) -> None:
+    """Put a file at the root of a store."""
+    point = place / "inside"
+    point.mkdir(exist_ok=True)
+    with images.attached(image) as device:
+        ground.run("mount", device, str(point))
+        (point / name).write_text(text)
+        ground.run("umount", str(point))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_persistence_conf(root: Path, image: Path, place: Path, whole: bool) -> None:
+    text = "/ union\n" if whole else "/etc union,source=settings\n/home bind\n"
+    write_in(image, place, "persistence.conf", text)
+    (root / "home/me").mkdir(parents=True)
+    (root / "home/me/kept").write_text("lower\n")
+    with images.attached(image):
+        name = ground.run("blkid", "-p", "-s", "LABEL", "-o", "value", str(image)).strip()
+        line = f"boot=live persistence persistence-label={name}"
+        for turn in range(2):
+            assert f"persists where LABEL={name} says" in boot(root, line)
+            assert ((root / "etc/name").read_text() == "changed\n") == bool(turn)
+            assert (root / "home/me/mine").exists() == bool(turn)
+            assert (root / "gone").exists() != (whole and bool(turn)), "only what is said persists"
+            (root / "etc/name").write_text("changed\n")
+            (root / "gone").unlink(missing_ok=True)
+            (root / "home/me/mine").write_text("mine\n")
+            assert (root / "home/me/kept").read_text() == "lower\n"
+            end(root)
+    assert (root / "etc/name").read_text() == "lower\n"
+    assert not (root / "home/me/mine").exists()
+
+
+def test_persistence_without_its_file(root: Path, image: Path) -> None:
+    with images.attached(image):
+        name = ground.run("blkid", "-p", "-s", "LABEL", "-o", "value", str(image)).strip()
+        told = boot(root, f"persistence persistence-label={name} unionfs.timeout=0", code=64)
+    assert "has no persistence.conf at its root" in told
+    assert "persistence.conf" in str(status(root)["degraded"])
+    change(root)
+    end(root)
+    assert not is_changed(root)
+
+
+def test_profile(root: Path, place: Path) -> None:
+    profiles = root / "etc/unionfs"
+    profiles.mkdir()
+    (place / "changes").mkdir()
+    profile = f'store = "{place}/changes"\n[paths]\n"/home" = "persist"\n"/var" = "tmpfs"\n'
+    (profiles / "kiosk.toml").write_text(profile)
+    for name in ("home", "var"):
+        (root / name).mkdir()
+    boot(root, "unionfs.profile=kiosk")
+    assert sorted(ground.mounts_below(root)) == [f"{root}/home", f"{root}/var"]
+    (root / "home/mine").write_text("mine\n")
+    end(root)
+    assert not (root / "home/mine").exists()
+    boot(root, "unionfs.profile=kiosk overlayroot=tmpfs")
+    assert (root / "home/mine").read_text() == "mine\n"
+    change(root)
+    end(root)
+    assert not is_changed(root)
+    told = boot(root, "unionfs.profile=none", code=64)
+    assert "no profile none" in told
+    boot(root, "unionfs.profile=none unionfs.fallback=fail", code=32)

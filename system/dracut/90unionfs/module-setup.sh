@@ -21,8 +21,12 @@ install() {
     local -a files
     unionfs=$(command -v "${UNIONFS:-unionfs}") && list=$("$unionfs" boot --files) || return
     mapfile -t files <<<"$list"
-    # Later it looks for the libraries of executable files only, which Python's modules are not.
-    DRACUT_RESOLVE_DEPS=1 inst_multiple "${files[@]}" || return
+    # dracut looks for the libraries of executable files only, which Python's modules are not.
+    mapfile -t -O "${#files[@]}" files < <(
+        printf '%s\n' "${files[@]}" | grep '\.so$' | xargs -d '\n' ldd |
+            sed -n 's/.*=> \(\/.*\) (0x.*/\1/p' | sort -u
+    )
+    inst_multiple "${files[@]}" || return
     # shellcheck disable=SC2154  # dracut's own
     [ -e "$initdir/usr/bin/unionfs" ] || ln -s "$unionfs" "$initdir/usr/bin/unionfs"
     # shellcheck disable=SC2154
