@@ -40,13 +40,15 @@ def root(place: Path) -> Iterator[Path]:
         ground.run("umount", "-R", str(RUN))  # with what profiles have mounted there
 
 
-def boot(root: Path, line: str, *words: str, code: int = 0) -> str:
+def boot(root: Path, line: str, *words: str, code: int = 0, path: str = "") -> str:
     done = subprocess.run(
         [*program(), "boot", "--root", str(root), "--cmdline", f"quiet {line}", *words],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
+        env={**os.environ, "PATH": path or os.environ["PATH"]},
     )
     assert done.returncode == code, done
     assert "Traceback" not in done.stderr
@@ -261,6 +263,35 @@ def test_base_in_memory(root: Path, image: Path, place: Path) -> None:
     assert "toram has no effect" in told
 
 
+def test_encrypted_store(root: Path, place: Path, image: Path) -> None:
+    """device-mapper is not everywhere: what is asked of cryptsetup, and what if it cannot."""
+    locked = place / "locked.img"
+    header = b"LUKS\xba\xbe\x00\x01" + b"aes".ljust(32, b"\0") + b"\0" * 128
+    uuid = b"0" * 8 + b"-0000-0000-0000-" + b"0" * 12
+    locked.write_bytes((header + uuid).ljust(1 << 20, b"\0"))
+    assert "is not encrypted" in boot(root, f"unionfs.crypt={image}", code=64)
+    end(root)
+    programs = place / "programs"
+    programs.mkdir()
+    stands_for = {
+        "cryptsetup": f'echo "$@" >{place}/asked; cat >{place}/phrase; exit 5',
+        "systemd-ask-password": "printf secret",
+    }
+    for name, text in stands_for.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    told = boot(root, f"rd.overlay.crypt=dev={locked},timeout=0", code=64, path=path)
+    assert f"{locked} stays locked: cryptsetup ended with exit code 5" in told
+    words = (place / "asked").read_text().split()
+    assert words[0] == "open"
+    assert words[-2:] == [str(locked), "unionfs-store"]
+    agents = os.path.isdir("/run/systemd/ask-password")
+    assert ("--key-file=-" in words) == agents
+    assert (place / "phrase").read_text() == ("secret" if agents else "")
+    change(root)
+
+
 def test_union_of_others_is_left_alone(root: Path, place: Path) -> None:
     for name in ("up", "work"):
         (place / name).mkdir()
@@ -268,8 +299,9 @@ def test_union_of_others_is_left_alone(root: Path, place: Path) -> None:
     ground.run("mount", "-t", "overlay", "overlay", "-o", words, str(root))
     assert "is a union already (overlay)" in boot(root, "overlayroot=tmpfs")
     assert len(ground.mounts_below(root)) == 1
-    boot(root, "unionfs.mode=ram")
-    assert len(ground.mounts_below(root)) == 2
+    for _ in range(2):
+        boot(root, "unionfs.mode=ram")
+        assert len(ground.mounts_below(root)) == 2
     change(root)
     end(root)
 
@@ -343,6 +375,8 @@ def test_profile(root: Path, place: Path) -> None:
         (root / name).mkdir()
     boot(root, "unionfs.profile=kiosk")
     assert sorted(ground.mounts_below(root)) == [f"{root}/home", f"{root}/var"]
+    recorded = json.loads((RUN / "kiosk/mounts").read_text())
+    assert [made["point"] for made in recorded] == ["/home", "/var"], "as the system will see them"
     (root / "home/mine").write_text("mine\n")
     end(root)
     assert not (root / "home/mine").exists()

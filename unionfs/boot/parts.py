@@ -42,4 +42,6 @@ def up_profile(request: Request, root: str) -> list[str]:
 
 
 def _up(profile: Profile, root: str) -> list[str]:
-    return running.up(profile, root).warnings
+    warnings = running.up(profile, root).warnings
+    running.hand_over(profile.name, root)
+    return warnings

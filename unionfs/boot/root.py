@@ -18,12 +18,12 @@ from unionfs.boot.request import Request
 from unionfs.boot.telling import NAME, Teller, degraded
 from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.locator import Locator
-from unionfs.mounts import mounted_beneath, read_mounts, topmost
+from unionfs.mounts import MountEntry, mounted_beneath, read_mounts, topmost
 from unionfs.options import MountOptions, read_strings
 from unionfs.syscalls import UnmountFlag
 from unionfs.unions import FSTYPE
 
-_UNIONS: Final = ("overlay", "aufs", FSTYPE, "fuse.fuse-overlayfs")
+_OTHERS: Final = ("overlay", "aufs", "fuse.fuse-overlayfs")
 
 
 def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = False) -> int:
@@ -36,8 +36,8 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
         return ExitCode.OK
     mounts = read_mounts()
     entry = topmost(os.path.realpath(root), mounts)
-    if entry is not None and entry.fstype in _UNIONS and not request.native:
-        teller.say(f"{root} is a union already ({entry.fstype}), made by whose words these are")
+    if entry is not None and _is_done(entry, request):
+        teller.say(f"{root} is a union already ({entry.fstype}): it is left as it is")
         return ExitCode.OK
     if mounted_beneath(os.path.realpath(root), mounts):
         teller.warn(f"what is mounted beneath {root} will not be seen in the union")
@@ -52,6 +52,11 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
         return _Boot(request, root, lower, teller).run()
     finally:
         teller.keep()
+
+
+def _is_done(entry: MountEntry, request: Request) -> bool:
+    """Whether somebody has been here: ourselves, or those whose words are on the command line."""
+    return entry.fstype == FSTYPE or (entry.fstype in _OTHERS and not request.native)
 
 
 def described(request: Request, root: str, lower: str | None) -> list[str]:
@@ -167,9 +172,15 @@ class _Boot:
     def _union(self) -> None:
         """One union over the root."""
         from unionfs import daemon
-        from unionfs.boot import copying
+        from unionfs.boot import copying, crypt
 
         request = self.request
+        if request.crypt is not None and request.mode != "ram":
+            try:
+                request = crypt.unlocked(request)
+            except UnionfsError as exc:
+                self._in_memory(exc)
+                return
         options = mount_options(request, self.root, self.lower)
         if request.reset and request.mode == "persist":
             self._reset(options)
@@ -181,6 +192,17 @@ class _Boot:
             beneath = f" over {options.upper}" if options.upper else ""
             where = options.upper if request.mode == "persist" else f"memory{beneath}"
             self.teller.say(f"{self.root} is a union, with changes in {where}")
+
+    def _in_memory(self, error: UnionfsError) -> None:
+        """The fallback where it is not the mount that has failed."""
+        from unionfs import daemon
+
+        if self.request.fallback != "tmpfs":
+            raise error
+        self._unmount_dead()
+        memory = dataclasses.replace(self.request, mode="ram")
+        options = mount_options(memory, self.root, self.lower)
+        daemon.run(dataclasses.replace(options, degraded=error.line()))
 
     def _reset(self, options: MountOptions) -> None:
         """Put the store's changes aside, if they are those of this base."""
@@ -196,18 +218,15 @@ class _Boot:
 
     def _persistence(self) -> None:
         """As live-boot: the root in memory, and what the store's persistence.conf names."""
-        from unionfs import daemon
-        from unionfs.boot import parts
+        from unionfs.boot import crypt, parts
 
+        request = self.request
         try:
-            warnings = parts.up_persistence(self.request, self.root)
+            if request.crypt is not None:
+                request = crypt.unlocked(request)
+            warnings = parts.up_persistence(request, self.root)
         except UnionfsError as exc:
-            if self.request.fallback != "tmpfs":
-                raise
-            self._unmount_dead()
-            memory = dataclasses.replace(self.request, mode="ram")
-            options = mount_options(memory, self.root, self.lower)
-            daemon.run(dataclasses.replace(options, degraded=exc.line()))
+            self._in_memory(exc)
             return
         for warning in warnings:
             self.teller.warn(warning)

@@ -119,6 +119,18 @@ def down(name: str, *, lazy: bool = False) -> int:
         return count
 
 
+def hand_over(name: str, root: str) -> None:
+    """The system below `root` is being started: what is mounted there will be found below /."""
+    top = os.path.realpath(root).rstrip("/")
+    place = directory_of(name)
+    with _locked(place):
+        record = _Record(place)
+        for made in list(record.made):
+            if made.point == top or made.point.startswith(f"{top}/"):
+                record.remove(made)
+                record.add(dataclasses.replace(made, point=made.point.removeprefix(top) or "/"))
+
+
 def standing(name: str) -> list[Made]:
     """What `up` has mounted and is still there."""
     mounts = read_mounts()

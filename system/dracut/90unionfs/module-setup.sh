@@ -13,7 +13,7 @@ depends() {
 }
 
 installkernel() {
-    instmods fuse loop ext4 xfs btrfs squashfs erofs
+    instmods fuse loop ext4 xfs btrfs squashfs erofs dm_crypt
 }
 
 install() {
