@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from tests.rig import ground, images
 from tests.rig.mounted import PATIENCE, program
 from tests.test_stores import label, need
+from unionfs.boot.words import WORDS
 from unionfs.mounts import read_mounts
 from unionfs.unions import FSTYPE
 
@@ -132,6 +135,18 @@ def test_in_memory(root: Path) -> None:
     assert not is_changed(root)
     boot(root, "systemd.volatile=overlay")
     assert not is_changed(root)
+
+
+def test_daemon_is_not_ended_by_signals(root: Path) -> None:
+    boot(root, "overlayroot=tmpfs")
+    pid = status(root)["pid"]
+    assert isinstance(pid, int)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(pid, number)
+        change(root)
+        assert is_changed(root)
+        (root / "gone").touch()
+    assert status(root)["state"] == "ok"
 
 
 def test_store_is_only_read(root: Path, image: Path) -> None:
@@ -261,6 +276,12 @@ def test_base_in_memory(root: Path, image: Path, place: Path) -> None:
     end(point)
     told = boot(root, f"cow_device={image} toram")
     assert "toram has no effect" in told
+
+
+def test_manual_knows_every_word() -> None:
+    text = (Path(__file__).parents[1] / "docs/man/unionfs-boot.8.md").read_text()
+    told = set(re.findall(r"\*\*([\w.-]+)", text))
+    assert sorted(set(WORDS) - told) == []
 
 
 def test_encrypted_store(root: Path, place: Path, image: Path) -> None:

@@ -379,13 +379,19 @@ def test_users_of_a_directory_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("page", "verbs"),
-    [("unionfs.8", [["mount"], ["umount"], ["status"]]), ("mount.unionfs.8", [[]])],
+    [
+        ("unionfs.8", [["mount"], ["umount"], ["status"]]),
+        ("unionfs-boot.8", [["boot"]]),
+        ("mount.unionfs.8", [[]]),
+    ],
 )
 def test_the_manual_knows_every_flag(page: str, verbs: list[list[str]], capsys: Capture) -> None:
     text = Path(__file__).parents[1].joinpath(f"docs/man/{page}.md").read_text()
     for verb in verbs:
         with pytest.raises(SystemExit):
             cli.main([*verb, "--help"]) if verb else helper.main(["--help"])
-        flags = re.findall(r"^  (-\w|--\w+)(?:, (--\w+))?", capsys.readouterr().out, re.MULTILINE)
+        flags = re.findall(
+            r"^  (-\w|--[\w-]+)(?:, (--[\w-]+))?", capsys.readouterr().out, re.MULTILINE
+        )
         for flag in {name for pair in flags for name in pair if name} - {"-h", "--help"}:
             assert f"**{flag}**" in text, flag

@@ -432,11 +432,12 @@ class _Daemon:
             ending.append(signal.SIGHUP)  # its terminal is gone
         with trio.open_signal_receiver(*ending) as signals:
             task_status.started()
-            if self.options.holds_root:
-                return  # nothing can be unmounted on which the system stands
             async with trio.open_nursery() as nursery:
                 stopping = False
                 async for number in signals:
+                    if self.options.holds_root:  # the system stands on what we would unmount
+                        log.info("%s: ignored", signal.Signals(number).name)
+                        continue
                     log.info("%s: ending", signal.Signals(number).name)
                     if stopping:
                         loop.stop()
