@@ -79,7 +79,7 @@ def test_version(capsys: Capture) -> None:
         ([], "unionfs: nothing to do; see unionfs --help"),
         (["moutn"], "unionfs: moutn is no verb of unionfs; did you mean mount?"),
         (["unmount", "/x"], "unionfs: unmount is no verb of unionfs; did you mean umount?"),
-        (["xyz"], "unionfs: xyz is no verb of unionfs; the verbs are mount, umount, status, store"),
+        (["xyz"], f"unionfs: xyz is no verb of unionfs; the verbs are {', '.join(cli.VERBS)}"),
         (["mount", "-x"], "unionfs: unrecognized arguments: -x; see unionfs mount --help"),
         (["mount", "-o"], "unionfs: argument -o: expected one argument; see unionfs mount --help"),
     ],

@@ -15,16 +15,17 @@ unionfs boot [--root DIR] [--cmdline TEXT] [--lower LOCATOR] [-n]
        unionfs boot --files"""
 
 DESCRIPTION = """\
-Mounts the union that the kernel's command line asks for over DIR, where an initramfs has
-mounted the root, before the system is started from there. A store that is missing or broken
-does not stop the boot, unless unionfs.fallback=fail is asked for."""
+Mounts the union that the kernel's command line asks for over DIR, where an initramfs
+has mounted the root, before the system is started from there. A store that is missing
+or broken does not stop the boot, unless unionfs.fallback=fail is asked for."""
 
 EPILOG = """
-exit codes: 0 done, or nothing asked; 64 the system goes on without its store or without the
-  union: the reason is told, logged, and kept in /run/unionfs/root; 32 failed, and
-  unionfs.fallback=fail; 1 wrong usage
+exit codes: 0 done, or nothing asked; 64 the system goes on without its store or
+  without the union: the reason is told, logged, and kept in /run/unionfs/root;
+  32 failed, and unionfs.fallback=fail; 1 wrong usage
 
-example of a kernel command line: root=LABEL=SYSTEM cow_label=persist (see unionfs-boot(8))
+example of a kernel command line (see unionfs-boot(8)):
+  root=LABEL=SYSTEM cow_label=persist
 """
 
 CMDLINE = "/proc/cmdline"
