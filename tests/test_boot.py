@@ -336,6 +336,11 @@ def test_what_would_be_done(root: Path) -> None:
     assert not (RUN / "root").exists()
 
 
+def test_root_in_use_is_not_covered() -> None:
+    assert "/ cannot be covered" in boot(Path("/"), "unionfs.mode=ram", code=1)
+    assert "mode ram: / with changes in memory on /" in boot(Path("/"), "unionfs.mode=ram", "-n")
+
+
 def test_mounts_beneath_are_told_of(root: Path) -> None:
     ground.run("mount", "-t", "tmpfs", "tmpfs", str(root / "etc"))
     assert "will not be seen in the union" in boot(root, "overlayroot=tmpfs")

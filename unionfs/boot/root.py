@@ -16,7 +16,7 @@ from typing import Final
 from unionfs import locator, runtime, syscalls
 from unionfs.boot.request import Request
 from unionfs.boot.telling import NAME, Teller, degraded
-from unionfs.errors import ExitCode, UnionfsError, printable
+from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
 from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, mounted_beneath, read_mounts, topmost
 from unionfs.options import MountOptions, read_strings
@@ -35,11 +35,15 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
         teller.say("the kernel's command line asks for no union")
         return ExitCode.OK
     mounts = read_mounts()
-    entry = topmost(os.path.realpath(root), mounts)
+    point = os.path.realpath(root)
+    if point == "/" and not dry:
+        hint = "name the directory where an initramfs has mounted the root: --root DIR"
+        raise usage_error("/ cannot be covered while it is in use", hint)
+    entry = topmost(point, mounts)
     if entry is not None and _is_done(entry, request):
         teller.say(f"{root} is a union already ({entry.fstype}): it is left as it is")
         return ExitCode.OK
-    if mounted_beneath(os.path.realpath(root), mounts):
+    if point != "/" and mounted_beneath(point, mounts):
         teller.warn(f"what is mounted beneath {root} will not be seen in the union")
     if dry:
         for line in described(request, root, lower):
