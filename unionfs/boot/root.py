@@ -160,13 +160,14 @@ class _Boot:
         """Do a part of it; what cannot be done stops the boot only if that is asked for."""
         try:
             action()
-        except UnionfsError as exc:
+        except (UnionfsError, OSError) as exc:
+            error = exc if isinstance(exc, UnionfsError) else UnionfsError(str(exc))
             self._unmount_dead()
             if self.request.fallback == "fail":
-                self.teller.warn(exc.line(), shown=True)
-                raise UnionfsError(exc.message, hint=exc.hint, code=ExitCode.FAIL) from exc
-            self.teller.warn(f"the system goes on without its union: {exc.line()}")
-            runtime.tell_degraded(NAME, exc.line())
+                self.teller.warn(error.line(), shown=True)
+                raise UnionfsError(error.message, hint=error.hint, code=ExitCode.FAIL) from exc
+            self.teller.warn(f"the system goes on without its union: {error.line()}")
+            runtime.tell_degraded(NAME, error.line())
             return ExitCode.PARTIAL
         if (reason := degraded()) is not None:
             self.teller.warn(reason, shown=True)
