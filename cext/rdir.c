@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "loan.h"
 #include "tree.h"
 
 struct rdir *rdir_new(uint16_t layer, struct rdir *parent, const char *name)
@@ -98,11 +99,36 @@ static bool pin_cached_locked(struct tree *t, struct rdir *r)
     return true;
 }
 
+struct step {
+    int parent_fd;
+    const char *name;
+    bool careful;
+};
+
+static errint_t open_step(void *arg)
+{
+    const struct step *s = arg;
+
+    return open_beneath(s->parent_fd, s->name, O_PATH | O_DIRECTORY, s->careful);
+}
+
+/* Who has a directory open goes on in it, though its owner has closed one above it since. */
+static int take_step(struct tree *t, const struct rdir *r, struct step *s)
+{
+    char path[PROC_BYTES];
+    int fd = open_step(s);
+
+    if (fd != -EACCES || r->layer != 0 || !t->has_upper)
+        return fd;
+    proc_path(path, s->parent_fd, NULL);
+    return as_owner(path, false, S_IXUSR, open_step, s);
+}
+
 /* Opens r by its name in its parent, which is pinned as `parent_fd`. */
 static int rdir_open(struct tree *t, struct rdir *r, int parent_fd, const char *name)
 {
-    cleanup_fd int fd =
-        open_beneath(parent_fd, name, O_PATH | O_DIRECTORY, t->layers[r->layer].careful);
+    struct step step = {parent_fd, name, t->layers[r->layer].careful};
+    cleanup_fd int fd = take_step(t, r, &step);
     struct stat st;
     errint_t err;
 

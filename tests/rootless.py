@@ -17,6 +17,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from tests.rig.mounted import Unionfs
 
 MANY = 120
@@ -164,7 +166,16 @@ def check_closed_directory(place: Path) -> None:
         inner = os.open(u.mnt / "shut" / "inner", os.O_RDONLY)
         os.chmod(u.mnt / "shut", 0)
         os.fsync(inner)
+        assert os.listdir(inner) == []
+        with pytest.raises(FileNotFoundError):
+            os.unlink("none", dir_fd=inner)
+        os.close(os.open("made", os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=inner))
+        os.mkdir("made too", dir_fd=inner)
+        assert os.stat("made", dir_fd=inner).st_size == 0
+        os.unlink("made", dir_fd=inner)
+        os.rmdir("made too", dir_fd=inner)
         os.close(inner)
+        assert mode(u.mnt / "shut") == 0
         os.chmod(u.mnt / "shut", 0o755)
         (u.mnt / "shut" / "inner").rmdir()
         os.chmod(u.mnt / "shut", 0o600)
