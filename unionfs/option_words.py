@@ -211,6 +211,7 @@ OWN_WORDS = {
     "autogrow": Word("autogrow", read=read_growth),
     "fallback": Word("fallback", read=one_of(fail="fail", ro="ro", tmpfs="tmpfs")),
     "on-mismatch": Word("on_mismatch", read=one_of(refuse="refuse", ro="ro", ignore="ignore")),
+    "other-machine": Word("other_machine", read=one_of(refuse="refuse", take="take")),
     "name": Word("name", read=read_name),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
     "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),

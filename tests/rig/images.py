@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 import subprocess
@@ -17,6 +18,7 @@ from unionfs.stores.tools import find
 
 # The smallest that each mkfs takes.
 _SIZES = {"ext4": 16, "xfs": 300, "btrfs": 114}
+_BLOCK = 1 << 16
 WRITABLE = ("ext4", "xfs", "btrfs")
 # For what has been tried on one kind in each run already.
 OTHERS_SLOWLY = ("ext4", "xfs", pytest.param("btrfs", marks=pytest.mark.slow))
@@ -45,6 +47,22 @@ def make(path: Path, kind: str = "ext4", label: str = "", megabytes: int = 0) ->
     }[kind]
     ground.run(mkfs, *words, *(["-L", label] if label else []), path)
     return path
+
+
+def digest(image: Path) -> str:
+    """Of what is in it, holes passed over, and its length."""
+    found = hashlib.sha256(str(image.stat().st_size).encode())
+    with open(image, "rb", buffering=0) as file:
+        position = 0
+        while True:
+            try:
+                start = os.lseek(file.fileno(), position, os.SEEK_DATA) & -_BLOCK
+            except OSError:  # ENXIO: only a hole is left
+                return found.hexdigest()
+            data = os.pread(file.fileno(), _BLOCK, start)
+            if data.strip(b"\0"):  # zeros may be a hole the next time
+                found.update(start.to_bytes(8) + data)
+            position = start + _BLOCK
 
 
 def squash(path: Path, tree: Path) -> Path:

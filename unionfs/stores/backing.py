@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Final
 
-from unionfs import syscalls
+from unionfs import holder, syscalls
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.stores import archive
@@ -61,7 +61,7 @@ def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
 
     With `write` it must not be in use, and is locked.  `make`: it need not be there.
     """
-    volume = open_volume(text, readonly=not write, replay=True)
+    volume = open_volume(text, readonly=not write, replay=True, guard=True)
     try:
         directory = volume.locator.directory or _only(volume, make=make)
         try:
@@ -73,6 +73,7 @@ def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
         upper = os.open(".", _OPEN, dir_fd=fd)
         os.close(fd)
         try:
+            holder.refuse_elsewhere(holder.read_owner_at(upper), f"{volume.locator.text}")
             yield Chosen(volume, directory, upper, _lock(upper, directory, write=write))
         finally:
             os.close(upper)

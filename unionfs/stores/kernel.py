@@ -22,7 +22,12 @@ log = logging.getLogger("unionfs")
 _LOWER: Final = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOATIME
 _UPPER: Final = MountAttr.NOSUID | MountAttr.NODEV
 # Of a file system that was not unmounted, mounted without writing to it.
-_NO_REPLAY: Final = {"ext3": "noload", "ext4": "noload", "xfs": "norecovery"}
+_NO_REPLAY: Final = {
+    "ext3": "noload",
+    "ext4": "noload",
+    "xfs": "norecovery",
+    "btrfs": "norecovery",
+}
 # What file systems answer when they do not understand what is on the device.
 _DAMAGED: Final = (errno.EINVAL, errno.EUCLEAN, errno.EIO, errno.EBADMSG, errno.EFBIG, errno.ENOENT)
 

@@ -11,19 +11,20 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from unionfs import locator
+from unionfs import holder, locator
 from unionfs.checks import LOWER, UPPER
 from unionfs.errors import UnionfsError, usage_error
+from unionfs.holder import Owner
 from unionfs.identity import Base
 from unionfs.layer import Layer, open_private
 from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, read_mounts
 from unionfs.options import MountOptions
-from unionfs.stores import base, ext, find, kernel, userspace
+from unionfs.stores import base, ext, find, kernel, loop, userspace
 from unionfs.stores.probe import Contents, probe, require_filesystem
 
 log = logging.getLogger("unionfs")
@@ -79,11 +80,12 @@ def open_volume(
     timeout: float = 0,
     untouched: bool = False,
     replay: bool = False,
+    guard: bool = False,
 ) -> Volume:
     """Find, examine and mount what a locator names.
 
     With readonly: `untouched`, to look: no journal is replayed, nobody is waited for; `replay`, to
-    read what was written last: a journal is replayed.
+    read what was written last: a journal is replayed.  `guard`: not if another machine has it.
     """
     where = locator.parse(text)
     path = find.find(where, search=search, timeout=timeout)
@@ -100,14 +102,60 @@ def open_volume(
         return _seen(where, path, entry.point, readonly=readonly)
     contents = probe(path)
     require_filesystem(contents)
+    with guarded(where, contents, when=guard):
+        return _mount(where, contents, readonly=readonly, untouched=untouched, replay=replay)
+
+
+def _mount(
+    where: Locator, contents: Contents, *, readonly: bool, untouched: bool, replay: bool
+) -> Volume:
+    path = contents.path
     if kernel.may_mount():
         if not readonly and contents.fstype in ext.TYPES and ext.has_errors(path):
             _mend(path)
         root, device = kernel.mount(contents, readonly=readonly, untouched=untouched, replay=replay)
         return Volume(where, contents, device, root, readonly)
     patience = 0.0 if untouched else userspace.LOCK_SECONDS
+    replay = replay and not untouched
     helper = userspace.start(contents, readonly=readonly, patience=patience, replay=replay)
     return Volume(where, contents, path, helper.root, readonly, helper)
+
+
+@contextlib.contextmanager
+def guarded(where: Locator, contents: Contents, *, when: bool) -> Iterator[None]:
+    """Raise an error if another machine has an upper in this file system, before it is mounted.
+
+    Mounted so that it could be written to, its journal would be replayed under that machine.
+    """
+    with contextlib.ExitStack() as stack:
+        clean = contents.fstype in ext.TYPES and ext.was_unmounted(contents.path)
+        if when and not clean:
+            # A look at what is damaged, or in use here, fails: who mounts it then is told.
+            found: list[tuple[str, Owner]] = []
+            with contextlib.suppress(UnionfsError):
+                if kernel.may_mount() and os.access(contents.path, os.W_OK):
+                    _hold(contents.path, stack)
+                found = _owners(where, contents)
+            for directory, owner in found:
+                holder.refuse_elsewhere(owner, f"{where.source}:{directory}")
+        yield
+
+
+def _hold(path: str, stack: contextlib.ExitStack) -> None:
+    """Keep the loop device of an image from one mount to the next: to release it takes a while."""
+    if stat.S_ISREG(os.stat(path).st_mode):
+        stack.callback(os.close, loop.attach(path, readonly=False).fd)
+
+
+def _owners(where: Locator, contents: Contents) -> list[tuple[str, Owner]]:
+    """Who holds, or held, the uppers in a file system that is not to be changed."""
+    from unionfs.stores.inspect import owners
+
+    volume = _mount(where, contents, readonly=True, untouched=True, replay=True)
+    try:
+        return owners(volume)
+    finally:
+        volume.close()
 
 
 def _mend(path: str) -> None:
@@ -201,7 +249,8 @@ class Stores:
         if self.options.work is not None:
             hint = "leave workdir out: it lies in the store"
             raise UnionfsError(f"workdir= and a store ({text}) exclude each other", hint=hint)
-        self._upper = self._mount(text, readonly=readonly)
+        guard = self.options.other_machine == "refuse"
+        self._upper = self._mount(text, readonly=readonly, guard=guard)
 
     def _open_lowers(self, mounts: list[MountEntry]) -> None:
         names = list(self.options.lowers)
@@ -244,11 +293,13 @@ class Stores:
         os.close(fd)
         self.options = replace(self.options, upper=volume.path_of(inside))
 
-    def _mount(self, text: str, *, readonly: bool) -> Volume:
+    def _mount(self, text: str, *, readonly: bool, guard: bool = False) -> Volume:
         options = self.options
         wait = options.device_timeout or 0
         try:
-            volume = open_volume(text, readonly=readonly, search=options.search, timeout=wait)
+            volume = open_volume(
+                text, readonly=readonly, search=options.search, timeout=wait, guard=guard
+            )
         except OSError as exc:
             reason = os.strerror(exc.errno or errno.EIO)
             raise UnionfsError(f"cannot open {text}: {reason}") from exc
