@@ -214,6 +214,7 @@ def layer_error(kind: str, path: str, exc: OSError) -> UnionfsError:
     hints = {
         errno.ENOENT: f"create the directory, or correct the path of the {kind}",
         errno.ENOTDIR: "a layer is a directory, an image or a device",
+        errno.ELOOP: "a symbolic link on the way leads in a circle",
         errno.EACCES: f"the {kind} must be readable and searchable by the user who mounts",
     }
     code = exc.errno or errno.EIO

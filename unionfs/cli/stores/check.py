@@ -2,7 +2,6 @@
 """`unionfs store check`."""
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -76,8 +75,6 @@ def _check(store: str, wish: "Wish", *, as_json: bool) -> int:
         }
         print(json.dumps(told, indent=2))
         return found.code
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")
     if found.filesystem:
         print(printable(found.filesystem))
     for path, what, repaired in found.problems:
