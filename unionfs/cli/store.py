@@ -47,9 +47,12 @@ def run(argv: Sequence[str]) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # names and labels need not be UTF-8
     if first in VERBS:
+        from unionfs.stores.tools import interruptible
+
         verb = cast(Verb, importlib.import_module(f"unionfs.cli.stores.{first}"))
         try:
-            return verb.run(argv[1:])
+            with interruptible():
+                return verb.run(argv[1:])
         except BrokenPipeError:
             raise
         except OSError as exc:  # a full disk, a file that nobody may read ...

@@ -29,6 +29,7 @@ from unionfs.stores.probe import Contents, probe, require_filesystem
 
 log = logging.getLogger("unionfs")
 
+MOVED_ASIDE: Final = ".restore.old"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -286,7 +287,10 @@ class Stores:
         except FileNotFoundError:
             if volume.readonly:
                 raise _no_directory(volume, inside, "mount it writable once") from None
-            fd = make_directory(volume, inside, self._like())
+            if put_back(volume, inside):
+                fd = walk(volume, inside)
+            else:
+                fd = make_directory(volume, inside, self._like())
         if volume.contents is not None:
             self.upper = _layer(volume, inside, fd, mounts, upper=True)
             return
@@ -360,6 +364,32 @@ def walk(volume: Volume, inside: str) -> int:
             os.close(fd)
         fd = below
     return fd
+
+
+def put_back(volume: Volume, inside: str) -> bool:
+    """Whether a directory that is not there was moved aside by a restore that was killed.
+
+    Where two directories cannot be exchanged (fuse2fs), a restore moves the old one away before the
+    new one takes its place; killed in between, the old one is what there is.
+    """
+    parent, name = os.path.split(inside)
+    try:
+        opened = walk(volume, parent)
+    except FileNotFoundError:
+        return False
+    top = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=opened)
+    os.close(opened)
+    try:
+        aside = [
+            n for n in os.listdir(top) if n.startswith(f".{name}.") and n.endswith(MOVED_ASIDE)
+        ]
+        if not name or len(aside) != 1:
+            return False
+        os.rename(aside[0], name, src_dir_fd=top, dst_dir_fd=top)
+        log.info("%s:%s was put back: a restore had been killed", volume.locator.source, inside)
+        return True
+    finally:
+        os.close(top)
 
 
 def make_directory(volume: Volume, inside: str, like: os.stat_result | None) -> int:
