@@ -24,9 +24,10 @@ from unionfs.option_words import size_in_bytes
 from unionfs.options import MountOptions
 from unionfs.session import is_readonly
 from unionfs.space import Mark, Watch
-from unionfs.work import AREA_NAME, Work, lock_shared
+from unionfs.work import AREA_NAME, UNCHECKED, Work, lock_shared
 
 if TYPE_CHECKING:
+    from unionfs.recovery import Recovery
     from unionfs.stores.opening import Stores
     from unionfs.stores.userspace import Helper
 
@@ -47,6 +48,7 @@ class Opened:
     facts: dict[str, object] = field(default_factory=dict)
     helpers: "list[Helper]" = field(default_factory=list)
     watch: Watch | None = None
+    recovery: "Recovery | None" = None
     warning: str = ""  # for whoever mounts
 
 
@@ -145,6 +147,7 @@ def _open_all(
         if not options.ephemeral:
             _remember(opened, work, base)
         opened.watch = _watch(opened, stores)
+        opened.recovery = _recovery(opened, work)
     return opened
 
 
@@ -161,6 +164,18 @@ def open_lowers(
         stack.callback(lower.close)
         lowers.append(lower)
     return lowers
+
+
+def _recovery(opened: Opened, work: Work) -> "Recovery | None":
+    """The check after an unclean end, or of one that was not finished."""
+    unclean = work.before is not None or work.read(UNCHECKED) is not None
+    if opened.options.ephemeral or opened.upper is None or not unclean:
+        return None
+    from unionfs.recovery import Recovery
+
+    recovery = Recovery(opened.options, opened.lowers, opened.upper, work)
+    opened.facts |= recovery.facts
+    return recovery
 
 
 def _recovered(before: Owner) -> str:

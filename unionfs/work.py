@@ -9,6 +9,7 @@ daemon.py; the union uses the descriptors.
     AREA/owner      who holds it now, for messages and for other machines (holder.py)
     AREA/work/      temporaries; emptied at every start and stop
     AREA/work/incompat/NAME/   makes kernel overlayfs refuse what it would misread
+    AREA/unchecked  a check after an unclean end was not finished (recovery.py)
     AREA/index/     kernel overlayfs's hard link index
     AREA/numbers/   inode numbers of copies that can carry no xattr (a user's symbolic links ...)
 
@@ -42,8 +43,9 @@ from unionfs.marks import OVERRIDE, fd_path, lent
 from unionfs.mounts import locate, mount_number, read_mounts
 from unionfs.options import MountOptions
 
-__all__ = ["AREA_NAME", "INCOMPAT_USERXATTR", "Work", "empty_directory", "lock_shared"]
+__all__ = ["AREA_NAME", "INCOMPAT_USERXATTR", "UNCHECKED", "Work", "empty_directory", "lock_shared"]
 
+UNCHECKED: Final = "unchecked"  # a check of the upper was not finished (recovery.py)
 INCOMPAT_USERXATTR: Final = "unionfs-userxattr-redirect"
 _INCOMPAT: Final = "incompat"
 _OUR_INCOMPAT: Final = frozenset({INCOMPAT_USERXATTR})

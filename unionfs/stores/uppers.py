@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -30,6 +30,7 @@ _TEMPORARY: Final = re.compile(r"#[0-9a-f]+")
 _DEPTH: Final = 400
 _LIMIT: Final = 65536
 _NAME_MAX: Final = 255
+_STEP: Final = 64  # files
 
 
 @dataclass(slots=True)
@@ -57,6 +58,8 @@ class UpperCheck:
         self._unfollowed = {"redirect": 0, "metacopy": 0}
         self._prefixes: tuple[str, ...] = _PREFIXES  # of the marks that count
         self.directories = 0
+        # Asked now and then; True: that was enough.
+        self.step: Callable[[], bool] = lambda: False
 
     def area(self, *, repair: bool, take: bool = False) -> Record | None:
         """The records, what a cut may have left, and the index; how the upper is written."""
@@ -83,6 +86,8 @@ class UpperCheck:
     def marks(self) -> None:
         """Every mark, and where it leads to."""
         for directory in self._walk():
+            if self.step():
+                return
             self.directories += 1
             self._check_directory(directory)
         redirects, copies = self._unfollowed.values()
@@ -194,7 +199,9 @@ class UpperCheck:
         self._follow_directory(directory, path)
         with os.scandir(fd) as entries:
             names = sorted(e.name for e in entries)
-        for name in names:
+        for number, name in enumerate(names, 1):
+            if number % _STEP == 0 and self.step():
+                return
             with contextlib.suppress(FileNotFoundError):  # a union may be at work
                 status = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 shown = f"{path}/{name}"
