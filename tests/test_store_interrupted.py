@@ -281,3 +281,20 @@ def test_grow_of_a_mounted_store_killed_at_each_step(base: Path, kind: str) -> N
             done("grow", image, "--size", goal)
             assert image.stat().st_size == goal
         assert store("check", image).returncode == 0
+
+
+def test_progress_is_shown_on_a_terminal(base: Path) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        words = ["create", str(base / "s.img"), "--size", "256M", "--full"]
+        process = subprocess.Popen([*program(), "store", *words], stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := terminal.read(4096):
+                shown += data
+        except OSError:  # EIO: the other end is closed
+            pass
+        assert process.wait() == 0
+    assert b"s.img" in shown
+    assert b"256" in shown, "of how many"

@@ -72,12 +72,18 @@ def squash(path: Path, tree: Path) -> Path:
 
 @contextlib.contextmanager
 def attached(image: Path, *, partitions: bool = False) -> Iterator[str]:
-    """A loop device of our own for an image (root only)."""
-    words = ["-P"] if partitions else []
-    device = ground.run("losetup", *words, "-f", "--show", image).strip()
+    """A loop device of our own for an image (root only).
+
+    `partitions`: it gets devices for those too, also from a kernel that reads no partition tables.
+    """
+    device = ground.run("losetup", "-f", "--show", image).strip()
     try:
+        if partitions:
+            subprocess.run(["partx", "-a", device], capture_output=True, check=False)
         yield device
     finally:
+        if partitions:
+            subprocess.run(["partx", "-d", device], capture_output=True, check=False)
         subprocess.run(["losetup", "-d", device], check=False)
 
 
