@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from unionfs import identity, locator
+from unionfs import holder, identity, locator
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME, Record
 from unionfs.identity import Base
@@ -62,7 +62,7 @@ def examine(text: str, report: Report, wish: Wish) -> None:
         contents = probe(path)
         require_filesystem(contents)
         refuse_used(contents)
-        with guarded(where, contents, when=wish.repair and not wish.take):
+        with guarded(where, contents, when=wish.repair and not wish.take, write=True):
             pass  # nothing is repaired under another machine that uses it
         with _locked(path, write=wish.repair):
             check_filesystem(contents, report, repair=wish.repair)
@@ -97,8 +97,11 @@ def _examine_upper(
 
 
 def _check_upper(upper: int, where: str, report: Report, wish: Wish, below: _Below | None) -> None:
+    owner = holder.read_owner_at(upper)
+    if owner is not None and owner.elsewhere(holder.here()) and not wish.take:
+        wish = replace(wish, repair=False)  # it may be at work
     check = UpperCheck(upper, where, report)
-    record = check.area(repair=wish.repair, take=wish.take)
+    record = check.area(repair=wish.repair)
     with contextlib.ExitStack() as stack:
         if below is not None and _is_base(upper, where, report, below):
             options = replace(below.options, userxattr=_userxattr(record))
@@ -165,7 +168,9 @@ def _locked(path: str, *, write: bool) -> Iterator[None]:
     if not stat.S_ISREG(os.stat(path).st_mode):
         yield
         return
-    lock = userspace.lock_image(path, readonly=not write)
+    # The loop device of a look at it may not be released yet.
+    patience = userspace.LOCK_SECONDS if write else 0.0
+    lock = userspace.lock_image(path, readonly=not write, patience=patience)
     try:
         yield
     finally:

@@ -103,7 +103,7 @@ def open_volume(
         return _seen(where, path, entry.point, readonly=readonly)
     contents = probe(path)
     require_filesystem(contents)
-    with guarded(where, contents, when=guard):
+    with guarded(where, contents, when=guard, write=replay or not readonly):
         return _mount(where, contents, readonly=readonly, untouched=untouched, replay=replay)
 
 
@@ -123,10 +123,11 @@ def _mount(
 
 
 @contextlib.contextmanager
-def guarded(where: Locator, contents: Contents, *, when: bool) -> Iterator[None]:
+def guarded(where: Locator, contents: Contents, *, when: bool, write: bool) -> Iterator[None]:
     """Raise an error if another machine has an upper in this file system, before it is mounted.
 
     Mounted so that it could be written to, its journal would be replayed under that machine.
+    `write`: whether that is what comes next; the loop device of an image is the same for both.
     """
     with contextlib.ExitStack() as stack:
         clean = contents.fstype in ext.TYPES and ext.was_unmounted(contents.path)
@@ -134,25 +135,22 @@ def guarded(where: Locator, contents: Contents, *, when: bool) -> Iterator[None]
             # A look at what is damaged, or in use here, fails: who mounts it then is told.
             found: list[tuple[str, Owner]] = []
             with contextlib.suppress(UnionfsError):
-                if kernel.may_mount() and os.access(contents.path, os.W_OK):
-                    _hold(contents.path, stack)
-                found = _owners(where, contents)
+                write = write and os.access(contents.path, os.W_OK)
+                if kernel.may_mount() and stat.S_ISREG(os.stat(contents.path).st_mode):
+                    # To release it takes a while.
+                    held = loop.attach(contents.path, readonly=not write)
+                    stack.callback(os.close, held.fd)
+                found = _owners(where, contents, write=write)
             for directory, owner in found:
                 holder.refuse_elsewhere(owner, f"{where.source}:{directory}")
         yield
 
 
-def _hold(path: str, stack: contextlib.ExitStack) -> None:
-    """Keep the loop device of an image from one mount to the next: to release it takes a while."""
-    if stat.S_ISREG(os.stat(path).st_mode):
-        stack.callback(os.close, loop.attach(path, readonly=False).fd)
-
-
-def _owners(where: Locator, contents: Contents) -> list[tuple[str, Owner]]:
+def _owners(where: Locator, contents: Contents, *, write: bool) -> list[tuple[str, Owner]]:
     """Who holds, or held, the uppers in a file system that is not to be changed."""
     from unionfs.stores.inspect import owners
 
-    volume = _mount(where, contents, readonly=True, untouched=True, replay=True)
+    volume = _mount(where, contents, readonly=True, untouched=True, replay=write)
     try:
         return owners(volume)
     finally:

@@ -61,7 +61,7 @@ class UpperCheck:
         # Asked now and then; True: that was enough.
         self.step: Callable[[], bool] = lambda: False
 
-    def area(self, *, repair: bool, take: bool = False) -> Record | None:
+    def area(self, *, repair: bool) -> Record | None:
         """The records, what a cut may have left, and the index; how the upper is written."""
         try:
             area = os.open(AREA_NAME, _OPEN, dir_fd=self._upper)
@@ -70,7 +70,7 @@ class UpperCheck:
         try:
             record = self._check_records(area)
             self._check_work(area, repair=repair)
-            self._check_owner(area, repair=repair, take=take)
+            self._check_owner(area, repair=repair)
             self.index(area, record)
         finally:
             os.close(area)
@@ -136,7 +136,7 @@ class UpperCheck:
             finally:
                 os.close(work)
 
-    def _check_owner(self, area: int, *, repair: bool, take: bool) -> None:
+    def _check_owner(self, area: int, *, repair: bool) -> None:
         owner = holder.read_owner(f"/proc/self/fd/{area}")
         if owner is None:
             return
@@ -144,7 +144,6 @@ class UpperCheck:
         what = "the daemon was killed"
         if owner.elsewhere(holder.here()):
             what = f"in use by {owner.who()}, or not unmounted there"
-            repair = repair and take
         if repair:
             os.unlink(holder.FILE, dir_fd=area)
         self._report.add(path, what, repaired=repair)
