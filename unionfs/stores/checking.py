@@ -9,6 +9,7 @@ import enum
 import errno
 import os
 import stat
+import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -90,8 +91,11 @@ def _meaning(fstype: str, code: int, *, repair: bool) -> Code:
     return Code.UNCORRECTED if code in (1, 2) else Code.TROUBLE
 
 
-def refuse_used(contents: Contents) -> None:
-    """Raise an error if the file system is mounted, here or by a union's daemon."""
+def refuse_used(contents: Contents, *, patience: float = 0) -> None:
+    """Raise an error if the file system is mounted, here or by a union's daemon.
+
+    `patience`: seconds to wait for a loop device that is being released.
+    """
     path = contents.path
     hint = "unmount it first"
     if stat.S_ISBLK(os.stat(path).st_mode):
@@ -102,10 +106,18 @@ def refuse_used(contents: Contents) -> None:
                 raise
             raise UnionfsError(f"{path} is in use", hint=hint) from exc
         return
+    end = time.monotonic() + patience
+    while devices := _devices(path):
+        if time.monotonic() >= end:
+            raise UnionfsError(f"{path} is in use, by {', '.join(devices)}", hint=hint)
+        time.sleep(0.02)
+
+
+def _devices(path: str) -> list[str]:
+    if os.geteuid() != 0:
+        return []
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        devices = [device for device, _ in loop.devices_of(fd)] if os.geteuid() == 0 else []
+        return [device for device, _ in loop.devices_of(fd)]
     finally:
         os.close(fd)
-    if devices:
-        raise UnionfsError(f"{path} is in use, by {', '.join(devices)}", hint=hint)

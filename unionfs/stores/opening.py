@@ -103,6 +103,15 @@ def open_volume(
         return _seen(where, path, entry.point, readonly=readonly)
     contents = probe(path)
     require_filesystem(contents)
+    if (
+        not readonly
+        and kernel.may_mount()
+        and contents.fstype in ext.TYPES
+        and ext.has_errors(path)
+    ):
+        with guarded(where, contents, when=guard, write=True):
+            pass
+        _mend(path)
     with guarded(where, contents, when=guard, write=replay or not readonly):
         return _mount(where, contents, readonly=readonly, untouched=untouched, replay=replay)
 
@@ -110,16 +119,13 @@ def open_volume(
 def _mount(
     where: Locator, contents: Contents, *, readonly: bool, untouched: bool, replay: bool
 ) -> Volume:
-    path = contents.path
     if kernel.may_mount():
-        if not readonly and contents.fstype in ext.TYPES and ext.has_errors(path):
-            _mend(path)
         root, device = kernel.mount(contents, readonly=readonly, untouched=untouched, replay=replay)
         return Volume(where, contents, device, root, readonly)
     patience = 0.0 if untouched else userspace.LOCK_SECONDS
     replay = replay and not untouched
     helper = userspace.start(contents, readonly=readonly, patience=patience, replay=replay)
-    return Volume(where, contents, path, helper.root, readonly, helper)
+    return Volume(where, contents, contents.path, helper.root, readonly, helper)
 
 
 @contextlib.contextmanager
@@ -161,7 +167,7 @@ def _mend(path: str) -> None:
     """A file system that has noted an error is checked before it is used again."""
     from unionfs.stores.checking import refuse_used
 
-    refuse_used(probe(path))
+    refuse_used(probe(path), patience=userspace.LOCK_SECONDS)
     if ext.preen(path):
         log.info("%s had errors, which were corrected", path)
 
