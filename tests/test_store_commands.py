@@ -20,8 +20,8 @@ from tests.test_stores import _await, base, change, check, need, union
 from unionfs.cli import show
 from unionfs.errors import UnionfsError
 from unionfs.stores import archive
-from unionfs.stores.checking import wrong_mark
 from unionfs.stores.tools import find
+from unionfs.stores.uppers import wrong_mark
 
 __all__ = ["base"]
 

@@ -192,6 +192,53 @@ def test_autogrow_under_four_writers(base: Path, kind: str) -> None:
     assert len(sums) == 4
 
 
+@pytest.mark.parametrize("kind", ["xfs", pytest.param("btrfs", marks=pytest.mark.slow)])
+def test_filled_to_the_brim_by_four_writers(base: Path, kind: str) -> None:
+    """It grows as far as it may; then it is full, and what was synced is all there."""
+    need(kind)
+    image = images.make(base / "s.img", kind, megabytes=320)
+    synced: dict[str, list[bytes]] = {f"w{i}": [] for i in range(4)}
+    failures: list[BaseException] = []
+
+    def write(name: str) -> None:
+        try:
+            with open(base / "mnt" / name, "wb", buffering=0) as file:
+                while True:
+                    data = os.urandom(4096) * 512
+                    position = 0
+                    while position < len(data):
+                        position += file.write(data[position:])
+                    os.fsync(file.fileno())
+                    synced[name].append(hashlib.sha256(data).digest())
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                failures.append(error)
+        except BaseException as error:
+            failures.append(error)
+
+    made = union(base, base / "tree", image, "autogrow=448M", "low-water=1K")
+    made.expected = ["has only"]
+    with made:
+        change(base / "mnt")
+        writers = [threading.Thread(target=write, args=(name,)) for name in synced]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert not failures
+        (base / "mnt/moved").rmdir()  # there is room for a whiteout
+    assert image.stat().st_size == 448 * MIB
+    made = union(base, base / "tree", image, "low-water=1K")
+    made.expected = ["has only"]
+    with made:
+        for name, blocks in synced.items():
+            with open(base / "mnt" / name, "rb") as file:
+                for block in blocks:
+                    assert hashlib.sha256(file.read(2 * MIB)).digest() == block
+        assert (base / "mnt/file").read_text() == "changed\n"
+    assert sum(map(len, synced.values())) > 100
+
+
 def test_autogrow_is_for_images(base: Path) -> None:
     (base / "up").mkdir()
     assert "autogrow=" in refused("-o", "autogrow=1G", base / "tree", base / "up", base / "mnt")

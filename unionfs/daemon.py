@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from unionfs.handshake import Loop
     from unionfs.layer import Layer
     from unionfs.opened import Opened
+    from unionfs.recovery import Recovery
     from unionfs.session import Mount, Plan
     from unionfs.space import Watch
     from unionfs.stores.userspace import Helper
@@ -273,6 +274,7 @@ class _Daemon:
     _facts: dict[str, object] = field(default_factory=dict, init=False)
     _watch: "Watch | None" = field(default=None, init=False)
     _helpers: "list[Helper]" = field(default_factory=list, init=False)
+    _recovery: "Recovery | None" = field(default=None, init=False)
 
     def run(self) -> int:
         """Mount, serve, clean up; the exit code."""
@@ -291,6 +293,7 @@ class _Daemon:
             self.options = opened.options  # another than asked for, with a fallback
             self._helpers = opened.helpers
             self._watch = opened.watch
+            self._recovery = opened.recovery
             self._tell(opened, stack)
             self._facts = self._describe(point, plan) | opened.facts
             served.set_facts(self._facts)
@@ -379,6 +382,8 @@ class _Daemon:
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)  # we are ending already
+            if self._recovery is not None:
+                self._recovery.stop()
         log.info("%s is unmounted", mount.point)
         return int(ExitCode.OK)
 
@@ -393,6 +398,8 @@ class _Daemon:
                 session.read_ahead(mount)
             self._facts["init"] = [flag.name for flag in loop.flags]
             log.info("mounted on %s", mount.point)
+            if self._recovery is not None:
+                self._recovery.start(self._facts)
             self.ready(mount.number, self._warning)
 
         async with trio.open_nursery() as nursery:

@@ -214,6 +214,7 @@ def layer_error(kind: str, path: str, exc: OSError) -> UnionfsError:
     hints = {
         errno.ENOENT: f"create the directory, or correct the path of the {kind}",
         errno.ENOTDIR: "a layer is a directory, an image or a device",
+        errno.ELOOP: "a symbolic link on the way leads in a circle",
         errno.EACCES: f"the {kind} must be readable and searchable by the user who mounts",
     }
     code = exc.errno or errno.EIO
@@ -428,7 +429,13 @@ def _probe_directory(work: int) -> Iterator[_Probe]:
         for entry in os.listdir(fd):
             os.unlink(entry, dir_fd=fd)
         os.close(fd)
-        os.rmdir(name, dir_fd=work)
+        try:
+            os.rmdir(name, dir_fd=work)
+        except OSError as exc:
+            # FUSE tells a program late that a file was closed; unlinked before that, fuse2fs keeps
+            # it under a name of its own for the moment.  The work directory is emptied at the end.
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 def _probe_namespace(probe: _Probe, userxattr: bool | None) -> Namespace | None:

@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from unionfs import checks, identity, layer, locator
+from unionfs import checks, holder, identity, layer, locator
 from unionfs.errors import ExitCode, UnionfsError, usage_error
+from unionfs.holder import Owner
 from unionfs.identity import Base, StoreRecord, parse_store
 from unionfs.layer import FULL, Layer
 from unionfs.marks import fd_path
@@ -23,9 +24,10 @@ from unionfs.option_words import size_in_bytes
 from unionfs.options import MountOptions
 from unionfs.session import is_readonly
 from unionfs.space import Mark, Watch
-from unionfs.work import AREA_NAME, Work, lock_shared
+from unionfs.work import AREA_NAME, UNCHECKED, Work, lock_shared
 
 if TYPE_CHECKING:
+    from unionfs.recovery import Recovery
     from unionfs.stores.opening import Stores
     from unionfs.stores.userspace import Helper
 
@@ -46,6 +48,7 @@ class Opened:
     facts: dict[str, object] = field(default_factory=dict)
     helpers: "list[Helper]" = field(default_factory=list)
     watch: Watch | None = None
+    recovery: "Recovery | None" = None
     warning: str = ""  # for whoever mounts
 
 
@@ -125,11 +128,7 @@ def _open_all(
     known = {} if stores is None else stores.opened()
     checks.check_layers(options, mounts, known)
     point = checks.check_mountpoint(options, mounts, known)
-    lowers = []
-    for path in options.lowers:
-        lower = known.get((checks.LOWER, path)) or layer.open_lower(path, mounts)
-        stack.callback(lower.close)
-        lowers.append(lower)
+    lowers = open_lowers(options.lowers, known, mounts, stack)
     upper = known.get((checks.UPPER, options.upper)) if options.upper is not None else None
     upper = upper or _open_upper(options, mounts, readonly=readonly)
     if upper is not None:
@@ -147,13 +146,46 @@ def _open_all(
         work = opened.work = Work.open(upper, options)
         # Not mounted after all: take away what was made.
         stack.callback(lambda: work.close() if was_live() else work.abandon())
-        if work.was_killed:
-            opened.facts["recovered"] = "the daemon before was killed; what it left was removed"
+        if work.before is not None:
+            opened.facts["recovered"] = _recovered(work.before)
             log.info("%s: %s", upper.path, opened.facts["recovered"])
         if not options.ephemeral:
             _remember(opened, work, base)
         opened.watch = _watch(opened, stores)
+        opened.recovery = _recovery(opened, work)
     return opened
+
+
+def open_lowers(
+    paths: Sequence[str],
+    known: Mapping[tuple[str, str], Layer],
+    mounts: list[MountEntry],
+    stack: contextlib.ExitStack,
+) -> list[Layer]:
+    """The lowers, those in stores (`known`) and plain directories."""
+    lowers = []
+    for path in paths:
+        lower = known.get((checks.LOWER, path)) or layer.open_lower(path, mounts)
+        stack.callback(lower.close)
+        lowers.append(lower)
+    return lowers
+
+
+def _recovery(opened: Opened, work: Work) -> "Recovery | None":
+    """The check after an unclean end, or of one that was not finished."""
+    unclean = work.before is not None or work.read(UNCHECKED) is not None
+    if opened.options.ephemeral or opened.upper is None or not unclean:
+        return None
+    from unionfs.recovery import Recovery
+
+    recovery = Recovery(opened.options, opened.lowers, opened.upper, work)
+    opened.facts |= recovery.facts
+    return recovery
+
+
+def _recovered(before: Owner) -> str:
+    elsewhere = f" ({before.who()})" if before.elsewhere(holder.here()) else ""
+    return f"the daemon before was killed{elsewhere}; what it left was removed"
 
 
 def identity_of(upper: Layer, options: MountOptions) -> StoreRecord | None:

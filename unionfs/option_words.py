@@ -240,6 +240,7 @@ OWN_WORDS = {
     "autogrow": Word("autogrow", read=read_growth),
     "fallback": Word("fallback", read=one_of(fail="fail", ro="ro", tmpfs="tmpfs")),
     "on-mismatch": Word("on_mismatch", read=one_of(refuse="refuse", ro="ro", ignore="ignore")),
+    "other-machine": Word("other_machine", read=one_of(refuse="refuse", take="take")),
     "name": Word("name", read=read_name),
     "only": Word("only", read=read_user),
     "store-flags": Word("store_flags", read=read_text),

@@ -86,6 +86,7 @@ class MountOptions:
     search: Literal["devices", "images"] = "devices"  # where the tag of a locator is looked for
     fallback: Literal["fail", "ro", "tmpfs"] = "fail"  # if the upper cannot be used
     on_mismatch: Literal["refuse", "ro", "ignore"] = "refuse"  # if it was made over another base
+    other_machine: Literal["refuse", "take"] = "refuse"  # an upper that another one has, or had
     low_water: str | None = None  # of the upper's file system: 512M, 5%; None: 5% of a store's own
     autogrow: str | None = None  # up to this size an image grows by itself
     name: str | None = None  # in /run/unionfs; None: after the mount point
@@ -136,6 +137,7 @@ class _Fields(TypedDict, total=False):
     search: Literal["devices", "images"]
     fallback: Literal["fail", "ro", "tmpfs"]
     on_mismatch: Literal["refuse", "ro", "ignore"]
+    other_machine: Literal["refuse", "take"]
     low_water: str
     autogrow: str
     name: str

@@ -47,7 +47,7 @@ def describe(union: "Union") -> dict[str, Any]:
         "whiteout": "wh" if union.marks.wh else "char",
         "redirect_dir": union.options.redirect_dir and union.marks.xattrs,
         "metacopy": union.options.metacopy and union.marks.xattrs,
-        "index": union.work is not None and union.work.index >= 0,
+        "index": union.index >= 0,
     }
     told = union.passthrough()
     status["passthrough"] = {"mode": union.options.passthrough} | told

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from unionfs._native import Tree
 from unionfs.acl import reads_all_ids
-from unionfs.format import AREA_NAME, Record, parse_record
+from unionfs.format import AREA_NAME, OPEN_DIRECTORY, Record, parse_record
 from unionfs.layer import Layer
 from unionfs.marks import OVERRIDE, Marks, fd_path
 from unionfs.options import MountOptions
@@ -142,6 +142,9 @@ class Union:
         )
         self._allowed = threading.local()
         self._incompat = False
+        # Descriptors; -1: none.
+        self.index = work.index if work is not None else self._open_area("index")
+        self.numbers = work.numbers if work is not None else self._open_area("numbers")
         self.tree = self._make_tree()
         # Locks by number, for `with`; C takes the same ones.
         self.copying = self.tree.copying
@@ -156,11 +159,24 @@ class Union:
             return self.record.xattrs
         return "trusted" if self.euid == 0 and reads_all_ids() else "user"
 
+    def _open_area(self, name: str) -> int:
+        """A directory beside an upper that is only read here; -1 if there is none."""
+        if self.upper is None or (name == "index" and not self.options.index):
+            return -1
+        try:
+            return os.open(f"{self._area()}/{name}", OPEN_DIRECTORY)
+        except OSError:
+            return -1
+
+    def _area(self) -> str:
+        assert self.upper is not None
+        return self.options.work or f"{fd_path(self.upper.fd)}/{AREA_NAME}"
+
     def _read_record(self) -> Record | None:
         """In which marks an upper is written that is only read here; None if it does not say."""
         if self.upper is None or self.work is not None:
             return None
-        area = self.options.work or f"{fd_path(self.upper.fd)}/{AREA_NAME}"
+        area = self._area()
         try:
             with open(f"{area}/format", encoding="utf-8", errors="replace") as file:
                 return parse_record(file.read(65536), f"{area}/format")
@@ -196,8 +212,8 @@ class Union:
             uids=[(r.inside, r.outside, r.length) for r in options.uidmapping],
             gids=[(r.inside, r.outside, r.length) for r in options.gidmapping],
             max_open_dirs=MAX_OPEN_DIRS,
-            index_fd=-1 if self.work is None else self.work.index,
-            numbers_fd=-1 if self.work is None else self.work.numbers,
+            index_fd=self.index,
+            numbers_fd=self.numbers,
             work_fd=-1 if self.work is None else self.work.fd,
             plain=self._is_plain(),
             all_ids=reads_all_ids(),
@@ -298,3 +314,8 @@ class Union:
 
     def close(self) -> None:
         """Layers and work area are closed by who opened them (daemon.py)."""
+        if self.work is None:
+            for fd in (self.index, self.numbers):
+                if fd >= 0:
+                    os.close(fd)
+        self.index = self.numbers = -1

@@ -6,9 +6,10 @@ this upper.  Does not own the marks (marks.py) nor what is done in the work dire
 daemon.py; the union uses the descriptors.
 
     AREA/format     in what this upper is written: see format.py
-    AREA/owner      who holds it now; for messages only, the lock itself is flock(2)
+    AREA/owner      who holds it now, for messages and for other machines (holder.py)
     AREA/work/      temporaries; emptied at every start and stop
     AREA/work/incompat/NAME/   makes kernel overlayfs refuse what it would misread
+    AREA/unchecked  a check after an unclean end was not finished (recovery.py)
     AREA/index/     kernel overlayfs's hard link index
     AREA/numbers/   inode numbers of copies that can carry no xattr (a user's symbolic links ...)
 
@@ -20,13 +21,12 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import json
 import os
-import select
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Final
 
+from unionfs import holder
 from unionfs.errors import UnionfsError
 from unionfs.format import (
     AREA_NAME,
@@ -37,17 +37,18 @@ from unionfs.format import (
     examine,
     parse_record,
 )
+from unionfs.holder import Owner
 from unionfs.layer import FULL, Features, Layer, Namespace, probe_features
 from unionfs.marks import OVERRIDE, fd_path, lent
 from unionfs.mounts import locate, mount_number, read_mounts
 from unionfs.options import MountOptions
 
-__all__ = ["AREA_NAME", "INCOMPAT_USERXATTR", "Work", "empty_directory", "lock_shared"]
+__all__ = ["AREA_NAME", "INCOMPAT_USERXATTR", "UNCHECKED", "Work", "empty_directory", "lock_shared"]
 
+UNCHECKED: Final = "unchecked"  # a check of the upper was not finished (recovery.py)
 INCOMPAT_USERXATTR: Final = "unionfs-userxattr-redirect"
 _INCOMPAT: Final = "incompat"
 _OUR_INCOMPAT: Final = frozenset({INCOMPAT_USERXATTR})
-_ENDING_SECONDS: Final = 10
 # A file system (NFS, some FUSE ones) on which a directory cannot be locked.
 _NO_DIRECTORY_LOCKS: Final = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -88,66 +89,14 @@ def empty_directory(fd: int, keep: frozenset[str] = frozenset()) -> None:
         os.rmdir(name, dir_fd=fd)
 
 
-def _holder_pid(fd: int, owner: dict[str, object]) -> int:
-    """Who holds the flock on `fd`, as far as can be known; 0 if not."""
-    status = os.fstat(fd)
-    here = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    pid = 0
-    with contextlib.suppress(OSError), open("/proc/locks") as locks:
-        for words in map(str.split, locks):
-            if len(words) > 5 and words[1] == "FLOCK" and words[5] == here:
-                pid = int(words[4])  # 0 or -1 if it is outside our pid namespace
-    if pid <= 0 and isinstance(told := owner.get("pid"), int):
-        pid = told  # btrfs: /proc/locks has another device number than stat
-    return max(pid, 0)
-
-
-def _describe(pid: int, owner: dict[str, object]) -> str:
-    """The holder for a message: pid, command, mount point."""
-    who = f"process {pid}" if pid > 0 else "a process that cannot be seen from here"
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm") as comm:
-        who += f" ({comm.read().strip()})"
-    if owner.get("pid") == pid and owner.get("mountpoint"):
-        who += f", mounted on {owner['mountpoint']}"
-    return who
-
-
-def _await_end(pid: int, owner: dict[str, object]) -> None:
-    """Wait a little for a daemon whose union is gone: plain umount(8) returns before it ends."""
-    if owner.get("pid") != pid or any(e.point == owner.get("mountpoint") for e in read_mounts()):
-        return
-    with contextlib.suppress(OSError):
-        fd = os.pidfd_open(pid)
-        try:
-            select.select([fd], [], [], _ENDING_SECONDS)
-        finally:
-            os.close(fd)
-
-
-def _lock(fd: int, how: int, path: str, area: str) -> None:
-    """flock; `area` is where the one who has it says who he is."""
-    for last in (False, True):
-        try:
-            fcntl.flock(fd, how | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            owner: dict[str, object] = {}
-            with contextlib.suppress(OSError, ValueError), open(f"{area}/owner") as file:
-                owner = json.load(file)
-            pid = _holder_pid(fd, owner)
-            if last:
-                raise UnionfsError(
-                    f"{path} is in use by {_describe(pid, owner)}",
-                    hint="unmount that union first, or choose another upper",
-                ) from None
-            _await_end(pid, owner)
-
-
 def lock_shared(upper: Layer, options: MountOptions) -> int:
     """For a read-only union: keep others from writing this upper, writing nothing ourselves."""
     fd = os.open(".", OPEN_DIRECTORY, dir_fd=upper.fd)
     try:
-        _lock(fd, fcntl.LOCK_SH, upper.path, options.work or f"{fd_path(upper.fd)}/{AREA_NAME}")
+        area = options.work or f"{fd_path(upper.fd)}/{AREA_NAME}"
+        holder.lock(fd, fcntl.LOCK_SH, upper.path, area)
+        if options.other_machine == "refuse":
+            holder.refuse_elsewhere(holder.read_owner(area), upper.path)
     except OSError as exc:
         if exc.errno not in _NO_DIRECTORY_LOCKS:
             raise
@@ -170,7 +119,7 @@ class Work:
         self.area = self.fd = self.index = self.numbers = -1
         self.whiteout: Whiteout = "char"
         self.xattrs: Namespace | None = None
-        self.was_killed = False  # whoever had it before has not let it go
+        self.before: Owner | None = None  # who had it before and has not let it go
         self._upper = upper
         self._locks: list[int] = []
         self._owner = False  # AREA/owner is ours
@@ -232,7 +181,7 @@ class Work:
         if self._owner:
             self._owner = False
             with contextlib.suppress(OSError):
-                os.unlink("owner", dir_fd=self.area)
+                os.unlink(holder.FILE, dir_fd=self.area)
 
     # Opening: lock, enter, prepare
 
@@ -245,7 +194,7 @@ class Work:
         fd = os.open(".", OPEN_DIRECTORY, dir_fd=self._upper.fd)
         self._locks.append(fd)
         try:
-            _lock(fd, fcntl.LOCK_EX, self._upper.path, self._reachable())
+            holder.lock(fd, fcntl.LOCK_EX, self._upper.path, self._reachable())
         except OSError as exc:
             if exc.errno not in _NO_DIRECTORY_LOCKS:
                 raise  # else the lock of the area must do
@@ -254,13 +203,13 @@ class Work:
         fd = os.open(".", OPEN_DIRECTORY, dir_fd=self.area)
         self._locks.append(fd)
         try:
-            _lock(fd, fcntl.LOCK_EX, self.path, self._reachable())
+            holder.lock(fd, fcntl.LOCK_EX, self.path, self._reachable())
         except OSError as exc:
             if exc.errno not in _NO_DIRECTORY_LOCKS:
                 raise
             file = os.open("lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600, dir_fd=self.area)
             self._locks.append(file)
-            _lock(file, fcntl.LOCK_EX, self.path, self._reachable())
+            holder.lock(file, fcntl.LOCK_EX, self.path, self._reachable())
 
     def _enter(self, options: MountOptions) -> None:
         """Open the area; make it if it is ours to make."""
@@ -275,6 +224,10 @@ class Work:
             finally:
                 os.close(found)
         self._lock_area()
+        text = self.read(holder.FILE)
+        self.before = None if text is None else holder.parse_owner(text)
+        if options.other_machine == "refuse":
+            holder.refuse_elsewhere(self.before, self._upper.path)
 
     def _check_place(self, found: int) -> None:
         """A work directory of its own must be beside the upper, on the same mount."""
@@ -316,12 +269,11 @@ class Work:
         if record != decided:
             self.write("format", decided.text(), durable=True)
         self._owner = True
-        self.was_killed = self.read("owner") is not None
-        owner = {"pid": os.getpid(), "mountpoint": options.mountpoint}
         try:
-            self.write("owner", json.dumps(owner))
+            told = options.fsync != "volatile"
+            self.write(holder.FILE, holder.here(options.mountpoint).text(), told=told)
         except OSError as exc:
-            if exc.errno not in FULL:  # it only helps messages
+            if exc.errno not in FULL:  # what is full can be mounted, to remove things
                 raise
 
     def _open_directory(self, name: str) -> int:
@@ -470,8 +422,11 @@ class Work:
         with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
             return file.read(65536)
 
-    def write(self, name: str, text: str, *, durable: bool = False) -> None:
-        """Replace a small file of the area by rename, so that it is whole at any moment."""
+    def write(self, name: str, text: str, *, durable: bool = False, told: bool = False) -> None:
+        """Replace a small file of the area by rename, so that it is whole at any moment.
+
+        `told`: others shall find it on the disk at once.
+        """
         temporary = f"{name}.new"
         flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_NOFOLLOW
         fd = os.open(temporary, flags, 0o600, dir_fd=self.area)
@@ -480,9 +435,11 @@ class Work:
             file.flush()
             if durable:
                 os.fsync(fd)
-        if durable and self.read(name) is None:
-            self._made.append((self.area, name, False))
-        os.rename(temporary, name, src_dir_fd=self.area, dst_dir_fd=self.area)
+                if self.read(name) is None:
+                    self._made.append((self.area, name, False))
+            os.rename(temporary, name, src_dir_fd=self.area, dst_dir_fd=self.area)
+            if told:
+                os.fsync(fd)
 
 
 def _with_reason(features: Features, feature: str, reason: str) -> Features:

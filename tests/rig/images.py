@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 import subprocess
@@ -17,6 +18,7 @@ from unionfs.stores.tools import find
 
 # The smallest that each mkfs takes.
 _SIZES = {"ext4": 16, "xfs": 300, "btrfs": 114}
+_BLOCK = 1 << 16
 WRITABLE = ("ext4", "xfs", "btrfs")
 # For what has been tried on one kind in each run already.
 OTHERS_SLOWLY = ("ext4", "xfs", pytest.param("btrfs", marks=pytest.mark.slow))
@@ -47,6 +49,22 @@ def make(path: Path, kind: str = "ext4", label: str = "", megabytes: int = 0) ->
     return path
 
 
+def digest(image: Path) -> str:
+    """Of what is in it, holes passed over, and its length."""
+    found = hashlib.sha256(str(image.stat().st_size).encode())
+    with open(image, "rb", buffering=0) as file:
+        position = 0
+        while True:
+            try:
+                start = os.lseek(file.fileno(), position, os.SEEK_DATA) & -_BLOCK
+            except OSError:  # ENXIO: only a hole is left
+                return found.hexdigest()
+            data = os.pread(file.fileno(), _BLOCK, start)
+            if data.strip(b"\0"):  # zeros may be a hole the next time
+                found.update(start.to_bytes(8) + data)
+            position = start + _BLOCK
+
+
 def squash(path: Path, tree: Path) -> Path:
     ground.run("mksquashfs", tree, path, "-no-progress", "-quiet", "-comp", "gzip")
     return path
@@ -54,12 +72,18 @@ def squash(path: Path, tree: Path) -> Path:
 
 @contextlib.contextmanager
 def attached(image: Path, *, partitions: bool = False) -> Iterator[str]:
-    """A loop device of our own for an image (root only)."""
-    words = ["-P"] if partitions else []
-    device = ground.run("losetup", *words, "-f", "--show", image).strip()
+    """A loop device of our own for an image (root only).
+
+    `partitions`: it gets devices for those too, also from a kernel that reads no partition tables.
+    """
+    device = ground.run("losetup", "-f", "--show", image).strip()
     try:
+        if partitions:
+            subprocess.run(["partx", "-a", device], capture_output=True, check=False)
         yield device
     finally:
+        if partitions:
+            subprocess.run(["partx", "-d", device], capture_output=True, check=False)
         subprocess.run(["losetup", "-d", device], check=False)
 
 

@@ -101,6 +101,8 @@ def mount_options(request: Request, root: str, lower: str | None) -> MountOption
         autogrow=asked.autogrow if keeps else None,
         low_water=asked.low_water if keeps else None,
         store_flags=request.flags if keeps else None,
+        # A stick that was pulled out of one machine is in this one now.
+        other_machine=asked.other_machine if reader.has("other_machine") else "take",
         holds_root=True,
     )
 

@@ -13,6 +13,7 @@ from typing import Final
 from unionfs.errors import printable, usage_error
 
 Advance = Callable[[int], None]
+_NAME: Final = 24  # characters
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
 
@@ -88,5 +89,8 @@ def progress(what: str, total: int | None, *, quiet: bool = False) -> Iterator[A
         transient=True,
     )
     with bar:
-        task = bar.add_task(printable(what), total=total)
+        name = printable(what)
+        # A long path would leave no room for the bar.
+        short = name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
+        task = bar.add_task(short, total=total)
         yield lambda count: bar.advance(task, count)

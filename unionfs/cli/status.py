@@ -92,6 +92,7 @@ def _lines(entry: MountEntry, answer: Answer) -> Iterator[str]:
     yield from _field("free", _space(facts))
     yield from _field("low", _low(facts.get("space")))
     yield from _field("recovered", [printable(text) for text in texts(facts.get("recovered"))])
+    yield from _field("check", _check(facts.get("check")))
     yield from _field("since", _since(facts.get("since")))
     yield from _field("daemon", _daemon(facts))
     yield from _field("kernel", _passed(facts))
@@ -121,6 +122,18 @@ def _low(space: object) -> list[str]:
         return []
     lines = ["the store gets full"] if space.get("low") else []
     return lines + [printable(str(space["problem"]))] * bool(space.get("problem"))
+
+
+def _check(check: object) -> list[str]:
+    """What the check after an unclean end has found so far."""
+    if not isinstance(check, dict):
+        return []
+    if check.get("state") != "done":
+        reason = f": {check['reason']}" if check.get("reason") else ""
+        return [printable(f"of the upper {check.get('state')}{reason}")]
+    if not check.get("problems"):
+        return [f"nothing is wrong in {check.get('directories')} directories of the upper"]
+    return [f"{check['problems']} problems", *map(printable, texts(check.get("told")))]
 
 
 def _degraded(degraded: object) -> list[str]:

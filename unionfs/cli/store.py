@@ -7,6 +7,7 @@ Called by main.py.
 import errno
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from typing import cast
 
@@ -43,10 +44,15 @@ unionfs store VERB --help tells more.
 def run(argv: Sequence[str]) -> int:
     """Find the verb and run it."""
     first = argv[0] if argv else ""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names and labels need not be UTF-8
     if first in VERBS:
+        from unionfs.stores.tools import interruptible
+
         verb = cast(Verb, importlib.import_module(f"unionfs.cli.stores.{first}"))
         try:
-            return verb.run(argv[1:])
+            with interruptible():
+                return verb.run(argv[1:])
         except BrokenPipeError:
             raise
         except OSError as exc:  # a full disk, a file that nobody may read ...

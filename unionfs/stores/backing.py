@@ -24,13 +24,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Final
 
-from unionfs import syscalls
+from unionfs import holder, syscalls
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.stores import archive
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import mounted_unions, read_record, uppers_of
-from unionfs.stores.opening import Volume, make_directory, open_volume, walk
+from unionfs.stores.opening import MOVED_ASIDE, Volume, make_directory, open_volume, put_back, walk
+from unionfs.stores.tools import uninterrupted
 from unionfs.syscalls import RenameFlag
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -65,18 +66,22 @@ def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
 
     With `write` it must not be in use, and is locked.  `make`: it need not be there.
     """
-    volume = open_volume(text, readonly=not write, replay=True)
+    volume = open_volume(text, readonly=not write, replay=True, guard=True)
     try:
         directory = volume.locator.directory or _only(volume, make=make)
         try:
             fd = walk(volume, directory)
         except FileNotFoundError:
-            if not make:
+            if write and put_back(volume, directory):
+                fd = walk(volume, directory)
+            elif make:
+                fd = make_directory(volume, directory, None)
+            else:
                 raise NoUpper(f"{volume.locator.source} has no {directory}") from None
-            fd = make_directory(volume, directory, None)
         upper = os.open(".", _OPEN, dir_fd=fd)
         os.close(fd)
         try:
+            holder.refuse_elsewhere(holder.read_owner_at(upper), f"{volume.locator.text}")
             yield Chosen(volume, directory, upper, _lock(upper, directory, write=write))
         finally:
             os.close(upper)
@@ -286,16 +291,21 @@ def _replace(top: int, name: str, fill: Callable[[str], None], *, keep: bool) ->
             syscalls.syncfs(fd)
         finally:
             os.close(fd)
-        old = _exchange(top, temporary, name)
     except BaseException:
         _remove(top, temporary)
         raise
-    if keep:
-        kept = f"{name}.before-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-        os.rename(old, kept, src_dir_fd=top, dst_dir_fd=top)
-        return kept
-    _remove(top, old)
-    return None
+    with uninterrupted():
+        try:
+            old = _exchange(top, temporary, name)
+        except BaseException:
+            _remove(top, temporary)
+            raise
+        if keep:
+            kept = f"{name}.before-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+            os.rename(old, kept, src_dir_fd=top, dst_dir_fd=top)
+            return kept
+        _remove(top, old)
+        return None
 
 
 def _exchange(top: int, temporary: str, name: str) -> str:
@@ -306,7 +316,7 @@ def _exchange(top: int, temporary: str, name: str) -> str:
     except OSError as exc:
         if exc.errno != errno.EINVAL:  # fuse2fs
             raise
-    aside = f"{temporary}.old"
+    aside = temporary.removesuffix(".restore") + MOVED_ASIDE
     os.rename(name, aside, src_dir_fd=top, dst_dir_fd=top)
     os.rename(temporary, name, src_dir_fd=top, dst_dir_fd=top)
     return aside
@@ -323,5 +333,5 @@ def _remove(top: int, name: str) -> None:
 def _remove_abandoned(top: int, name: str) -> None:
     """What a restore that was killed has left.  The caller has the upper's lock."""
     for found in os.listdir(top):
-        if found.startswith(f".{name}.") and found.endswith((".restore", ".restore.old")):
+        if found.startswith(f".{name}.") and found.endswith((".restore", MOVED_ASIDE)):
             _remove(top, found)

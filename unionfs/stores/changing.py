@@ -21,6 +21,7 @@ from unionfs.stores import archive
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen, replace
 from unionfs.stores.inspect import read_record
+from unionfs.stores.tools import uninterrupted
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -110,14 +111,9 @@ def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
     area = os.open(AREA_NAME, _OPEN, dir_fd=upper.fd)
     try:
         os.makedirs(f"/proc/self/fd/{area}/{aside}", 0o700)
-        for number, relative in enumerate(found):
-            kept = f"{aside}/{number}-{os.path.basename(relative)}"
-            parent = _open_parent(upper.fd, relative)
-            try:
-                os.rename(os.path.basename(relative), kept, src_dir_fd=parent, dst_dir_fd=area)
-                os.fsync(parent)
-            finally:
-                os.close(parent)
+        with uninterrupted():
+            for number, relative in enumerate(found):
+                _move(upper.fd, relative, area, f"{aside}/{number}-{os.path.basename(relative)}")
         if keep:
             return f"{AREA_NAME}/{aside}"
         from pathlib import Path
@@ -128,6 +124,15 @@ def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
         return None
     finally:
         os.close(area)
+
+
+def _move(upper: int, relative: str, area: int, kept: str) -> None:
+    parent = _open_parent(upper, relative)
+    try:
+        os.rename(os.path.basename(relative), kept, src_dir_fd=parent, dst_dir_fd=area)
+        os.fsync(parent)
+    finally:
+        os.close(parent)
 
 
 def _open_parent(upper: int, relative: str) -> int:

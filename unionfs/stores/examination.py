@@ -2,25 +2,57 @@
 """A whole check of a store, file system and uppers, in the order that finds most.
 
 Owns the order: fsck first, since a damaged file system must not be mounted; then it is mounted
-to look at the uppers, each locked so that no union changes it meanwhile.
+to look at the uppers, each locked so that no union changes it meanwhile; the lowers that were
+named are opened beside them.
 """
 
 import contextlib
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
 
-from unionfs import locator
+from unionfs import holder, identity, locator
 from unionfs.errors import UnionfsError
-from unionfs.stores import find, userspace
-from unionfs.stores.checking import Code, Report, check_filesystem, check_upper, refuse_used
-from unionfs.stores.inspect import uppers_of
-from unionfs.stores.opening import open_volume, walk
+from unionfs.format import AREA_NAME, Record
+from unionfs.identity import Base
+from unionfs.layer import Layer
+from unionfs.mounts import read_mounts
+from unionfs.opened import open_lowers
+from unionfs.options import MountOptions
+from unionfs.stores import find, references, userspace
+from unionfs.stores.checking import Code, Report, check_filesystem, refuse_used
+from unionfs.stores.inspect import read_record, uppers_of
+from unionfs.stores.opening import Stores, Volume, guarded, open_volume, walk
 from unionfs.stores.probe import probe, require_filesystem
+from unionfs.stores.references import Lowers
+from unionfs.stores.uppers import UpperCheck
+from unionfs.union import Union
+
+_OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
-def examine(text: str, report: Report, *, repair: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How a store is to be checked."""
+
+    repair: bool = False
+    take: bool = False  # from another machine that has not let it go
+    lowers: tuple[str, ...] = ()  # locators, top-most first; to follow what leads into them
+
+
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """The lowers, open."""
+
+    options: MountOptions
+    layers: list[Layer]
+    base: Base | None
+
+
+def examine(text: str, report: Report, wish: Wish) -> None:
     """Check everything; raises UnionfsError if it cannot be looked at at all."""
     where = locator.parse(text)
     path = find.find(where)
@@ -30,29 +62,104 @@ def examine(text: str, report: Report, *, repair: bool) -> None:
         contents = probe(path)
         require_filesystem(contents)
         refuse_used(contents)
-        with _locked(path, write=repair):
-            check_filesystem(contents, report, repair=repair)
+        with guarded(where, contents, when=wish.repair and not wish.take, write=True):
+            pass  # nothing is repaired under another machine that uses it
+        with _locked(path, write=wish.repair):
+            check_filesystem(contents, report, repair=wish.repair)
         if report.code & (Code.UNCORRECTED | Code.TROUBLE):
             return
-    volume = open_volume(text, readonly=not repair, untouched=not repair)
+    volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair)
     try:
         inside = where.directory
         found = [inside] if inside is not None else uppers_of(volume)
-        for directory in found:
-            try:
-                fd = walk(volume, directory)
-            except FileNotFoundError as exc:
-                raise UnionfsError(f"{volume.locator.source} has no {directory}") from exc
-            upper = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
-            os.close(fd)
-            try:
-                _lock(upper, directory, exclusive=repair)
-                shown = "" if directory == "/" else directory
-                check_upper(upper, shown, report, repair=repair)
-            finally:
-                os.close(upper)
+        with _opened_lowers(wish.lowers) as below:
+            for directory in found:
+                _examine_upper(volume, directory, report, wish, below)
     finally:
         volume.close()
+
+
+def _examine_upper(
+    volume: Volume, directory: str, report: Report, wish: Wish, below: _Below | None
+) -> None:
+    try:
+        fd = walk(volume, directory)
+    except FileNotFoundError as exc:
+        raise UnionfsError(f"{volume.locator.source} has no {directory}") from exc
+    upper = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
+    os.close(fd)
+    try:
+        _lock(upper, directory, exclusive=wish.repair)
+        shown = "" if directory == "/" else directory
+        _check_upper(upper, shown, report, wish, below)
+    finally:
+        os.close(upper)
+
+
+def _check_upper(upper: int, where: str, report: Report, wish: Wish, below: _Below | None) -> None:
+    owner = holder.read_owner_at(upper)
+    if owner is not None and owner.elsewhere(holder.here()) and not wish.take:
+        wish = replace(wish, repair=False)  # it may be at work
+    check = UpperCheck(upper, where, report)
+    record = check.area(repair=wish.repair)
+    with contextlib.ExitStack() as stack:
+        if below is not None and _is_base(upper, where, report, below):
+            options = replace(below.options, userxattr=_userxattr(record))
+            union = Union(options, below.layers, None, None)
+            stack.callback(union.close)
+            check.lowers = Lowers(union)
+            _check_names(upper, where, report, wish, replace(below, options=options), union)
+        check.marks()
+
+
+def _userxattr(record: Record | None) -> bool | None:
+    return None if record is None or record.xattrs is None else record.xattrs == "user"
+
+
+def _is_base(upper: int, where: str, report: Report, below: _Below) -> bool:
+    """Whether nothing says that the upper was made over other lowers."""
+    error = identity.mismatch(read_record(upper), below.base, where or "/")
+    if error is not None:
+        report.notes.append(f"{error.message}: nothing was followed into it")
+    return error is None
+
+
+def _check_names(
+    upper: int, where: str, report: Report, wish: Wish, below: _Below, lowers: Union
+) -> None:
+    """Entries of the index that no name refers to."""
+    try:
+        area = os.open(AREA_NAME, _OPEN, dir_fd=upper)
+    except FileNotFoundError:
+        return
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, area)
+        base = os.open(".", os.O_PATH | os.O_DIRECTORY, dir_fd=upper)
+        top = Layer(where or "/", base, upper=True, mounts=[], detach="no")
+        stack.callback(top.close)
+        union = Union(replace(below.options, upper=where or "/"), below.layers, top, None)
+        stack.callback(union.close)
+        for name, what, spare in references.unnamed(area, union, lowers):
+            if repair := wish.repair and spare:
+                references.set_aside(area, name)
+                what += f"; moved to {AREA_NAME}/{references.LOST}"
+            report.add(f"{where}/{AREA_NAME}/index/{name}", what, repaired=repair)
+
+
+@contextlib.contextmanager
+def _opened_lowers(texts: Sequence[str]) -> Iterator[_Below | None]:
+    """The lowers of a union, as a mount opens them."""
+    if not texts:
+        yield None
+        return
+    options = MountOptions(lowers=tuple(texts), mountpoint="/", readonly=True)
+    mounts = read_mounts()
+    with contextlib.ExitStack() as stack:
+        stores = Stores(options)
+        stack.callback(stores.close)
+        stores.open(mounts, readonly=True)
+        layers = open_lowers(stores.options.lowers, stores.opened(), mounts, stack)
+        yield _Below(options, layers, stores.base)
 
 
 @contextlib.contextmanager
@@ -61,7 +168,9 @@ def _locked(path: str, *, write: bool) -> Iterator[None]:
     if not stat.S_ISREG(os.stat(path).st_mode):
         yield
         return
-    lock = userspace.lock_image(path, readonly=not write)
+    # The loop device of a look at it may not be released yet.
+    patience = userspace.LOCK_SECONDS if write else 0.0
+    lock = userspace.lock_image(path, readonly=not write, patience=patience)
     try:
         yield
     finally:

@@ -13,7 +13,9 @@ from unionfs.stores.tools import lines_of, run, tool
 
 _SUPER: Final = 1024
 _HAS_64BIT: Final = 0x80
+_CLEAN: Final = 1  # EXT4_VALID_FS
 _ERRORS: Final = 2  # EXT4_ERROR_FS
+_RECOVER: Final = 4  # EXT4_FEATURE_INCOMPAT_RECOVER
 _CORRECTED: Final = 1  # fsck(8)
 TYPES: Final = ("ext2", "ext3", "ext4")
 
@@ -43,6 +45,18 @@ def has_errors(path: str) -> bool:
         file.seek(_SUPER)
         block = file.read(1024)
     return len(block) == 1024 and bool(struct.unpack_from("<H", block, 0x3A)[0] & _ERRORS)
+
+
+def was_unmounted(path: str) -> bool:
+    """Whether nobody has it mounted writable, here or elsewhere, nor has left it so."""
+    with open(path, "rb") as file:
+        file.seek(_SUPER)
+        block = file.read(1024)
+    return (
+        len(block) == 1024
+        and bool(struct.unpack_from("<H", block, 0x3A)[0] & _CLEAN)
+        and not struct.unpack_from("<I", block, 0x60)[0] & _RECOVER
+    )
 
 
 def preen(path: str) -> bool:

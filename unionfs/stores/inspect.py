@@ -18,6 +18,7 @@ from typing import Any
 from unionfs import identity
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME
+from unionfs.holder import Owner, here, read_owner_at
 from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
 from unionfs.stores import find
@@ -33,6 +34,7 @@ class Upper:
 
     directory: str  # within the store
     record: StoreRecord | None
+    owner: Owner | None = None  # who holds it, or has not let it go
     mounted: str = ""  # the mount point of its union
 
     def facts(self) -> dict[str, Any]:
@@ -46,7 +48,13 @@ class Upper:
             "used": record.used if record is not None else None,
             "base": None if base is None else {"name": base.name, "told": str(base)},
             "mounted": self.mounted or None,
+            "elsewhere": self.elsewhere() or None,
         }
+
+    def elsewhere(self) -> str:
+        """The other machine that has it, or has not let it go."""
+        other = self.owner is not None and self.owner.elsewhere(here())
+        return self.owner.who() if other and self.owner is not None else ""
 
 
 @dataclass(slots=True)
@@ -114,7 +122,7 @@ def _upper_at(fd: int, directory: str) -> Iterator[Upper]:
     except OSError:
         return
     if stat.S_ISDIR(status.st_mode):
-        yield Upper(directory, read_record(fd))
+        yield Upper(directory, read_record(fd), read_owner_at(fd))
 
 
 def _directories(fd: int) -> list[str]:
@@ -146,6 +154,15 @@ def uppers_of(volume: Volume) -> list[str]:
     root = os.open(".", _DIRECTORY, dir_fd=volume.root)
     try:
         return [upper.directory for upper in find_uppers(root)]
+    finally:
+        os.close(root)
+
+
+def owners(volume: Volume) -> list[tuple[str, Owner]]:
+    """Who holds the uppers in a volume, or has not let them go; by their directories."""
+    root = os.open(".", _DIRECTORY, dir_fd=volume.root)
+    try:
+        return [(u.directory, u.owner) for u in find_uppers(root) if u.owner is not None]
     finally:
         os.close(root)
 

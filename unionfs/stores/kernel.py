@@ -30,7 +30,12 @@ _ATTRIBUTES: Final = {
     **dict.fromkeys(("defaults", "rw", "nosuid", "nodev", "relatime"), MountAttr(0)),
 }
 # Of a file system that was not unmounted, mounted without writing to it.
-_NO_REPLAY: Final = {"ext3": "noload", "ext4": "noload", "xfs": "norecovery"}
+_NO_REPLAY: Final = {
+    "ext3": "noload",
+    "ext4": "noload",
+    "xfs": "norecovery",
+    "btrfs": "norecovery",
+}
 # What file systems answer when they do not understand what is on the device.
 _DAMAGED: Final = (errno.EINVAL, errno.EUCLEAN, errno.EIO, errno.EBADMSG, errno.EFBIG, errno.ENOENT)
 

@@ -17,7 +17,7 @@ from typing import Final, Literal
 from unionfs import syscalls
 from unionfs.errors import ExitCode, UnionfsError, usage_error
 from unionfs.stores.probe import probe
-from unionfs.stores.tools import lines_of, run, tool
+from unionfs.stores.tools import lines_of, run, tool, uninterrupted
 from unionfs.syscalls import RenameFlag
 
 FileSystem = Literal["ext4", "xfs", "btrfs"]
@@ -97,11 +97,12 @@ def new_file(path: str, *, replace: bool = False) -> Iterator[tuple[int, str]]:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield fd, temporary
         os.fsync(fd)
-        if replace:
-            os.rename(temporary, path)
-        else:
-            take_name(temporary, path)
-        _sync_directory(folder)
+        with uninterrupted():
+            if replace:
+                os.rename(temporary, path)
+            else:
+                take_name(temporary, path)
+            _sync_directory(folder)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)

@@ -11,23 +11,25 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from unionfs import locator
+from unionfs import holder, locator
 from unionfs.checks import LOWER, UPPER
 from unionfs.errors import UnionfsError, usage_error
+from unionfs.holder import Owner
 from unionfs.identity import Base
 from unionfs.layer import Layer, open_private
 from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, read_mounts
 from unionfs.options import MountOptions
-from unionfs.stores import base, ext, find, kernel, userspace
+from unionfs.stores import base, ext, find, kernel, loop, userspace
 from unionfs.stores.probe import Contents, probe, require_filesystem
 
 log = logging.getLogger("unionfs")
 
+MOVED_ASIDE: Final = ".restore.old"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -80,11 +82,12 @@ def open_volume(
     untouched: bool = False,
     replay: bool = False,
     flags: str | None = None,
+    guard: bool = False,
 ) -> Volume:
     """Find, examine and mount what a locator names; `flags`: as in fstab, if it is writable.
 
     With readonly: `untouched`, to look: no journal is replayed, nobody is waited for; `replay`, to
-    read what was written last: a journal is replayed.
+    read what was written last: a journal is replayed.  `guard`: not if another machine has it.
     """
     where = locator.parse(text)
     path = find.find(where, search=search, timeout=timeout)
@@ -101,25 +104,84 @@ def open_volume(
         return _seen(where, path, entry.point, readonly=readonly)
     contents = probe(path)
     require_filesystem(contents)
+    if (
+        not readonly
+        and kernel.may_mount()
+        and contents.fstype in ext.TYPES
+        and ext.has_errors(path)
+    ):
+        with guarded(where, contents, when=guard, write=True):
+            pass
+        _mend(path)
+    with guarded(where, contents, when=guard, write=replay or not readonly):
+        return _mount(
+            where, contents, readonly=readonly, untouched=untouched, replay=replay, flags=flags
+        )
+
+
+def _mount(
+    where: Locator,
+    contents: Contents,
+    *,
+    readonly: bool,
+    untouched: bool,
+    replay: bool,
+    flags: str | None = None,
+) -> Volume:
     if kernel.may_mount():
-        if not readonly and contents.fstype in ext.TYPES and ext.has_errors(path):
-            _mend(path)
         root, device = kernel.mount(
             contents, readonly=readonly, untouched=untouched, replay=replay, flags=flags
         )
         return Volume(where, contents, device, root, readonly)
     if flags is not None:
-        raise usage_error(f"only root mounts {path} with flags ({flags})", "leave store-flags out")
+        what = f"only root mounts {contents.path} with flags ({flags})"
+        raise usage_error(what, "leave store-flags out")
     patience = 0.0 if untouched else userspace.LOCK_SECONDS
+    replay = replay and not untouched
     helper = userspace.start(contents, readonly=readonly, patience=patience, replay=replay)
-    return Volume(where, contents, path, helper.root, readonly, helper)
+    return Volume(where, contents, contents.path, helper.root, readonly, helper)
+
+
+@contextlib.contextmanager
+def guarded(where: Locator, contents: Contents, *, when: bool, write: bool) -> Iterator[None]:
+    """Raise an error if another machine has an upper in this file system, before it is mounted.
+
+    Mounted so that it could be written to, its journal would be replayed under that machine.
+    `write`: whether that is what comes next; the loop device of an image is the same for both.
+    """
+    with contextlib.ExitStack() as stack:
+        clean = contents.fstype in ext.TYPES and ext.was_unmounted(contents.path)
+        if when and not clean:
+            # A look at what is damaged, or in use here, fails: who mounts it then is told.
+            found: list[tuple[str, Owner]] = []
+            with contextlib.suppress(UnionfsError):
+                write = write and os.access(contents.path, os.W_OK)
+                if kernel.may_mount() and stat.S_ISREG(os.stat(contents.path).st_mode):
+                    # To release it takes a while.
+                    held = loop.attach(contents.path, readonly=not write)
+                    stack.callback(os.close, held.fd)
+                found = _owners(where, contents, write=write)
+            for directory, owner in found:
+                holder.refuse_elsewhere(owner, f"{where.source}:{directory}")
+        yield
+
+
+def _owners(where: Locator, contents: Contents, *, write: bool) -> list[tuple[str, Owner]]:
+    """Who holds, or held, the uppers in a file system that is not to be changed."""
+    from unionfs.stores.inspect import owners
+
+    volume = _mount(where, contents, readonly=True, untouched=True, replay=write)
+    try:
+        return owners(volume)
+    finally:
+        volume.close()
 
 
 def _mend(path: str) -> None:
     """A file system that has noted an error is checked before it is used again."""
     from unionfs.stores.checking import refuse_used
 
-    refuse_used(probe(path))
+    refuse_used(probe(path), patience=userspace.LOCK_SECONDS)
     if ext.preen(path):
         log.info("%s had errors, which were corrected", path)
 
@@ -206,7 +268,9 @@ class Stores:
         if self.options.work is not None:
             hint = "leave workdir out: it lies in the store"
             raise UnionfsError(f"workdir= and a store ({text}) exclude each other", hint=hint)
-        self._upper = self._mount(text, readonly=readonly, flags=self.options.store_flags)
+        guard = self.options.other_machine == "refuse"
+        flags = self.options.store_flags
+        self._upper = self._mount(text, readonly=readonly, flags=flags, guard=guard)
 
     def _open_lowers(self, mounts: list[MountEntry]) -> None:
         names = list(self.options.lowers)
@@ -242,19 +306,29 @@ class Stores:
         except FileNotFoundError:
             if volume.readonly:
                 raise _no_directory(volume, inside, "mount it writable once") from None
-            fd = make_directory(volume, inside, self._like())
+            if put_back(volume, inside):
+                fd = walk(volume, inside)
+            else:
+                fd = make_directory(volume, inside, self._like())
         if volume.contents is not None:
             self.upper = _layer(volume, inside, fd, mounts, upper=True)
             return
         os.close(fd)
         self.options = replace(self.options, upper=volume.path_of(inside))
 
-    def _mount(self, text: str, *, readonly: bool, flags: str | None = None) -> Volume:
+    def _mount(
+        self, text: str, *, readonly: bool, flags: str | None = None, guard: bool = False
+    ) -> Volume:
         options = self.options
         wait = options.device_timeout or 0
         try:
             volume = open_volume(
-                text, readonly=readonly, search=options.search, timeout=wait, flags=flags
+                text,
+                readonly=readonly,
+                search=options.search,
+                timeout=wait,
+                flags=flags,
+                guard=guard,
             )
         except OSError as exc:
             reason = os.strerror(exc.errno or errno.EIO)
@@ -316,6 +390,32 @@ def walk(volume: Volume, inside: str) -> int:
             os.close(fd)
         fd = below
     return fd
+
+
+def put_back(volume: Volume, inside: str) -> bool:
+    """Whether a directory that is not there was moved aside by a restore that was killed.
+
+    Where two directories cannot be exchanged (fuse2fs), a restore moves the old one away before the
+    new one takes its place; killed in between, the old one is what there is.
+    """
+    parent, name = os.path.split(inside)
+    try:
+        opened = walk(volume, parent)
+    except FileNotFoundError:
+        return False
+    top = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=opened)
+    os.close(opened)
+    try:
+        aside = [
+            n for n in os.listdir(top) if n.startswith(f".{name}.") and n.endswith(MOVED_ASIDE)
+        ]
+        if not name or len(aside) != 1:
+            return False
+        os.rename(aside[0], name, src_dir_fd=top, dst_dir_fd=top)
+        log.info("%s:%s was put back: a restore had been killed", volume.locator.source, inside)
+        return True
+    finally:
+        os.close(top)
 
 
 def make_directory(volume: Volume, inside: str, like: os.stat_result | None) -> int:

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Programs of others that know file systems: where they are, and what they said.
+"""Programs of others that know file systems: where they are, what they said; and interruptions.
 
 Called by everything in stores/.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from unionfs.errors import ExitCode, UnionfsError
 
 _SBIN: Final = "/usr/sbin:/sbin:/usr/bin:/bin"
+_INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ENDING_SECONDS: Final = 30
 
 
 def find(name: str) -> str | None:
@@ -35,14 +40,67 @@ def environment() -> dict[str, str]:
 
 
 def run(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
-    """Run it to its end, with nothing to read; what it ends with is for the caller to judge."""
-    return subprocess.run(
+    """Run it to its end, with nothing to read; what it ends with is for the caller to judge.
+
+    If we are interrupted it is asked to end: a fsck then leaves what it has repaired so far whole.
+    """
+    with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=environment(),
-    )
+    ) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            process.terminate()
+            try:
+                process.wait(_ENDING_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end us as SIGINT does, by KeyboardInterrupt: what was begun is tidied up.
+
+    Once: the tidying up is not interrupted again.
+    """
+
+    def interrupt(_number: int, _frame: object) -> None:
+        for number in _INTERRUPTS:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    with _handlers(interrupt):
+        yield
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """For the moment in which something takes effect: what would interrupt it comes too late."""
+    with _handlers(signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handlers(handler: "Callable[[int, object], None] | signal.Handlers") -> Iterator[None]:
+    """Python runs handlers in the main thread only, which is where the verbs run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # What is ignored stays so (nohup).
+    kept = {n: h for n in _INTERRUPTS if (h := signal.getsignal(n)) != signal.SIG_IGN}
+    for number in kept:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in kept.items():
+            signal.signal(number, before)
 
 
 def lines_of(output: bytes) -> list[str]:

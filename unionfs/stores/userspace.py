@@ -23,7 +23,7 @@ from typing import IO, Final
 from unionfs import syscalls
 from unionfs.errors import ExitCode, UnionfsError
 from unionfs.mounts import mount_number, read_mounts, topmost
-from unionfs.stores import ext
+from unionfs.stores import ext, squash
 from unionfs.stores.probe import Contents
 from unionfs.stores.tools import find
 from unionfs.syscalls import UnmountFlag
@@ -136,6 +136,8 @@ def start(
             ext.check_whole(contents.path)
             if not readonly:
                 ext.preen(contents.path)
+        elif contents.fstype == "squashfs":
+            squash.check_whole(contents.path)
         stage = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_stages())
         try:
             with open(os.memfd_create(program.name), "w+b") as said:

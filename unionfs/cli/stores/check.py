@@ -2,19 +2,25 @@
 """`unionfs store check`."""
 
 import json
-import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from unionfs.cli.main import report as say
 from unionfs.cli.parser import Parser
-from unionfs.errors import ExitCode, UnionfsError, printable
+from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
+from unionfs.options import split_layers
 
-USAGE = "unionfs store check STORE [--repair] [--json]"
+if TYPE_CHECKING:
+    from unionfs.stores.examination import Wish
+
+USAGE = "unionfs store check STORE [--lower LOWER[:LOWER...]] [--repair [--take]] [--json]"
 
 DESCRIPTION = """\
 Checks a store that is not mounted: its file system by its own fsck, then, in each
-directory with changes, the records, what a killed daemon left, and every mark. Nothing
-is written without --repair."""
+directory with changes, the records, what a killed daemon left, the hard link index and
+every mark. With --lower also what marks lead to: the directories of redirects, the data
+of metadata-only copies, the names of indexed files. Nothing is written without --repair,
+and what cannot be repaired without a loss is only told."""
 
 EPILOG = """
 exit codes, as of fsck(8), added up:
@@ -28,37 +34,53 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(prog="unionfs store check", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
     parser.add_argument("store", metavar="STORE", help="DIR, IMAGE, /dev/NAME, LABEL=...")
     parser.add_argument("--repair", action="store_true", help="correct what can be corrected")
+    parser.add_argument(
+        "--lower",
+        action="append",
+        default=[],
+        metavar="LOWER",
+        help="the lowers, as for unionfs mount: DIR, IMAGE, LABEL=..., A:B; may be repeated",
+    )
+    parser.add_argument(
+        "--take", action="store_true", help="also of another machine that did not unmount it"
+    )
     parser.add_argument("--json", action="store_true", help="as an object")
     from unionfs.stores.checking import Code
+    from unionfs.stores.examination import Wish
 
     try:
         given = parser.read(argv)
-        return _check(given.store, repair=given.repair, as_json=given.json)
+        if given.take and not given.repair:
+            raise usage_error("--take is for --repair", "write --repair --take")
+        lowers = [path for text in given.lower for path in split_layers(text)]
+        wish = Wish(given.repair, given.take, tuple(lowers))
+        return _check(given.store, wish, as_json=given.json)
     except UnionfsError as exc:
         say("unionfs", exc)
         return Code.USAGE if exc.code == ExitCode.USAGE else Code.TROUBLE
 
 
-def _check(store: str, *, repair: bool, as_json: bool) -> int:
+def _check(store: str, wish: "Wish", *, as_json: bool) -> int:
     from unionfs.stores.checking import Report
     from unionfs.stores.examination import examine
 
     found = Report()
-    examine(store, found, repair=repair)
+    examine(store, found, wish)
     if as_json:
         told = {
             "filesystem": found.filesystem or None,
             "code": int(found.code),
             "problems": [problem._asdict() for problem in found.problems],
+            "notes": found.notes,
         }
         print(json.dumps(told, indent=2))
         return found.code
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="surrogateescape")
     if found.filesystem:
         print(printable(found.filesystem))
     for path, what, repaired in found.problems:
         print(printable(f"{path}: {what}{' (repaired)' if repaired else ''}"))
+    for note in found.notes:
+        print(printable(note))
     if not found.problems and not found.code:
         print("no problem is found")
     return found.code

@@ -52,6 +52,6 @@ def run(argv: Sequence[str]) -> int:
             pairs.append(("  base", str(record.base) if record.base is not None else "-"))
             pairs.append(("  created", record.created))
             pairs.append(("  last used", record.used))
-        pairs.append(("  mounted on", upper.mounted or "-"))
+        pairs.append(("  mounted on", upper.mounted or upper.elsewhere() or "-"))
     show.fields(pairs)
     return ExitCode.OK

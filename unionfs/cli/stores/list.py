@@ -48,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
             record = upper.record
             base = record.base.name if record is not None and record.base is not None else "-"
             used = record.used[:16].replace("T", " ") if record is not None else "-"
-            rows.append([*first, upper.directory, base, used, upper.mounted or "-"])
+            place = upper.mounted or upper.elsewhere() or "-"
+            rows.append([*first, upper.directory, base, used, place])
             first = [""] * len(first)
         if not store.uppers:
             rows.append([*first, store.problem or "-", "-", "-", "-"])

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Verbs of `unionfs store`, interrupted or killed at each step: nothing is lost or left."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.rig import ground, images, snapshot, traced
+from tests.rig.mounted import program
+from tests.test_store_changes import hidden
+from tests.test_store_commands import done, shim, store
+from tests.test_stores import ARCH, _await, base, change, check, need, union
+from unionfs.stores.tools import uninterrupted
+
+__all__ = ["base", "shim"]
+
+_SLOW = pytest.mark.slow
+
+
+@pytest.fixture
+def changed(base: Path) -> Path:
+    """base/up and base/s.img have changes, base/saved is a backup of the first."""
+    need("ext4")
+    (base / "up").mkdir()
+    images.make(base / "s.img", megabytes=32)
+    for upper in ("up", "s.img"):
+        with union(base, base / "tree", base / upper):
+            change(base / "mnt")
+    done("backup", base / "up", base / "saved")
+    return base
+
+
+def interrupted(folder: Path, number: signal.Signals, *words: object) -> None:
+    """Run a verb and send it a signal when the program in `folder` has been reached."""
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [*program(), "store", *map(str, words)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    _await((folder / "reached").exists)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (8, "", "unionfs: interrupted\n")
+    helper = int((folder / "reached").read_text())
+    _await(lambda: not Path(f"/proc/{helper}").exists())
+
+
+@pytest.mark.parametrize(
+    ("number", "at", "words"),
+    [
+        (signal.SIGTERM, "mkfs.ext4", "create new.img --size 16M"),
+        (signal.SIGHUP, "zstd", "backup up new"),
+        (signal.SIGTERM, "tar", "restore saved s.img"),
+        (signal.SIGINT, "tar", "clone up new:/work --size 16M"),
+        pytest.param(signal.SIGINT, "mkfs.ext4", "create new.img --size 16M", marks=_SLOW),
+        pytest.param(signal.SIGTERM, "tar", "backup s.img new", marks=_SLOW),
+        pytest.param(signal.SIGINT, "zstd", "restore saved up", marks=_SLOW),
+        pytest.param(signal.SIGTERM, "tar", "clone s.img other", marks=_SLOW),
+        (signal.SIGTERM, "resize2fs", "grow s.img --size 64M"),
+        (signal.SIGINT, "resize2fs", "shrink s.img --size 16M"),
+        (signal.SIGTERM, "e2fsck", "check --repair s.img"),
+    ],
+)
+def test_interrupted(
+    changed: Path, shim: Callable[[str], Path], number: signal.Signals, at: str, words: str
+) -> None:
+    (changed / "other").mkdir()
+    names = {"new", "new.img", "other", "s.img", "saved", "up"}
+    arguments = [
+        f"{changed}/{word}" if word.partition(":")[0] in names else word for word in words.split()
+    ]
+    before = snapshot.take(changed / "up"), images.digest(changed / "s.img")
+    interrupted(shim(at), number, *arguments)
+    assert not (changed / "new").exists()
+    assert not (changed / "new.img").exists()
+    assert list((changed / "other").iterdir()) == []
+    assert hidden(changed) == []
+    assert images.loops_of(changed / "s.img") == []
+    assert snapshot.take(changed / "up") == before[0]
+    if "restore" not in words:  # it was mounted for that
+        assert images.digest(changed / "s.img") == before[1]
+    with union(changed, changed / "tree", changed / "s.img"):
+        check(changed / "mnt")
+
+
+def test_it_is_too_late_to_interrupt() -> None:
+    """While something takes effect, signals come to nothing."""
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with uninterrupted():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_a_restore_that_moved_the_old_one_aside(changed: Path) -> None:
+    """As a kill leaves it where two directories cannot be exchanged: the old one is put back."""
+    directory = f"persistent_tree/{ARCH}"
+    image = changed / "s.img"
+    aside = f"persistent_tree/.{ARCH}.0123abcd.restore.old"
+
+    def move() -> None:
+        debugfs = ["debugfs", "-w", "-R"]
+        # As a rename: debugfs has none.
+        ground.run(*debugfs, f"ln {directory} {aside}", image)
+        ground.run(*debugfs, f"unlink {directory}", image)
+
+    move()
+    with union(changed, changed / "tree", image):
+        check(changed / "mnt")
+    move()
+    done("restore", changed / "saved", f"{image}:/{directory}")
+    with union(changed, changed / "tree", image):
+        check(changed / "mnt")
+    move()
+    done("reset", f"{image}:/{directory}")
+    with union(changed, changed / "tree", image):
+        assert (changed / "mnt/gone").exists()
+
+
+# Killed at each step
+
+_STEPS = (
+    "rename,renameat,renameat2,link,linkat,mkdir,mkdirat,unlink,unlinkat,rmdir,"
+    "fsync,syncfs,ftruncate"
+)
+_NAME = re.compile(r"^(?:[0-9]+ +)?(\w+)\(", re.MULTILINE)
+
+
+def _traced(words: list[object], options: list[str]) -> bool:
+    """Run a verb under strace; whether it came to its end."""
+    done = subprocess.run(
+        ["strace", "-qq", *options, *program(), "store", *map(str, words)],
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    if done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        return False
+    assert done.returncode == 0, done
+    return True
+
+
+def killed_at_each_step(
+    place: Path, words: list[object], look: Callable[[bool], None]
+) -> dict[str, int]:
+    """Run a verb again and again, killed before each of its steps; how many of which it has.
+
+    `look` is told whether it came to its end, and puts back what was before.
+    """
+    if why := traced.why_not():
+        pytest.skip(why)
+    trace = place / "trace"
+    assert _traced(words, ["-e", f"trace={_STEPS}", "-o", str(trace)])
+    look(True)
+    counts = Counter(_NAME.findall(trace.read_text()))
+    trace.unlink()
+    for name, count in counts.items():
+        for number in range(1, count + 1):
+            inject = f"inject={name}:error=EIO:signal=KILL:when={number}"
+            look(_traced(words, ["-e", f"trace={name}", "-e", inject, "-o", "/dev/null"]))
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("discard", [False, True])
+def test_reset_killed_at_each_step(changed: Path, discard: bool) -> None:
+    up = changed / "up"
+
+    def look(ended: bool) -> None:
+        if not ended and not (up / "file").exists():  # it had taken effect
+            assert not (up / "made").exists()
+            ended = True
+        if ended:
+            with union(changed, changed / "tree", up):
+                assert (changed / "mnt/file").read_text() == "lower\n"
+            done("restore", changed / "saved", up)
+        with union(changed, changed / "tree", up):
+            check(changed / "mnt")
+
+    words: list[object] = ["reset", up, *(["--discard"] if discard else [])]
+    steps = killed_at_each_step(changed, words, look)
+    assert steps["renameat2"] == 1, "the moment"
+    assert hidden(changed) == [] or store("restore", changed / "saved", up).returncode == 0
+    assert hidden(changed) == []
+
+
+@pytest.mark.slow
+def test_reset_of_paths_killed_at_each_step(changed: Path) -> None:
+    """Each path is as it was, or taken away and kept."""
+    up = changed / "up"
+
+    def look(ended: bool) -> None:
+        kept = [p.name for p in up.glob(".unionfs/reset-*/*")]
+        taken = {name.partition("-")[2] for name in kept}
+        with union(changed, changed / "tree", up):
+            mnt = changed / "mnt"
+            assert (mnt / "gone").exists() == ("gone" in taken)
+            assert ((mnt / "file").read_text() == "lower\n") == ("file" in taken)
+            assert (mnt / "made").exists() == ("made" not in taken)
+        assert not ended or taken == {"gone", "file", "made"}
+        done("restore", changed / "saved", up)
+
+    words: list[object] = ["reset", up, "/gone", "/file", "/made"]
+    assert sum(killed_at_each_step(changed, words, look).values()) >= 6
+
+
+@pytest.mark.slow
+def test_create_killed_at_each_step(base: Path) -> None:
+    image = base / "s.img"
+
+    def look(ended: bool) -> None:
+        assert image.exists() or not ended
+        if image.exists():
+            assert store("check", image).returncode == 0
+            assert ended or store("info", image).returncode == 0
+            image.unlink()
+
+    steps = killed_at_each_step(base, ["create", image, "--size", "16M"], look)
+    assert steps["renameat2"] == 1
+    done("create", image, "--size", "16M")
+    assert hidden(base) == []
+
+
+@pytest.mark.slow
+def test_backup_killed_at_each_step(changed: Path) -> None:
+    new = changed / "new"
+
+    def look(ended: bool) -> None:
+        assert new.exists() or not ended
+        if new.exists():
+            done("restore", "--verify", new)
+            new.unlink()
+
+    steps = killed_at_each_step(changed, ["backup", changed / "up", new], look)
+    assert steps["renameat2"] == 1
+    done("backup", changed / "up", new)
+    assert hidden(changed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_grow_of_a_mounted_store_killed_at_each_step(base: Path, kind: str) -> None:
+    need(kind)
+    image = images.make(base / "s.img", kind, megabytes=320)
+    size = image.stat().st_size
+    goal = size
+
+    for number in range(1, 4):
+        with union(base, base / "tree", image):
+            (base / "mnt/file").write_text(f"{number}\n")
+            goal += 64 << 20
+            command = [
+                "strace",
+                "-qq",
+                "-f",
+                "-o",
+                "/dev/null",
+                "-e",
+                "trace=ftruncate,fsync,ioctl",
+            ]
+            what = ("ftruncate", "fsync", "ioctl")[number - 1]
+            # The last ioctl is the one that tells the file system.
+            when = "1" if what != "ioctl" else "6+"
+            command += ["-e", f"inject={what}:error=EIO:signal=KILL:when={when}"]
+            subprocess.run(
+                [*command, *program(), "store", "grow", image, "--size", str(goal)], check=False
+            )
+            assert (base / "mnt/file").read_text() == f"{number}\n"
+            done("grow", image, "--size", goal)
+            assert image.stat().st_size == goal
+        assert store("check", image).returncode == 0
+
+
+def test_progress_is_shown_on_a_terminal(base: Path) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        words = ["create", str(base / "s.img"), "--size", "256M", "--full"]
+        process = subprocess.Popen([*program(), "store", *words], stderr=theirs)
+        os.close(theirs)
+        shown = b""
+        try:
+            while data := terminal.read(4096):
+                shown += data
+        except OSError:  # EIO: the other end is closed
+            pass
+        assert process.wait() == 0
+    assert b"s.img" in shown
+    assert b"256" in shown, "of how many"
