@@ -9,11 +9,12 @@ from unionfs.errors import ExitCode, UnionfsError
 USAGE = "unionfs down NAME [-l | --lazy]"
 
 DESCRIPTION = """\
-Unmounts what `unionfs up NAME` mounted, the last first. When it returns, the daemons have
-ended and the stores are free."""
+Unmounts what `unionfs up NAME` mounted, the last first. When it returns, the daemons
+have ended and the stores are free."""
 
 EPILOG = """
-exit codes: 0 done, 1 wrong usage, 32 failed: something is in use, and what is above it stays
+exit codes:
+  0 done    1 wrong usage    32 failed: something is in use, and what is above it stays
 """
 
 

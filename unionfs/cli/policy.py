@@ -14,8 +14,8 @@ unionfs policy test PATH... [--profile NAME] [--json]
        unionfs policy show [NAME] [--json]"""
 
 DESCRIPTION = """\
-test tells what becomes of each PATH: by which profile and rule, and where its changes are
-kept. show lists the profiles, or the rules of one, with the files that say so."""
+test tells what becomes of each PATH: by which profile and rule, and where its changes
+are kept. show lists the profiles, or the rules of one, with the files that say so."""
 
 EPILOG = """
 exit codes: 0 told, 1 wrong usage, 32 a profile is wrong
