@@ -25,6 +25,7 @@ from unionfs.errors import UnionfsError
 from unionfs.layer import Layer, layer_error
 from unionfs.mounts import MountEntry, Position, locate, topmost
 from unionfs.options import MountOptions
+from unionfs.unions import FSTYPE, ask
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 
@@ -161,19 +162,21 @@ def check_mountpoint(
     path = options.mountpoint
     real = os.path.realpath(path)
     entry = topmost(real, mounts)
-    if entry is not None and entry.fstype == "fuse.unionfs" and not _is_dead(real):
+    if entry is not None and entry.fstype == FSTYPE and ask(entry, mounts).state != "dead":
         raise UnionfsError(
             f"{path} is already the mount point of a union",
             hint=f"unionfs umount {path} ends it",
         )
+    # systemd mounts where its own automount waits: to open that would wait for ourselves.
+    automount = entry is not None and entry.fstype == "autofs"
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(path, os.O_PATH if automount else os.O_RDONLY | os.O_DIRECTORY)
     except OSError as exc:
         raise _mountpoint_error(path, exc) from exc
     try:
         place = place_of(f"mount point {path}", fd, mounts)
         over_itself = _check_mountpoint_place(options, place, mounts, opened)
-        if not (over_itself or options.nonempty) and os.listdir(fd):
+        if not (over_itself or options.nonempty or automount) and os.listdir(fd):
             raise UnionfsError(
                 f"the mount point {path} is not empty",
                 hint="choose an empty directory, or hide what is there with -o nonempty",
@@ -181,15 +184,6 @@ def check_mountpoint(
     finally:
         os.close(fd)
     return real
-
-
-def _is_dead(path: str) -> bool:
-    """Whether the daemon of the FUSE file system mounted at `path` has died."""
-    try:
-        os.stat(path)
-    except OSError as exc:
-        return exc.errno == errno.ENOTCONN
-    return False
 
 
 def _mountpoint_error(path: str, exc: OSError) -> UnionfsError:
@@ -219,7 +213,7 @@ def _check_mountpoint_place(
 
 def mark_careful(layers: Sequence[Layer], point: str, mounts: Sequence[MountEntry]) -> None:
     """A lower that could not be detached must not be walked into the union mounted in it."""
-    fd = os.open(point, _DIRECTORY)
+    fd = os.open(point, os.O_PATH)
     try:
         place = locate(fd, mounts)
     finally:

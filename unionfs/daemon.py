@@ -29,14 +29,14 @@ import os
 import resource
 import signal
 import sys
-import syslog
 import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, Protocol
 
-from unionfs.errors import ExitCode, UnionfsError
+from unionfs import logs, notify
+from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.options import MountOptions
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
     Raises UnionfsError if it could not be mounted; then nothing is left behind.
     """
     if options.foreground:
-        _log_to(logging.StreamHandler(), options)
-        return _Daemon(options, build, lambda _number, _warning: None).run()
+        logs.to_stderr(debug=options.debug)
+        return _Daemon(options, build, functools.partial(_tell_manager, options)).run()
     reading, writing = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -133,6 +133,12 @@ def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
     os.close(writing)
     with open(reading, "rb") as pipe:
         return _await_ready(pipe, child, options)
+
+
+def _tell_manager(options: MountOptions, _number: str, warning: str) -> None:
+    """In the foreground a service manager may wait for the word."""
+    status = warning or f"mounted on {options.mountpoint}"
+    notify.send("READY=1", f"STATUS={printable(status)}")
 
 
 # The starting process
@@ -188,11 +194,15 @@ def _run_in_background(options: MountOptions, build: Build, pipe: int) -> int:
                 os.write(pipe, json.dumps(message).encode())
             os.close(pipe)
 
+    def ready(number: str, warning: str) -> None:
+        # Not earlier: at a mount point of an automount only systemd's own process group may go on.
+        os.setsid()
+        say({"ready": number, "warning": warning})
+
     try:
         _leave_terminal(pipe)
-        _log_to(_SyslogHandler(), options)
-        daemon = _Daemon(options, build, lambda n, text: say({"ready": n, "warning": text}))
-        return daemon.run()
+        logs.to_syslog(debug=options.debug)
+        return _Daemon(options, build, ready).run()
     except UnionfsError as exc:
         if said:
             log.error("%s", exc.line())
@@ -206,44 +216,15 @@ def _run_in_background(options: MountOptions, build: Build, pipe: int) -> int:
 
 
 def _leave_terminal(keep: int) -> None:
-    """A session of its own, no terminal, and none of the descriptors that were inherited."""
-    os.setsid()
+    """No terminal, and none of the descriptors that were inherited."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, _interrupted)  # it reaches us too until we are mounted
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     highest = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     os.closerange(3, keep)
     os.closerange(keep + 1, highest if highest != resource.RLIM_INFINITY else 1 << 20)
-
-
-class _SyslogHandler(logging.Handler):
-    """To the system log, as unionfs[PID]."""
-
-    _PRIORITIES: Final = {
-        logging.CRITICAL: syslog.LOG_CRIT,
-        logging.ERROR: syslog.LOG_ERR,
-        logging.WARNING: syslog.LOG_WARNING,
-        logging.INFO: syslog.LOG_INFO,
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        syslog.openlog("unionfs", syslog.LOG_PID, syslog.LOG_DAEMON)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        priority = self._PRIORITIES.get(record.levelno, syslog.LOG_DEBUG)
-        text = self.format(record).encode("utf-8", "replace").decode()
-        for line in text.replace("\0", "\\0").splitlines():
-            syslog.syslog(priority, line)
-
-
-def _log_to(handler: logging.Handler, options: MountOptions) -> None:
-    if isinstance(handler, _SyslogHandler):
-        handler.setFormatter(logging.Formatter("%(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("unionfs: %(levelname)s: %(message)s"))
-    logging.basicConfig(level=logging.DEBUG if options.debug else logging.INFO, handlers=[handler])
 
 
 def _interrupted(_number: int, _frame: object) -> NoReturn:
@@ -279,6 +260,7 @@ class _Daemon:
     def run(self) -> int:
         """Mount, serve, clean up; the exit code."""
         # Only here: the starting process does without them.
+        import unionfs.watchdog  # noqa: F401
         from unionfs import session
 
         # Before we are mounted: the mount may hide where it would be imported from.
@@ -288,6 +270,8 @@ class _Daemon:
         signal.signal(signal.SIGTERM, _interrupted)
         with contextlib.ExitStack() as stack:
             _settle()
+            if session.make_way(plan, self.options.mountpoint):
+                log.info("%s: the daemon before was killed", self.options.mountpoint)
             opened, served = self._open(stack)
             point = opened.point
             self.options = opened.options  # another than asked for, with a fallback
@@ -390,7 +374,7 @@ class _Daemon:
     async def _live(self, loop: "Loop | EngineLoop", mount: "Mount", served: Served) -> None:
         import trio
 
-        from unionfs import session
+        from unionfs import session, watchdog
 
         def on_init() -> None:
             self._was_live = True
@@ -408,6 +392,9 @@ class _Daemon:
                 nursery.start_soon(self._watch_helper, helper)
             if self._watch is not None:
                 nursery.start_soon(self._watch_space, self._watch)
+            seconds = notify.watchdog_seconds() if self.options.foreground else None
+            if seconds is not None:
+                nursery.start_soon(watchdog.keep_telling, mount.point, seconds)
             await loop.run(served.operations, on_init)
             nursery.cancel_scope.cancel()
 
@@ -450,6 +437,7 @@ class _Daemon:
                         loop.stop()
                     else:
                         stopping = True
+                        notify.send("STOPPING=1")
                         nursery.start_soon(self._stop, loop, mount)
 
     async def _stop(self, loop: "Loop | EngineLoop", mount: "Mount") -> None:

@@ -29,6 +29,7 @@ from unionfs.mounts import read_mounts, topmost
 from unionfs.option_words import TIME_WORDS
 from unionfs.options import MountOptions
 from unionfs.syscalls import MountFlag, UnmountFlag
+from unionfs.unions import ask
 
 DEVICE: Final = "/dev/fuse"
 FUSE_CONF: Final = "/etc/fuse.conf"
@@ -268,6 +269,21 @@ def unmount(mount: Mount, *, lazily: bool) -> bool:
         command, stdin=subprocess.DEVNULL, capture_output=True, check=False, text=True
     )
     return result.returncode == 0 or not still_mounted(mount)
+
+
+def make_way(plan: Plan, path: str) -> bool:
+    """Take away the mount of a union of ours whose daemon was killed; whether there was one.
+
+    Nothing at or below it can be reached any more.  What cannot be taken away is an error later on.
+    """
+    point = os.path.realpath(path)
+    mounts = read_mounts()
+    entry = topmost(point, mounts)
+    if entry is None or entry.fstype != TYPE or ask(entry, mounts).state != "dead":
+        return False
+    with contextlib.suppress(OSError):
+        return unmount(Mount(point, -1, entry.device, plan.helper), lazily=True)
+    return False
 
 
 def read_ahead(mount: Mount) -> None:

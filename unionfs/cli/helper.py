@@ -69,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
     if given.sloppy:
         reader.set("sloppy", True, "-s")
     if reader.has("remount"):
-        _enter(given.namespace)
+        enter(given.namespace)
         remount(given.directory, reader)
         return ExitCode.OK
     reader.place([given.spec, given.directory], source_first=True)
@@ -77,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     # Loaded before another namespace hides the files it is loaded from.
     from unionfs import daemon
 
-    _enter(given.namespace)
+    enter(given.namespace)
     if given.fake:
         check(options)
         return ExitCode.OK
@@ -135,7 +135,7 @@ def resolved(layers: Sequence[str]) -> list[str]:
     return [os.path.realpath(layer) for layer in layers]
 
 
-def _enter(namespace: str | None) -> None:
+def enter(namespace: str | None) -> None:
     """Go where mount(8) -N points: a process's number or a file of a mount namespace."""
     if namespace is None:
         return

@@ -20,6 +20,7 @@ VERBS = {
     "status": "tell what is mounted, since when, and what works on it",
     "up": "mount what a profile says",
     "down": "unmount what a profile has mounted",
+    "unit": "print the systemd units of a mount",
     "policy": "tell what profiles say of a path",
     "boot": "mount what the kernel command line asks for over the root",
     "store": "make, look at, check, grow, back up and restore what holds the changes",
@@ -62,6 +63,10 @@ def dispatch(argv: Sequence[str]) -> int:
     first = argv[0] if argv else ""
     if first in VERBS:
         return cast(Verb, importlib.import_module(f"unionfs.cli.{first}")).run(argv[1:])
+    if first == "generate":  # for systemd only
+        from unionfs.cli import generate
+
+        return generate.run(argv[1:])
     if first in ("-h", "--help", "help"):
         print(HELP, end="")
         return ExitCode.OK

@@ -5,11 +5,11 @@ Owns the flags; what they mean together is for options.py, and the mounting for 
 Called by main.py.
 """
 
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
 
 from unionfs.cli.parser import Parser
-from unionfs.options import MountOptions, read_strings
+from unionfs.options import MountOptions, OptionReader, read_strings
 
 USAGE = """\
 unionfs mount LOWER[:LOWER...] UPPER MNT [-o OPT,...] [-f] [-d] [-s]
@@ -45,27 +45,42 @@ options of -o (more in unionfs(8)):
 def _parser() -> Parser:
     parser = Parser(prog="unionfs mount", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
-    add("places", nargs="*", help=SUPPRESS)
-    add("-o", action="append", default=[], metavar="OPT,...", dest="strings", help="options")
+    add_layers(parser)
     add("-f", "--foreground", action="store_true", help="stay, and log to stderr")
     add("-d", "--debug", action="store_true", help="log every request; implies -f")
     add("-s", "--sloppy", action="store_true", help="let unknown options pass")
-    add("--ro", action="store_true", help="a read-only union")
-    add("--ephemeral", nargs="?", metavar="=SIZE", help="an upper in memory, gone with the mount")
     return parser
 
 
-def parse(argv: Sequence[str], *, source_first: bool = False) -> MountOptions:
-    """The options that a command line asks for."""
-    # argparse would take the argument that follows for the size.
-    words = ["--ephemeral=" if word == "--ephemeral" else word for word in argv]
-    given = _parser().read(words)
+def add_layers(parser: Parser) -> None:
+    """The arguments that say what is mounted, and where."""
+    add = parser.add_argument
+    add("places", nargs="*", help=SUPPRESS)
+    add("-o", action="append", default=[], metavar="OPT,...", dest="strings", help="options")
+    add("--ro", action="store_true", help="a read-only union")
+    add("--ephemeral", nargs="?", metavar="=SIZE", help="an upper in memory, gone with the mount")
+
+
+def words_of(argv: Sequence[str]) -> list[str]:
+    """argparse would take the argument that follows --ephemeral for the size."""
+    return ["--ephemeral=" if word == "--ephemeral" else word for word in argv]
+
+
+def read_layers(given: Namespace) -> OptionReader:
+    """What those arguments say."""
     strings: list[str] = given.strings
     reader = read_strings(strings)
     if given.ephemeral is not None:
         reader.set_word("ephemeral", given.ephemeral or None, "--ephemeral")
     if given.ro:
         reader.set("readonly", True, "--ro")
+    return reader
+
+
+def parse(argv: Sequence[str], *, source_first: bool = False) -> MountOptions:
+    """The options that a command line asks for."""
+    given = _parser().read(words_of(argv))
+    reader = read_layers(given)
     if given.sloppy:
         reader.set("sloppy", True, "-s")
     if given.debug:

@@ -55,9 +55,14 @@ def load(name: str, root: str = "/") -> Profile:
 
     root: the system whose files are meant.  Raises UnionfsError.
     """
+    return _complete(said(name, root))
+
+
+def said(name: str, root: str = "/") -> Profile:
+    """What the files themselves say: no store is opened to learn of paths."""
     if "/" in name:
         own = own_name(name)
-        return _complete(profile.read(own, [(name, _read(name))]))
+        return profile.read(own, [(name, _read(name))])
     own_name(name)
     places = directories(root)
     template, at, instance = name.partition("@")
@@ -76,7 +81,7 @@ def load(name: str, root: str = "/") -> Profile:
     documents = [(path, _read(path)) for path in files]
     if at:
         documents = [(path, _filled(document, instance)) for path, document in documents]
-    return _complete(profile.read(name, documents))
+    return profile.read(name, documents)
 
 
 def _complete(read: Profile) -> Profile:

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# shellcheck shell=bash disable=SC2016,SC2034
+cd /etc/systemd/system || exit
+while IFS= read -r name; do
+    place=/srv/odd/$name
+    mkdir -p "$place/lower" "$place/upper" "$place/mount" "$place/service"
+    echo "$name" >"$place/lower/file"
+    escaped=$(printf %s "$place/lower" | sed 's/[\\:]/\\&/g')
+    unionfs unit "$escaped" "$place/upper" "$place/service" --service --output . >>/tmp/units
+    # mount(8) or systemd have no way to write these.
+    case $name in *[\"\\]* | *'${'*)
+        ! unionfs unit "$escaped" "$place/upper" "$place/mount" --output . || exit
+        continue
+        ;;
+    esac
+    unionfs unit "$escaped" "$place/upper" "$place/mount" --output . >>/tmp/units
+    [ -e "$(systemd-escape --path --suffix=mount "$place/mount")" ]
+done <<'END'
+with blanks
+50% $HOME %i %%
+${x}
+colon:comma,equals=
+back\slash\x20\\
+it's "quoted"
+é 日本 ☃
+-dash;and&amp#
+END
+systemctl daemon-reload
+mapfile -t units < <(sed 's,^./,,' /tmp/units)
+# It takes a colon for the start of an alias.
+mapfile -t plain < <(printf '%s\n' "${units[@]}" | grep -v :)
+systemd-analyze verify --man=no "${plain[@]}"
+mapfile -t mounts < <(printf '%s\n' "${units[@]}" | grep '[.]mount$')
+mapfile -t services < <(printf '%s\n' "${units[@]}" | grep '[.]service$')
+# One after the other, as the two of a name share an upper.
+for kind in mount service; do
+    declare -n list=${kind}s
+    systemctl start "${list[@]}"
+    for place in /srv/odd/*; do
+        [ "$kind" = service ] || mountpoint "$place/mount" || continue
+        [ "$(cat "$place/$kind/file")" = "${place##*/}" ]
+        echo "$kind" >"$place/$kind/new-$kind"
+    done
+    systemctl stop "${list[@]}"
+    for place in /srv/odd/*; do
+        [ "$kind" = mount ] || grep "$kind" "$place/upper/new-$kind"
+    done
+done
+grep -l mount /srv/odd/*/upper/new-mount | wc -l | grep 5

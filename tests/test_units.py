@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Unit files, the generator, what systemd is told, and what is installed; without a systemd."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rig import ground
+from unionfs import logs, notify, survive
+from unionfs.boot import generator, units
+from unionfs.boot.units import Needs
+from unionfs.cli import unit
+from unionfs.errors import UnionfsError
+from unionfs.stores.tools import find
+
+INSTALL = Path(__file__).resolve().parents[1] / "tools/install"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert unit.run(argv) == 0
+    return capsys.readouterr().out
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("text", "node"),
+    [
+        ("LABEL=data", "/dev/disk/by-label/data"),
+        ("LABEL=my stick:/dir", r"/dev/disk/by-label/my\x20stick"),
+        (r"LABEL=my\x20stick", r"/dev/disk/by-label/my\x20stick"),
+        ("PARTLABEL=a/b%é", r"/dev/disk/by-partlabel/a\x2fb\x25é"),
+        ("UUID=12-34", "/dev/disk/by-uuid/12-34"),
+        ("/dev/vda1:/dir", "/dev/vda1"),
+        ("/srv/image", None),
+    ],
+)
+def test_nodes_of_devices(text: str, node: str | None) -> None:
+    assert units.device_node(text) == node
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/a/b", "/a/b"),
+        ("/a b%", '"/a b%%"'),
+        ("/it's", '"/it\'s"'),
+        ('/a"b c', '"/a"\'"\'"b c"'),
+        ("/a\\x20", "/a\\x20"),
+    ],
+)
+def test_paths_in_lists(path: str, word: str) -> None:
+    assert units.quoted_path(path) == word
+
+
+def test_words_of_commands() -> None:
+    assert units.quoted('a "b" \\ %i $x') == r'"a \"b\" \\ %%i $$x"'
+
+
+def test_names_as_systemd_escapes_them() -> None:
+    if find("systemd-escape") is None:
+        pytest.skip("there is no systemd-escape")
+    for path in ("/", "/a b", "/.x/-é/%", "/a:b,c=d@e", "//a//b/"):
+        expected = ground.run("systemd-escape", "--path", "--suffix=mount", path).strip()
+        assert units.unit_name(path, "mount") == expected
+
+
+def test_too_long_and_unwritable_names() -> None:
+    with pytest.raises(UnionfsError, match="too long"):
+        units.unit_name("/" + "a" * 250, "mount")
+    with pytest.raises(UnionfsError, match="cannot be written"):
+        units.plain("a\nb")
+    with pytest.raises(UnionfsError, match="cannot be written"):
+        units.plain(os.fsdecode(b"\xff"))
+
+
+def test_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    needs = Needs.of([f"{tmp_path}/link", "/", "tmpfs:", "LABEL=x", "LABEL=x:/a"])
+    assert needs.paths == [f"{tmp_path}/link", f"{tmp_path}/real"]
+    assert needs.devices == ["/dev/disk/by-label/x"]
+    device = r"dev-disk-by\x2dlabel-x.device"
+    assert needs.lines(required=True)[1:] == [f"Requires={device}", f"After={device}"]
+    wants = Needs(paths=["/a/b"], devices=["/dev/x"]).lines(required=False)
+    assert wants == ["Wants=dev-x.device a.mount a-b.mount", "After=dev-x.device a.mount a-b.mount"]
+
+
+# unionfs unit
+
+
+def test_mount_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "/srv/a:/srv/b", "/x/up", "/nowhere/m", "-o", "nodev,fsname=n")
+    assert text.startswith("# nowhere-m.mount\n[Unit]\n")
+    for line in (
+        "RequiresMountsFor=/srv/a /srv/b /nowhere",
+        "RequiresMountsFor=/x/up",
+        "What=n",
+        "Where=/nowhere/m",
+        "Type=fuse.unionfs",
+        "Options=lowerdir=/srv/a:/srv/b,upperdir=/x/up,nodev,rw",
+        "RequiredBy=local-fs.target",
+    ):
+        assert f"\n{line}\n" in text
+
+
+def test_nofail_and_fallback(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "/a", "LABEL=x", "/m", "-o", "nofail,fallback=ro")
+    assert "\nWantedBy=local-fs.target" in text
+    assert "\nWants=dev-disk-by\\x2dlabel-x.device" in text
+    assert "Requires=" not in text
+    service = printed(capsys, "/a", "/b", "/m", "-o", "nofail", "--service")
+    assert "\nBefore=umount.target\n" in service
+    ephemeral = printed(capsys, "/a", "/m", "--ephemeral=1G", "-o", "noexec")
+    assert "Options=lowerdir=/a,ephemeral=1G,noexec,rw" in ephemeral
+
+
+def test_automount_units(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "/a", "/b", "/m", "--automount")
+    mount, _, auto = text.partition("# m.automount\n")
+    assert "[Install]" not in mount
+    assert "[Automount]\nWhere=/m\n" in auto
+
+
+@pytest.mark.parametrize(
+    ("upper", "point"), [('/a"b', "/m"), ("/a\\b", "/m"), ("/u", "/${x}"), ("/u", "/a ")]
+)
+def test_what_a_mount_unit_cannot_say(upper: str, point: str) -> None:
+    with pytest.raises(UnionfsError) as caught:
+        unit.run(["/lower", upper, point])
+    assert caught.value.hint == "use --service"
+    assert unit.run(["/lower", upper, point, "--service"]) == 0
+
+
+def test_units_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("/a", "/b", "/m", "--output", str(tmp_path))
+    assert printed(capsys, *argv) == f"{tmp_path}/m.mount\n"
+    with pytest.raises(UnionfsError, match="exists"):
+        unit.run(argv)
+
+
+# The generator
+
+
+def profiles(root: Path, **texts: str) -> None:
+    (root / "etc/unionfs").mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (root / f"etc/unionfs/{name}.toml").write_text(text)
+
+
+def generated(root: Path, cmdline: str = "") -> tuple[dict[str, str], list[str]]:
+    place = root / "units"
+    place.mkdir()
+    problems = generator.generate(str(place), cmdline=cmdline, root=str(root))
+    files = [path for path in place.rglob("*") if path.is_symlink() or path.is_file()]
+    texts = {
+        str(path.relative_to(place)): os.readlink(path) if path.is_symlink() else path.read_text()
+        for path in files
+    }
+    return texts, problems
+
+
+PROFILE = 'store = "LABEL=x"\nboot = true\nbase = "/srv/s"\n[paths]\n"/etc" = "persist"\n'
+
+
+@pytest.mark.root
+def test_generator(tmp_path: Path) -> None:
+    quiet = PROFILE.replace("true", "false")
+    profiles(
+        tmp_path,
+        one=PROFILE,
+        two="nofail = true\n" + PROFILE,
+        off=quiet,
+        asked=quiet,
+        wrong="[",
+        memory='options = "device-timeout=5"\n' + quiet,
+    )
+    made, problems = generated(tmp_path, "quiet unionfs.profile=asked")
+    assert {name for name in made if "local-fs" in name} == {
+        "local-fs.target.requires/unionfs@one.service",
+        "local-fs.target.wants/unionfs@two.service",
+        "local-fs.target.requires/unionfs@asked.service",
+    }
+    one = made["unionfs@one.service.d/50-profile.conf"]
+    assert "\nRequires=dev-disk-by\\x2dlabel-x.device\n" in one
+    assert "\nAfter=srv-s-etc.mount\n" in one
+    assert "\nBefore=local-fs.target\n" in one
+    two = made["unionfs@two.service.d/50-profile.conf"]
+    assert "\nWants=dev-disk-by\\x2dlabel-x.device\n" in two
+    assert "Before=" not in two
+    timeout = made["dev-disk-by\\x2dlabel-x.device.d/50-unionfs.conf"]
+    assert timeout == "[Unit]\nJobRunningTimeoutSec=5s\n"
+    assert len(problems) == 1
+    assert "profile wrong" in problems[0]
+
+
+@pytest.mark.root
+def test_generator_of_a_profile_that_is_not_there(tmp_path: Path) -> None:
+    made, problems = generated(tmp_path, "unionfs.profile=nosuch")
+    assert not made
+    assert len(problems) == 1
+
+
+def test_generator_in_an_initrd(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/initrd-release").touch()
+    made, _problems = generated(tmp_path, "root=/dev/vda1 unionfs.store=LABEL=x")
+    assert list(made) == ["initrd-root-fs.target.requires/unionfs-boot.service"]
+    (tmp_path / "units").rename(tmp_path / "before")
+    assert generated(tmp_path, "root=/dev/vda1 quiet")[0] == {}
+
+
+# What systemd is told
+
+
+def test_mark_of_root_storage(tmp_path: Path) -> None:
+    code = (
+        "import sys; from unionfs.survive import mark_as_root_storage as mark;"
+        "print(mark(initrd=sys.argv[1]), flush=True); sys.stdin.read()"
+    )
+    (tmp_path / "initrd").touch()
+    for name, first in (("initrd", b"@"), ("no", b"/")):
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline().strip() == str(first == b"@").encode()
+            line = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            assert line[:1] == first
+            assert line.split(b"\0")[2:3] == [code.encode()], "nothing else has changed"
+            process.communicate(b"")
+    assert survive.mark_as_root_storage(initrd=str(tmp_path / "no")) is False
+
+
+def test_levels_for_the_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = logging.LogRecord("unionfs", logging.WARNING, "", 0, "a\nb", None, None)
+    assert logs._JournalFormatter().format(record) == "<4>a\n<4>b"
+    status = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}")
+    assert logs._is_journal(2)
+    for other in ("", "1:2", "nonsense"):
+        monkeypatch.setenv("JOURNAL_STREAM", other)
+        assert not logs._is_journal(2)
+
+
+def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(str(tmp_path / "socket"))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "socket"))
+        notify.send("READY=1", "STATUS=a\nb")
+        assert sock.recv(100) == b"READY=1\nSTATUS=a b"
+    notify.send("STOPPING=1")  # nobody listens any more
+    monkeypatch.setenv("WATCHDOG_USEC", "1500000")
+    assert notify.watchdog_seconds() == 1.5
+    monkeypatch.setenv("WATCHDOG_PID", "1")
+    assert notify.watchdog_seconds() is None
+
+
+# tools/install
+
+
+def install(*words: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    # The unionfs that is tested.
+    environment = {**os.environ, "UNIONFS_VENV": sys.prefix}
+    command = [INSTALL, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def files_below(top: Path) -> set[str]:
+    return {str(path.relative_to(top)) for path in top.rglob("*") if not path.is_dir()}
+
+
+def test_install_and_remove(tmp_path: Path) -> None:
+    (tmp_path / "usr/share/initramfs-tools").mkdir(parents=True)
+    own = tmp_path / "usr/share/own"
+    own.touch()
+    for _ in range(2):
+        done = install("--destdir", tmp_path)
+        assert done.returncode == 0, done.stderr
+    made = files_below(tmp_path)
+    assert {
+        "usr/bin/unionfs",
+        "usr/sbin/mount.fuse.unionfs",
+        "usr/sbin/umount.fuse.unionfs",
+    } <= made
+    service = (tmp_path / "usr/lib/systemd/system/unionfs@.service").read_text()
+    assert "@UNIONFS@" not in service
+    assert os.access(tmp_path / "usr/lib/systemd/system-generators/unionfs-generator", os.X_OK)
+    assert install("--destdir", tmp_path, "--remove").returncode == 0
+    assert files_below(tmp_path) == {"usr/share/own"}
+    assert install("--destdir", tmp_path, "--remove").returncode == 1
+
+
+def test_install_overwrites_nothing_of_others(tmp_path: Path) -> None:
+    foreign = tmp_path / "usr/sbin/mount.unionfs"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("another's")
+    done = install("--destdir", tmp_path)
+    assert done.returncode == 1
+    assert str(foreign) in done.stderr
+    assert files_below(tmp_path) == {"usr/sbin/mount.unionfs"}
+    assert foreign.read_text() == "another's"

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What systemd is told of profiles and of the kernel's command line, at each boot and reload.
+
+Owns the links and drop-ins; the service itself is unionfs@.service, which is installed.  Opens no
+store and looks at no device: a generator holds up the whole boot (systemd.generator(7)).  Called by
+`unionfs generate`, which unionfs-generator starts.
+
+    local-fs.target.requires/unionfs@NAME.service    (.wants/ with nofail)
+    unionfs@NAME.service.d/50-profile.conf           what it stands on
+    DEVICE.device.d/50-unionfs.conf                  how long the device is waited for
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from unionfs.boot import units
+from unionfs.boot.cmdline import parse_cmdline
+from unionfs.boot.units import Needs, unit_name
+from unionfs.errors import UnionfsError, printable
+from unionfs.options import split_options
+from unionfs.profiles import files
+from unionfs.profiles.profile import Profile
+
+TARGET: Final = "local-fs.target"
+INITRD: Final = "/etc/initrd-release"
+BOOT_SERVICE: Final = "unionfs-boot.service"
+_UNIT_PLACES: Final = ("etc/systemd/system", "run/systemd/system", "usr/local/lib/systemd/system")
+_LIBRARY: Final = ("usr/lib/systemd/system", "lib/systemd/system")
+
+
+def generate(place: str, *, cmdline: str, root: str = "/") -> list[str]:
+    """Write units into the directory `place`; one line for whatever could not be done."""
+    if os.path.exists(os.path.join(root, INITRD.lstrip("/"))):
+        return _in_initrd(place, cmdline)
+    problems = []
+    asked = parse_cmdline(cmdline).profile
+    names = [name for name in files.names(root) if not name.endswith("@")]
+    if asked is not None and asked not in names:
+        names.append(asked)
+    for name in names:
+        try:
+            profile = files.said(name, root)
+            _write_profile(place, profile, start=profile.boot or name == asked)
+        except (UnionfsError, OSError) as exc:
+            line = exc.line() if isinstance(exc, UnionfsError) else str(exc)
+            problems.append(printable(f"profile {name}: {line}"))
+    return problems
+
+
+def _in_initrd(place: str, cmdline: str) -> list[str]:
+    """There it is the root that is mounted, as far as the command line asks for it."""
+    if parse_cmdline(cmdline).asked:
+        _link(place, "initrd-root-fs.target.requires", BOOT_SERVICE)
+    return []
+
+
+def _write_profile(place: str, profile: Profile, *, start: bool) -> None:
+    service = f"unionfs@{profile.name}.service"
+    if start:
+        kind = "wants" if profile.nofail else "requires"
+        _link(place, f"{TARGET}.{kind}", service)
+    _write(place, f"{service}.d/50-profile.conf", drop_in(profile))
+    timeout = _option(profile.options, "device-timeout")
+    if timeout is not None:
+        for node in Needs.of(_store(profile)).devices:
+            text = ["[Unit]", f"JobRunningTimeoutSec={float(timeout):g}s"]
+            _write(place, f"{unit_name(node, 'device')}.d/50-unionfs.conf", text)
+
+
+def drop_in(profile: Profile) -> list[str]:
+    """What the service of a profile stands on, and when it is started."""
+    lines = [f"# of {units.plain(', '.join(profile.files))}", "[Unit]"]
+    if profile.description:
+        lines.append(f"Description={units.plain(profile.description)}")
+    fallback = _option(profile.options, "fallback") or "fail"
+    store = _store(profile)
+    needed = [name for name in profile.needs() if name not in store]
+    lines += Needs.of(needed).lines(required=True)
+    lines += Needs.of(store).lines(required=fallback == "fail" and not profile.nofail)
+    points = [unit_name(point, "mount") for point in profile.points() if point != "/"]
+    if points:
+        # So it is the service that unmounts them at the end, in its order.
+        lines.append(f"After={' '.join(points)}")
+    if not profile.nofail:
+        lines.append(f"Before={TARGET}")
+    return lines
+
+
+def _store(profile: Profile) -> list[str]:
+    """Where the changes are: what can be missing."""
+    uppers = [rule.upper for rule in profile.rules if rule.upper is not None]
+    return [*([profile.store] if profile.store is not None else []), *uppers]
+
+
+def _option(options: Iterable[str], wanted: str) -> str | None:
+    for item in (item for text in options for item in split_options(text)):
+        word, _, value = item.partition("=")
+        if word == wanted:
+            return value
+    return None
+
+
+def _link(place: str, directory: str, service: str) -> None:
+    target = _installed(f"{service.partition('@')[0]}@.service" if "@" in service else service)
+    os.makedirs(f"{place}/{directory}", exist_ok=True)
+    os.symlink(target, f"{place}/{directory}/{service}")
+
+
+def _installed(unit: str) -> str:
+    """Where a unit of ours was put."""
+    paths = [f"/{place}/{unit}" for place in (*_UNIT_PLACES, *_LIBRARY)]
+    return next((path for path in paths if os.path.exists(path)), f"/{_LIBRARY[0]}/{unit}")
+
+
+def _write(place: str, name: str, lines: Sequence[str]) -> None:
+    path = os.path.join(place, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("\n".join([*lines, ""]))
