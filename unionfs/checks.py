@@ -121,6 +121,15 @@ def check_layers(
         _check_kernel_overlay(upper, mounts)
 
 
+def refuse_key(options: MountOptions) -> None:
+    """Called for an upper that is not encrypted: who has a key for it would write in plain text
+    what he means to hide."""
+    if options.key_file is not None or options.credential is not None:
+        word = "key-file=" if options.key_file is not None else "credential="
+        hint = f"encrypt it (unionfs store encrypt), or leave {word} out"
+        raise UnionfsError(f"{options.upper or 'the upper'} is not encrypted", hint=hint)
+
+
 def _refuse_nesting(lower: Place, changed: Place) -> None:
     if changed.inside(lower):
         raise UnionfsError(
