@@ -13,15 +13,26 @@ from collections.abc import Iterator
 
 from unionfs import locator
 from unionfs.errors import UnionfsError
-from unionfs.stores import find, userspace
-from unionfs.stores.checking import Code, Report, check_filesystem, check_upper, refuse_used
+from unionfs.passphrase import Ask
+from unionfs.stores import find, gocryptfs, userspace
+from unionfs.stores.checking import (
+    Code,
+    Problem,
+    Report,
+    check_filesystem,
+    check_upper,
+    refuse_used,
+)
 from unionfs.stores.inspect import uppers_of
-from unionfs.stores.opening import open_volume, walk
+from unionfs.stores.opening import Volume, open_volume, unlock, walk
 from unionfs.stores.probe import probe, require_filesystem
 
 
-def examine(text: str, report: Report, *, repair: bool) -> None:
-    """Check everything; raises UnionfsError if it cannot be looked at at all."""
+def examine(text: str, report: Report, *, repair: bool, ask: Ask | None = None) -> None:
+    """Check everything; raises UnionfsError if it cannot be looked at at all.
+
+    `ask`: for the passphrase of an encrypted upper; without it that is not looked into.
+    """
     where = locator.parse(text)
     path = find.find(where)
     if not os.path.exists(path):
@@ -46,13 +57,36 @@ def examine(text: str, report: Report, *, repair: bool) -> None:
             upper = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
             os.close(fd)
             try:
-                _lock(upper, directory, exclusive=repair)
                 shown = "" if directory == "/" else directory
+                if gocryptfs.is_encrypted(upper):
+                    _check_encrypted(volume, directory, upper, report, ask)
+                    continue
+                _lock(upper, directory, exclusive=repair)
                 check_upper(upper, shown, report, repair=repair)
             finally:
                 os.close(upper)
     finally:
         volume.close()
+
+
+def _check_encrypted(
+    volume: Volume, directory: str, cipher: int, report: Report, ask: Ask | None
+) -> None:
+    if ask is None:
+        what = f"is encrypted ({gocryptfs.KIND}): --key-file or --credential lets it be checked"
+        report.problems.append(Problem(directory, what))
+        report.code |= Code.TROUBLE
+        return
+    plain = unlock(volume, directory, cipher, ask, readonly=volume.readonly)
+    try:
+        upper = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=plain.root)
+        try:
+            shown = "" if directory == "/" else directory
+            check_upper(upper, shown, report, repair=not volume.readonly)
+        finally:
+            os.close(upper)
+    finally:
+        plain.close()
 
 
 @contextlib.contextmanager

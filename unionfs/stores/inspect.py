@@ -20,7 +20,7 @@ from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
-from unionfs.stores import find
+from unionfs.stores import find, gocryptfs
 from unionfs.stores.opening import Volume, open_volume
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -34,6 +34,7 @@ class Upper:
     directory: str  # within the store
     record: StoreRecord | None
     mounted: str = ""  # the mount point of its union
+    encrypted: str = ""  # how; then nothing else is known of it
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
@@ -46,6 +47,7 @@ class Upper:
             "used": record.used if record is not None else None,
             "base": None if base is None else {"name": base.name, "told": str(base)},
             "mounted": self.mounted or None,
+            "encrypted": self.encrypted or None,
         }
 
 
@@ -109,6 +111,9 @@ def find_uppers(root: int) -> Iterator[Upper]:
 
 
 def _upper_at(fd: int, directory: str) -> Iterator[Upper]:
+    if gocryptfs.is_encrypted(fd):
+        yield Upper(directory, None, encrypted=gocryptfs.KIND)
+        return
     try:
         status = os.stat(AREA_NAME, dir_fd=fd, follow_symlinks=False)
     except OSError:
