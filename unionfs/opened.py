@@ -126,6 +126,7 @@ def _tell(opened: Opened, mode: str, error: UnionfsError) -> None:
 
 def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) -> Opened:
     if options.upper is not None and options.ephemeral:  # only read, beneath the memory
+        checks.refuse_cipher_directory(options.upper)
         beneath = (options.upper, *options.lowers)
         options = dataclasses.replace(options, lowers=beneath, upper=None)
     readonly = is_readonly(options)

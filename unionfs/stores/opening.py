@@ -255,6 +255,8 @@ class Stores:
                     fd = walk(volume, inside)
                 except FileNotFoundError as exc:
                     raise _no_directory(volume, inside, "correct it") from exc
+                if gocryptfs.is_encrypted(fd):
+                    raise checks.only_upper(text)
                 self.lowers[text] = _layer(volume, inside, fd, mounts, upper=False)
         self.options = replace(self.options, lowers=tuple(names))
 
