@@ -48,7 +48,10 @@ static int make_at(int dirfd, const char *name, const struct new_file *wanted, m
         flags |= O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW;
         return openat(dirfd, name, flags, mode & MODE_BITS);
     case S_IFDIR:
-        return mkdirat(dirfd, name, mode & MODE_BITS);
+        if (mkdirat(dirfd, name, mode & MODE_BITS) < 0)
+            return -1;
+        ask_anew(dirfd, name);
+        return 0;
     case S_IFLNK:
         return symlinkat(wanted->target, dirfd, name);
     default:
@@ -123,6 +126,8 @@ errint_t plain_link(struct tree *t, uint64_t ino, uint64_t parent_ino, const cha
         /* Another answer is for those who look what is there: a whiteout, say. */
         if (linkat(AT_FDCWD, path, dirfd, name, AT_SYMLINK_FOLLOW) < 0)
             err = NOT_PLAIN;
+        else
+            ask_anew(dirfd, name);
         upper_unpin(t, dir);
     } else if (err == 0) {
         err = NOT_PLAIN;

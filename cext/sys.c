@@ -44,6 +44,13 @@ errint_t stat_fd(int fd, struct stat *ret_st)
     return fstat(fd, ret_st) < 0 ? errno_or_eio() : 0;
 }
 
+void ask_anew(int dirfd, const char *name)
+{
+    struct statx stx;
+
+    (void)statx(dirfd, name, AT_SYMLINK_NOFOLLOW | AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &stx);
+}
+
 int reopen_fd(int fd, int flags)
 {
     char path[PROC_BYTES];

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs.errors import UnionfsError
+from unionfs.format import AREA_NAME, CIPHER_CONFIG
 from unionfs.layer import Layer, layer_error
 from unionfs.mounts import MountEntry, Position, locate, topmost
 from unionfs.options import MountOptions
@@ -120,6 +121,27 @@ def check_layers(
             _refuse_nesting(lower, place)
     if not options.readonly:
         _check_kernel_overlay(upper, mounts)
+
+
+def refuse_key(options: MountOptions) -> None:
+    """Called for an upper that is not encrypted: who has a key for it would write in plain text
+    what he means to hide."""
+    if options.key_file is not None or options.credential is not None:
+        word = "key-file=" if options.key_file is not None else "credential="
+        hint = f"encrypt it (unionfs store encrypt), or leave {word} out"
+        raise UnionfsError(f"{options.upper or 'the upper'} is not encrypted", hint=hint)
+
+
+def refuse_cipher_directory(path: str) -> None:
+    """Of an upper that is to be read only, in a directory."""
+    plain = os.path.lexists(f"{path}/{AREA_NAME}")
+    if not plain and os.path.lexists(f"{path}/{CIPHER_CONFIG}"):
+        raise only_upper(path)
+
+
+def only_upper(name: str) -> UnionfsError:
+    """Of an encrypted directory: as a lower it would show what nobody can read."""
+    return UnionfsError(f"{name} is encrypted, and can only be an upper", hint="mount it as one")
 
 
 def _refuse_nesting(lower: Place, changed: Place) -> None:

@@ -26,6 +26,7 @@ from unionfs.copy_up import (
     write_nlink,
 )
 from unionfs.marks import RENAME_EXCHANGE, WH, fd_path, lent, publish
+from unionfs.syscalls import ask_anew
 from unionfs.union import UPPER_ENTRY, UPPER_WHITEOUT, Entry, Union
 from unionfs.work import AREA_NAME
 
@@ -93,6 +94,7 @@ def _make_at(dirfd: int, name: bytes, new: New, mode: int) -> int:
         return os.open(name, flags, stat.S_IMODE(mode), dir_fd=dirfd)
     if stat.S_ISDIR(mode):
         os.mkdir(name, stat.S_IMODE(mode), dir_fd=dirfd)
+        ask_anew(dirfd, name)
         return -1
     if stat.S_ISLNK(mode):
         os.symlink(new.target, name, dir_fd=dirfd)
@@ -251,15 +253,18 @@ def _link_at(union: Union, fd: int, dirfd: int, name: bytes, entry: Entry) -> No
     source = fd_path(fd)
     if entry.upper != UPPER_WHITEOUT:
         os.link(source, name, dst_dir_fd=dirfd, follow_symlinks=True)
+        ask_anew(dirfd, name)
         return
     if union.marks.wh:
         os.link(source, name, dst_dir_fd=dirfd, follow_symlinks=True)
+        ask_anew(dirfd, name)
         union.marks.drop_wh(dirfd, name)
         return
     temp = union.temp_name()
     os.link(source, temp, dst_dir_fd=union.work_fd, follow_symlinks=True)
     with temporary(union, temp):
         os.rename(temp, name, src_dir_fd=union.work_fd, dst_dir_fd=dirfd)
+    ask_anew(dirfd, name)
 
 
 def set_data_redirect(union: Union, ino: int, fd: int) -> None:

@@ -7,7 +7,8 @@ the verbs of cli/.
 
     starting process                    daemon (the same process with foreground)
     fork ------------------------------> check, open layers, lock and open the work area,
-    waits at a pipe                      build the union, mount, answer INIT
+    waits at a socket                    build the union, mount, answer INIT
+    asks for a passphrase <- "ask" ----- (an encrypted store: passphrase.py)
     stat(MNT) <------- "ready" --------- serve
     exit 0                               ... until unmounted, SIGTERM or SIGINT
                                          close: device, union, work (unlocks), layers
@@ -28,12 +29,13 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO, Final, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 from unionfs import logs, notify
 from unionfs.errors import ExitCode, UnionfsError, printable
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from unionfs.handshake import Loop
     from unionfs.layer import Layer
     from unionfs.opened import Opened
+    from unionfs.passphrase import Ask
     from unionfs.recovery import Recovery
     from unionfs.session import Mount, Plan
     from unionfs.space import Watch
@@ -119,20 +122,24 @@ def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
     """
     if options.foreground:
         logs.to_stderr(debug=options.debug)
-        return _Daemon(options, build, functools.partial(_tell_manager, options)).run()
-    reading, writing = os.pipe2(os.O_CLOEXEC)
+        from unionfs import passphrase
+
+        source = passphrase.Source(options.key_file, options.credential)
+        ask = functools.partial(passphrase.obtain, source)
+        return _Daemon(options, build, functools.partial(_tell_manager, options), ask).run()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         try:
-            os.close(reading)
-            os._exit(_run_in_background(options, build, writing))
+            ours.close()
+            os._exit(_run_in_background(options, build, theirs))
         finally:
             os._exit(int(ExitCode.INTERNAL))
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        return _await_ready(pipe, child, options)
+    theirs.close()
+    with ours:
+        return _await_ready(ours, child, options)
 
 
 def _tell_manager(options: MountOptions, _number: str, warning: str) -> None:
@@ -144,11 +151,10 @@ def _tell_manager(options: MountOptions, _number: str, warning: str) -> None:
 # The starting process
 
 
-def _await_ready(pipe: BinaryIO, child: int, options: MountOptions) -> int:
+def _await_ready(link: socket.socket, child: int, options: MountOptions) -> int:
     """Wait for the daemon's word: ready, or what was wrong."""
     try:
-        text = pipe.read()
-        message = json.loads(text) if text else {}
+        message = _converse(link, options)
         if "ready" in message:
             if message.get("warning"):
                 sys.stderr.write(f"unionfs: warning: {message['warning']}\n")
@@ -173,6 +179,19 @@ def _await_ready(pipe: BinaryIO, child: int, options: MountOptions) -> int:
     )
 
 
+def _converse(link: socket.socket, options: MountOptions) -> dict[str, Any]:
+    """Answer what the daemon asks, until it has no more to ask; empty if it just ended."""
+    while text := link.recv(1 << 20):
+        message: dict[str, Any] = json.loads(text)
+        if "ask" not in message:
+            return message
+        from unionfs import passphrase
+
+        source = passphrase.Source(options.key_file, options.credential)
+        passphrase.answer(link, source, message["ask"])
+    return {}
+
+
 def _end_child(child: int) -> None:
     with contextlib.suppress(OSError):
         os.kill(child, signal.SIGTERM)
@@ -182,8 +201,8 @@ def _end_child(child: int) -> None:
 # The daemon
 
 
-def _run_in_background(options: MountOptions, build: Build, pipe: int) -> int:
-    """The life of the daemon's process.  What goes wrong before it is ready goes up the pipe."""
+def _run_in_background(options: MountOptions, build: Build, link: socket.socket) -> int:
+    """The life of the daemon's process.  What goes wrong before it is ready goes to the starter."""
     said = False
 
     def say(message: dict[str, object]) -> None:
@@ -191,8 +210,13 @@ def _run_in_background(options: MountOptions, build: Build, pipe: int) -> int:
         if not said:
             said = True
             with contextlib.suppress(OSError):  # the starting process may have been killed
-                os.write(pipe, json.dumps(message).encode())
-            os.close(pipe)
+                link.send(json.dumps(message).encode())
+            link.close()
+
+    def ask(store: str) -> bytearray:
+        from unionfs import passphrase
+
+        return passphrase.ask_starter(link, store)
 
     def ready(number: str, warning: str) -> None:
         # Not earlier: at a mount point of an automount only systemd's own process group may go on.
@@ -200,9 +224,9 @@ def _run_in_background(options: MountOptions, build: Build, pipe: int) -> int:
         say({"ready": number, "warning": warning})
 
     try:
-        _leave_terminal(pipe)
+        _leave_terminal(link.fileno())
         logs.to_syslog(debug=options.debug)
-        return _Daemon(options, build, ready).run()
+        return _Daemon(options, build, ready, ask).run()
     except UnionfsError as exc:
         if said:
             log.error("%s", exc.line())
@@ -250,6 +274,7 @@ class _Daemon:
     options: MountOptions
     build: Build
     ready: Callable[[str, str], None]  # the mount's number, and a warning for who mounts
+    ask: "Ask"  # for the passphrase of a store
     _was_live: bool = field(default=False, init=False)
     _warning: str = field(default="", init=False)
     _facts: dict[str, object] = field(default_factory=dict, init=False)
@@ -310,9 +335,10 @@ class _Daemon:
 
     def _open(self, stack: contextlib.ExitStack) -> "tuple[Opened, Served]":
         """Check everything, then open it, in the order that leaves nothing behind on an error."""
-        from unionfs.opened import open_layers
+        from unionfs.opened import Asked, open_layers
 
-        opened = open_layers(self.options, stack, was_live=lambda: self._was_live)
+        asked = Asked(was_live=lambda: self._was_live, passphrase=self.ask)
+        opened = open_layers(self.options, stack, asked)
         served = self.build(opened.options, opened.lowers, opened.upper, opened.work)
         stack.callback(served.close)
         return opened, served
@@ -404,7 +430,7 @@ class _Daemon:
 
         await trio.lowlevel.wait_readable(helper.watch)
         what = f"{helper.name} of {helper.path} has ended ({helper.ended()})"
-        self._facts["broken"] = f"{what}: unmount, check the image, mount again"
+        self._facts["broken"] = f"{what}: unmount, check the store, mount again"
         log.error("%s: what lies there cannot be reached any more", what)
 
     async def _watch_space(self, watch: "Watch") -> None:

@@ -20,6 +20,8 @@ from unionfs.errors import UnionfsError
 from unionfs.layer import Namespace
 
 AREA_NAME: Final = ".unionfs"
+# Of gocryptfs, where an encrypted upper lies (stores/gocryptfs.py).
+CIPHER_CONFIG: Final = "gocryptfs.conf"
 FORMAT_VERSION: Final = 1
 # How deep to look for evidence: a hostile tree has no end, our stack has.
 _DEPTH: Final = 400

@@ -52,6 +52,7 @@ class Features:
     tmpfile: bool = False  # O_TMPFILE, and linkat of it
     reflink: bool = False
     device_nodes: bool = False  # others than 0:0
+    link_xattrs: bool = False  # trusted.* marks on symbolic links too
     file_handles: bool = False
     acl: bool = False
     reasons: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -386,6 +387,20 @@ class _Probe:
         finally:
             os.close(file)
 
+    def marks_links(self) -> bool:
+        """No reason is kept: nobody but us misses it."""
+        os.symlink("a", "link", dir_fd=self.fd)
+        fd = os.open("link", os.O_PATH | os.O_NOFOLLOW, dir_fd=self.fd)
+        try:
+            os.setxattr(f"/proc/self/fd/{fd}", f"trusted.{PROBE_XATTR}", b"y")
+        except OSError as exc:
+            if exc.errno in FULL:
+                raise
+            return False
+        finally:
+            os.close(fd)
+        return True
+
     def tmpfile(self) -> None:
         fd = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o600, dir_fd=self.fd)
         try:
@@ -486,5 +501,6 @@ def probe_features(work: int, userxattr: bool | None = None) -> Features:
             tmpfile=probe.attempt("tmpfile", probe.tmpfile),
             file_handles=probe.attempt("file_handles", probe.handles),
             acl=probe.attempt("acl", probe.acl),
+            link_xattrs=probe.marks_links(),
             reasons=MappingProxyType(probe.reasons),
         )

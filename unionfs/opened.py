@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from unionfs import checks, holder, identity, layer, locator
 from unionfs.errors import ExitCode, UnionfsError, usage_error
+from unionfs.format import CIPHER_CONFIG
 from unionfs.holder import Owner
 from unionfs.identity import Base, StoreRecord, parse_store
 from unionfs.layer import FULL, Layer
@@ -27,6 +28,7 @@ from unionfs.space import Mark, Watch
 from unionfs.work import AREA_NAME, UNCHECKED, Work, lock_shared
 
 if TYPE_CHECKING:
+    from unionfs.passphrase import Ask
     from unionfs.recovery import Recovery
     from unionfs.stores.opening import Stores
     from unionfs.stores.userspace import Helper
@@ -34,6 +36,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("unionfs")
 
 _LOW_WATER = "5%"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What only the daemon can answer."""
+
+    was_live: Callable[[], bool]  # at the end: whether the union has been used
+    passphrase: "Ask"
 
 
 @dataclass(slots=True)
@@ -52,38 +62,34 @@ class Opened:
     warning: str = ""  # for whoever mounts
 
 
-def open_layers(
-    options: MountOptions, stack: contextlib.ExitStack, *, was_live: Callable[[], bool]
-) -> Opened:
-    """Check and open everything.  `was_live`: whether the union has been used, asked at the end.
+def open_layers(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) -> Opened:
+    """Check and open everything.
 
     What is wrong with the upper does not stop a union that has another fallback than to fail.
     """
-    asked = {"lowers": list(options.lowers), "upper": options.upper}
+    named = {"lowers": list(options.lowers), "upper": options.upper}
     try:
-        opened = _attempt(options, stack, was_live)
+        opened = _attempt(options, stack, asked)
     except UnionfsError as exc:
         if options.fallback == "fail" or options.upper is None or exc.code == ExitCode.INTERRUPT:
             raise
-        opened = _degraded(options, stack, was_live, exc)
+        opened = _degraded(options, stack, asked, exc)
     if options.degraded is not None:
         _tell(opened, "tmpfs", UnionfsError(options.degraded))
-    opened.facts["asked"] = asked
+    opened.facts["asked"] = named
     return opened
 
 
-def _attempt(
-    options: MountOptions, stack: contextlib.ExitStack, was_live: Callable[[], bool]
-) -> Opened:
+def _attempt(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) -> Opened:
     """Everything as the options say, or nothing."""
     with contextlib.ExitStack() as mine:
         try:
-            opened = _open_all(options, mine, was_live)
+            opened = _open_all(options, mine, asked)
         except Mismatch as exc:
             if options.on_mismatch != "ro" or is_readonly(options):
                 raise
             mine.close()
-            opened = _open_all(dataclasses.replace(options, readonly=True), mine, was_live)
+            opened = _open_all(dataclasses.replace(options, readonly=True), mine, asked)
             _tell(opened, "ro", exc)
         stack.enter_context(mine.pop_all())
         return opened
@@ -92,16 +98,23 @@ def _attempt(
 def _degraded(
     options: MountOptions,
     stack: contextlib.ExitStack,
-    was_live: Callable[[], bool],
+    asked: Asked,
     error: UnionfsError,
 ) -> Opened:
     """Without the upper.  If it was not the upper that was wrong, the first error stands."""
     memory = options.fallback == "tmpfs" and not options.readonly
     other = dataclasses.replace(
-        options, upper=None, work=None, readonly=not memory, ephemeral=memory, autogrow=None
+        options,
+        upper=None,
+        work=None,
+        readonly=not memory,
+        ephemeral=memory,
+        autogrow=None,
+        key_file=None,
+        credential=None,
     )
     try:
-        opened = _attempt(other, stack, was_live)
+        opened = _attempt(other, stack, asked)
     except UnionfsError:
         raise error from None
     _tell(opened, options.fallback, error)
@@ -114,15 +127,14 @@ def _tell(opened: Opened, mode: str, error: UnionfsError) -> None:
     opened.warning = f"{opened.point} runs without its store, {what}: {error.line()}"
 
 
-def _open_all(
-    options: MountOptions, stack: contextlib.ExitStack, was_live: Callable[[], bool]
-) -> Opened:
+def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) -> Opened:
     if options.upper is not None and options.ephemeral:  # only read, beneath the memory
+        checks.refuse_cipher_directory(options.upper)
         beneath = (options.upper, *options.lowers)
         options = dataclasses.replace(options, lowers=beneath, upper=None)
     readonly = is_readonly(options)
     mounts = read_mounts()
-    stores = _open_stores(options, stack, mounts, readonly=readonly)
+    stores = _open_stores(options, stack, mounts, asked.passphrase, readonly=readonly)
     if stores is not None:
         options = stores.options
     known = {} if stores is None else stores.opened()
@@ -145,7 +157,7 @@ def _open_all(
     elif upper is not None:
         work = opened.work = Work.open(upper, options)
         # Not mounted after all: take away what was made.
-        stack.callback(lambda: work.close() if was_live() else work.abandon())
+        stack.callback(lambda: work.close() if asked.was_live() else work.abandon())
         if work.before is not None:
             opened.facts["recovered"] = _recovered(work.before)
             log.info("%s: %s", upper.path, opened.facts["recovered"])
@@ -263,16 +275,19 @@ def _open_stores(
     options: MountOptions,
     stack: contextlib.ExitStack,
     mounts: Sequence[MountEntry],
+    ask: "Ask",
     *,
     readonly: bool,
 ) -> "Stores | None":
-    """The layers that are images or devices; None if there are none, which costs nothing."""
+    """The layers that are images, devices or encrypted; None, which costs nothing, without any."""
     named = [*options.lowers, *([options.upper] if options.upper is not None else [])]
-    if all(map(locator.is_directory, named)):
+    plain = options.upper is None or not os.path.lexists(f"{options.upper}/{CIPHER_CONFIG}")
+    if plain and all(map(locator.is_directory, named)):
+        checks.refuse_key(options)
         return None
     from unionfs.stores.opening import Stores
 
-    stores = Stores(options)
+    stores = Stores(options, ask)
     stack.callback(stores.close)
     stores.open(list(mounts), readonly=readonly)
     return stores

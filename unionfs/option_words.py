@@ -245,6 +245,8 @@ OWN_WORDS = {
     "only": Word("only", read=read_user),
     "store-flags": Word("store_flags", read=read_text),
     "holds-root": Word("holds_root", flag=True),
+    "key-file": Word("key_file", read=read_text),
+    "credential": Word("credential", read=read_name),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
     "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),
     "io_uring": Word("io_uring", read=one_of(auto=True, off=False)),

@@ -95,6 +95,8 @@ class MountOptions:
     degraded: str | None = (
         None  # why it is mounted, in memory, without the store that was asked for
     )
+    key_file: str | None = None  # with the passphrase of an encrypted upper; `-`: standard input
+    credential: str | None = None  # of systemd, with the same; None of both: somebody is asked
 
 
 class _Fields(TypedDict, total=False):
@@ -143,6 +145,8 @@ class _Fields(TypedDict, total=False):
     name: str
     store_flags: str
     holds_root: bool
+    key_file: str
+    credential: str
 
 
 FIELDS = frozenset(_Fields.__annotations__)
@@ -321,8 +325,8 @@ class OptionReader:
         ephemeral = "ephemeral_size" in self._values
         self._check_together(ephemeral)
         fields = cast(_Fields, {k: v for k, v in self._values.items() if k in FIELDS})
-        for path in ("upper", "work"):
-            if path in self._values:
+        for path in ("upper", "work", "key_file"):
+            if path in self._values and self._values[path] != "-":
                 fields[path] = _absolute(cast(str, self._values[path]))
         if not fields.get("ephemeral_size"):
             fields.pop("ephemeral_size", None)
@@ -375,6 +379,11 @@ class OptionReader:
                 self.has("only") and (self.has("allow_other") or self.has("allow_root")),
                 "only and allow_other or allow_root",
                 "leave out one",
+            ),
+            (
+                self.has("key_file") and self.has("credential"),
+                "key-file and credential",
+                "give one of them",
             ),
         ]
         for wrong, pair, hint in conflicts:

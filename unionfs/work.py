@@ -262,7 +262,7 @@ class Work:
             self._make_directory(self.area, "index")
             self.index = self._open_directory("index")
         self._decide(options, record)
-        if self.xattrs != "trusted":
+        if self.xattrs != "trusted" or not self._upper.features.link_xattrs:
             self._make_directory(self.area, "numbers")
             self.numbers = self._open_directory("numbers")
         decided = Record(self.whiteout, self.xattrs)
@@ -344,6 +344,7 @@ class Work:
                 rename_exchange=char,
                 rename_noreplace=True,
                 rename_whiteout=char,
+                link_xattrs=record.xattrs == "trusted",
             ),
             "tmpfile",
             "not probed: the upper's file system is full",

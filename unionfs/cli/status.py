@@ -111,6 +111,8 @@ def _store(store: object) -> list[str]:
         device = f", {store['device']}" if store.get("device") != source else ""
         label = f" label {store['label']}" if store.get("label") else ""
         lines.append(f"{source} ({store.get('fstype')}{label}{device}, by {store['mounted_by']})")
+    if store.get("encrypted"):
+        lines.append(f"encrypted ({store['encrypted']})")
     if store.get("base"):
         lines.append(f"made over {store['base']}")
     return [printable(line) for line in lines]

@@ -26,6 +26,7 @@ VERBS = {
     "restore": "bring back what a backup has",
     "clone": "copy the changes in one store to another",
     "reset": "go back to the base, wholly or for some paths",
+    "encrypt": "encrypt what holds the changes",
 }
 
 HELP = f"""\

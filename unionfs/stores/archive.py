@@ -47,6 +47,7 @@ class Header:
     id: str | None
     base: dict[str, str] | None
     bytes: int  # of the files, as an estimate for progress
+    encrypted: str = ""  # how: what is archived is a cipher directory as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +160,7 @@ def read_header(source: IO[bytes], path: str) -> Header:
         hint = "restore it with a newer unionfs"
         raise UnionfsError(f"{path} is a backup of version {found.get('version')}", hint=hint)
     try:
+        found.setdefault("encrypted", "")
         return Header(**{name: found[name] for name in Header.__slots__})
     except KeyError as exc:
         raise _damaged(path, "its header is not understood") from exc

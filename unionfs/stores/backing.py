@@ -27,10 +27,19 @@ from typing import IO, Final
 from unionfs import holder, syscalls
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME
-from unionfs.stores import archive
+from unionfs.passphrase import Ask
+from unionfs.stores import archive, gocryptfs
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import mounted_unions, read_record, uppers_of
-from unionfs.stores.opening import MOVED_ASIDE, Volume, make_directory, open_volume, put_back, walk
+from unionfs.stores.opening import (
+    MOVED_ASIDE,
+    Volume,
+    make_directory,
+    open_volume,
+    put_back,
+    unlock,
+    walk,
+)
 from unionfs.stores.tools import uninterrupted
 from unionfs.syscalls import RenameFlag
 
@@ -38,6 +47,7 @@ _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _FIFREEZE: Final = 0xC0045877
 _FITHAW: Final = 0xC0045878
 _ATTEMPTS: Final = 3
+PRIVATE: Final = 0o700  # what make_directory() makes
 _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
 
 
@@ -49,11 +59,21 @@ class Chosen:
     directory: str
     fd: int
     in_use: bool  # a union has it
+    encrypted: str = ""  # how, if `fd` is a cipher directory
 
     @property
     def name(self) -> str:
         """For messages."""
-        return f"{self.volume.locator.source}:{self.directory}"
+        source = self.volume.locator.source
+        alone = self.volume.contents is None and self.directory == "/"
+        return source if alone else f"{source}:{self.directory}"
+
+    def beside(self, name: str) -> str:
+        """The name, for messages, of what is kept beside it."""
+        parent = os.path.dirname(self.directory)
+        if self.volume.contents is None and parent == self.directory:
+            return os.path.join(os.path.dirname(self.volume.mountpoint), name)
+        return f"{self.volume.locator.source}:{os.path.join(parent, name)}"
 
 
 class NoUpper(UnionfsError):
@@ -61,10 +81,14 @@ class NoUpper(UnionfsError):
 
 
 @contextlib.contextmanager
-def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
+def chosen(
+    text: str, *, write: bool, make: bool = False, ask: Ask | None = None
+) -> Iterator[Chosen]:
     """The upper that a locator names; without `:/dir` the only one in the store.
 
-    With `write` it must not be in use, and is locked.  `make`: it need not be there.
+    With `write` it must not be in use, and is locked.  `make`: it need not be there.  `ask`: for
+    the passphrase of an encrypted one, so that it is seen as it is; without it its cipher directory
+    is.
     """
     volume = open_volume(text, readonly=not write, replay=True, guard=True)
     try:
@@ -82,11 +106,30 @@ def chosen(text: str, *, write: bool, make: bool = False) -> Iterator[Chosen]:
         os.close(fd)
         try:
             holder.refuse_elsewhere(holder.read_owner_at(upper), f"{volume.locator.text}")
-            yield Chosen(volume, directory, upper, _lock(upper, directory, write=write))
+            found = gocryptfs.KIND if gocryptfs.is_encrypted(upper) else ""
+            if found and ask is not None:
+                yield from _unlocked(volume, directory, upper, ask, write=write)
+            else:
+                in_use = _lock(upper, directory, write=write)
+                yield Chosen(volume, directory, upper, in_use, found)
         finally:
             os.close(upper)
     finally:
         volume.close()
+
+
+def _unlocked(
+    volume: Volume, directory: str, cipher: int, ask: Ask, *, write: bool
+) -> Iterator[Chosen]:
+    plain = unlock(volume, directory, cipher, ask, readonly=not write)
+    try:
+        upper = os.open(".", _OPEN, dir_fd=plain.root)
+        try:
+            yield Chosen(volume, directory, upper, in_use=False)
+        finally:
+            os.close(upper)
+    finally:
+        plain.close()
 
 
 def _only(volume: Volume, *, make: bool) -> str:
@@ -137,6 +180,7 @@ def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Traile
         store=upper.name,
         id=record.uuid if record is not None else None,
         base=base,
+        encrypted=upper.encrypted,
         bytes=tree_bytes(upper.fd),
     )
     path = f"/proc/{os.getpid()}/fd/{upper.fd}"
@@ -249,7 +293,10 @@ def restore(
     upper: Chosen, source: IO[bytes], path: str, advance: Advance, *, keep: bool
 ) -> str | None:
     """Put what a backup has in the place of an upper; where the old one is kept, if it is."""
-    archive.read_header(source, path)
+    header = archive.read_header(source, path)
+    if upper.encrypted and not header.encrypted:
+        hint = "restore it to a store that is not, and encrypt that: unionfs store encrypt"
+        raise UnionfsError(f"{upper.name} is encrypted, but {path} is not", hint=hint)
     trailer = archive.read_trailer(source, path)
     return replace(
         upper, lambda into: archive.extract(source, trailer, path, into, advance), keep=keep

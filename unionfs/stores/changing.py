@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import errno
 import os
+import shutil
 import stat
 import uuid
 from typing import Final
@@ -17,7 +18,7 @@ from typing import Final
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.identity import FILE
-from unionfs.stores import archive
+from unionfs.stores import archive, gocryptfs
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen, replace
 from unionfs.stores.inspect import read_record
@@ -68,6 +69,9 @@ def reset(upper: Chosen, *, keep: bool) -> str | None:
     status = os.fstat(upper.fd)
 
     def fill(into: str) -> None:
+        if upper.encrypted:  # what takes its place has the same passphrase
+            for name in gocryptfs.OWN_FILES:
+                shutil.copy2(f"/proc/self/fd/{upper.fd}/{name}", f"{into}/{name}")
         if os.geteuid() == 0:
             os.chown(into, status.st_uid, status.st_gid)
         os.chmod(into, stat.S_IMODE(status.st_mode))
@@ -77,7 +81,11 @@ def reset(upper: Chosen, *, keep: bool) -> str | None:
 
 def contents(upper: Chosen) -> list[str]:
     """What is at the top of an upper."""
-    return sorted(set(os.listdir(upper.fd)) - {AREA_NAME})
+    return sorted(set(os.listdir(upper.fd)) - {AREA_NAME} - _not_shown(upper))
+
+
+def _not_shown(upper: Chosen) -> set[str]:
+    return set(gocryptfs.OWN_FILES) if upper.encrypted else set()
 
 
 def find_paths(upper: Chosen, paths: list[str]) -> list[str]:

@@ -22,10 +22,11 @@ from unionfs.layer import Layer
 from unionfs.mounts import read_mounts
 from unionfs.opened import open_lowers
 from unionfs.options import MountOptions
-from unionfs.stores import find, references, userspace
-from unionfs.stores.checking import Code, Report, check_filesystem, refuse_used
+from unionfs.passphrase import Ask
+from unionfs.stores import find, gocryptfs, references, userspace
+from unionfs.stores.checking import Code, Problem, Report, check_filesystem, refuse_used
 from unionfs.stores.inspect import read_record, uppers_of
-from unionfs.stores.opening import Stores, Volume, guarded, open_volume, walk
+from unionfs.stores.opening import Stores, Volume, guarded, open_volume, unlock, walk
 from unionfs.stores.probe import probe, require_filesystem
 from unionfs.stores.references import Lowers
 from unionfs.stores.uppers import UpperCheck
@@ -41,6 +42,9 @@ class Wish:
     repair: bool = False
     take: bool = False  # from another machine that has not let it go
     lowers: tuple[str, ...] = ()  # locators, top-most first; to follow what leads into them
+    ask: Ask | None = (
+        None  # for the passphrase of an encrypted upper, which else is not looked into
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +93,34 @@ def _examine_upper(
     upper = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
     os.close(fd)
     try:
+        if gocryptfs.is_encrypted(upper):
+            _check_encrypted(volume, directory, upper, report, wish, below)
+            return
         _lock(upper, directory, exclusive=wish.repair)
         shown = "" if directory == "/" else directory
         _check_upper(upper, shown, report, wish, below)
     finally:
         os.close(upper)
+
+
+def _check_encrypted(
+    volume: Volume, directory: str, cipher: int, report: Report, wish: Wish, below: _Below | None
+) -> None:
+    if wish.ask is None:
+        what = f"is encrypted ({gocryptfs.KIND}): --key-file or --credential lets it be checked"
+        report.problems.append(Problem(directory, what))
+        report.code |= Code.TROUBLE
+        return
+    plain = unlock(volume, directory, cipher, wish.ask, readonly=volume.readonly)
+    try:
+        upper = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=plain.root)
+        try:
+            shown = "" if directory == "/" else directory
+            _check_upper(upper, shown, report, wish, below)
+        finally:
+            os.close(upper)
+    finally:
+        plain.close()
 
 
 def _check_upper(upper: int, where: str, report: Report, wish: Wish, below: _Below | None) -> None:
@@ -146,6 +173,11 @@ def _check_names(
             report.add(f"{where}/{AREA_NAME}/index/{name}", what, repaired=repair)
 
 
+def _ask_nobody(store: str) -> bytearray:
+    """Lowers are never encrypted."""
+    raise AssertionError(store)
+
+
 @contextlib.contextmanager
 def _opened_lowers(texts: Sequence[str]) -> Iterator[_Below | None]:
     """The lowers of a union, as a mount opens them."""
@@ -155,7 +187,7 @@ def _opened_lowers(texts: Sequence[str]) -> Iterator[_Below | None]:
     options = MountOptions(lowers=tuple(texts), mountpoint="/", readonly=True)
     mounts = read_mounts()
     with contextlib.ExitStack() as stack:
-        stores = Stores(options)
+        stores = Stores(options, _ask_nobody)
         stack.callback(stores.close)
         stores.open(mounts, readonly=True)
         layers = open_lowers(stores.options.lowers, stores.opened(), mounts, stack)

@@ -21,7 +21,7 @@ from unionfs.format import AREA_NAME
 from unionfs.holder import Owner, here, read_owner_at
 from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
-from unionfs.stores import find
+from unionfs.stores import find, gocryptfs
 from unionfs.stores.opening import Volume, open_volume
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -36,6 +36,7 @@ class Upper:
     record: StoreRecord | None
     owner: Owner | None = None  # who holds it, or has not let it go
     mounted: str = ""  # the mount point of its union
+    encrypted: str = ""  # how; then nothing else is known of it
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
@@ -49,6 +50,7 @@ class Upper:
             "base": None if base is None else {"name": base.name, "told": str(base)},
             "mounted": self.mounted or None,
             "elsewhere": self.elsewhere() or None,
+            "encrypted": self.encrypted or None,
         }
 
     def elsewhere(self) -> str:
@@ -117,6 +119,9 @@ def find_uppers(root: int) -> Iterator[Upper]:
 
 
 def _upper_at(fd: int, directory: str) -> Iterator[Upper]:
+    if gocryptfs.is_encrypted(fd):
+        yield Upper(directory, None, encrypted=gocryptfs.KIND)
+        return
     try:
         status = os.stat(AREA_NAME, dir_fd=fd, follow_symlinks=False)
     except OSError:

@@ -15,16 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from unionfs import holder, locator
+from unionfs import checks, holder, locator
 from unionfs.checks import LOWER, UPPER
 from unionfs.errors import UnionfsError, usage_error
+from unionfs.format import CIPHER_CONFIG
 from unionfs.holder import Owner
 from unionfs.identity import Base
 from unionfs.layer import Layer, open_private
 from unionfs.locator import Locator
-from unionfs.mounts import MountEntry, Position, read_mounts
+from unionfs.mounts import MountEntry, Position, locate, read_mounts
 from unionfs.options import MountOptions
-from unionfs.stores import base, ext, find, kernel, loop, userspace
+from unionfs.passphrase import Ask
+from unionfs.stores import base, ext, find, gocryptfs, kernel, loop, userspace
 from unionfs.stores.probe import Contents, probe, require_filesystem
 
 log = logging.getLogger("unionfs")
@@ -177,6 +179,19 @@ def _owners(where: Locator, contents: Contents, *, write: bool) -> list[tuple[st
         volume.close()
 
 
+def unlock(volume: Volume, inside: str, directory: int, ask: Ask, *, readonly: bool) -> Volume:
+    """What an encrypted directory shows, which is open as `directory` (O_PATH will do)."""
+    source = volume.locator.source
+    held = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
+    try:
+        name = source if inside == "/" else f"{source}:{inside}"
+        helper = gocryptfs.start(held, name, ask, readonly=readonly)
+    finally:
+        os.close(held)
+    contents, device = volume.contents, volume.device
+    return Volume(volume.locator, contents, device, helper.root, readonly, helper)
+
+
 def _mend(path: str) -> None:
     """A file system that has noted an error is checked before it is used again."""
     from unionfs.stores.checking import refuse_used
@@ -205,18 +220,24 @@ class Stores:
     `options` are those of the mount with plain directories put for what turned out to be one.
     """
 
-    def __init__(self, options: MountOptions) -> None:
+    def __init__(self, options: MountOptions, ask: Ask) -> None:
         self.options = options
+        self._ask = ask
         self.lowers: dict[str, Layer] = {}
         self.upper: Layer | None = None
         self._volumes: list[Volume] = []
         self._upper: Volume | None = None
+        self._plain: Volume | None = None  # what an encrypted upper shows
+        self._below = -1  # then, where autogrow is asked for: the file system that it lies in
         self.base: Base | None = None
 
     def close(self) -> None:
         """Release everything.  A second call does nothing."""
         for layer in self.opened().values():
             layer.close()
+        if self._below >= 0:
+            os.close(self._below)
+            self._below = -1
         for volume in reversed(self._volumes):
             volume.close()
 
@@ -229,7 +250,10 @@ class Stores:
 
     def facts(self) -> dict[str, object] | None:
         """What the status tells of the store."""
-        return None if self._upper is None else self._upper.facts()
+        if self._upper is None:
+            return None
+        how = {"encrypted": gocryptfs.KIND} if self._plain is not None else {}
+        return self._upper.facts() | how
 
     @property
     def helpers(self) -> list[userspace.Helper]:
@@ -247,6 +271,8 @@ class Stores:
         if volume.helper is not None or fstype not in ("ext4", "xfs", "btrfs"):
             how = volume.helper.name if volume.helper is not None else fstype
             raise usage_error(f"autogrow=: {how} cannot grow while it is mounted", "leave it out")
+        if self._plain is not None:  # what is resized lies below
+            fd = self._below = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=volume.root)
         from unionfs.stores import resizing
 
         def enlarge(size: int) -> None:
@@ -260,10 +286,12 @@ class Stores:
         self._open_lowers(mounts)
         if self._upper is not None:
             self._enter_upper(self._upper, mounts)
+        else:
+            checks.refuse_key(self.options)
 
     def _mount_upper(self, *, readonly: bool) -> None:
         text = self.options.upper
-        if text is None or locator.is_directory(text):
+        if text is None or (locator.is_directory(text) and not _looks_encrypted(text)):
             return
         if self.options.work is not None:
             hint = "leave workdir out: it lies in the store"
@@ -291,6 +319,8 @@ class Stores:
                     fd = walk(volume, inside)
                 except FileNotFoundError as exc:
                     raise _no_directory(volume, inside, "correct it") from exc
+                if gocryptfs.is_encrypted(fd):
+                    raise checks.only_upper(text)
                 self.lowers[text] = _layer(volume, inside, fd, mounts, upper=False)
         self.options = replace(self.options, lowers=tuple(names))
 
@@ -304,17 +334,35 @@ class Stores:
         try:
             fd = walk(volume, inside)
         except FileNotFoundError:
+            checks.refuse_key(self.options)
             if volume.readonly:
                 raise _no_directory(volume, inside, "mount it writable once") from None
             if put_back(volume, inside):
                 fd = walk(volume, inside)
             else:
                 fd = make_directory(volume, inside, self._like())
+        if gocryptfs.is_encrypted(fd):
+            self._unlock_upper(volume, inside, fd, mounts)
+            return
+        checks.refuse_key(self.options)
         if volume.contents is not None:
             self.upper = _layer(volume, inside, fd, mounts, upper=True)
             return
         os.close(fd)
         self.options = replace(self.options, upper=volume.path_of(inside))
+
+    def _unlock_upper(
+        self, volume: Volume, inside: str, cipher: int, mounts: list[MountEntry]
+    ) -> None:
+        """The upper lies where its cipher directory does: that is what the checks compare."""
+        try:
+            plain = unlock(volume, inside, cipher, self._ask, readonly=volume.readonly)
+            self._volumes.append(plain)
+            self._plain = plain
+            fd = os.open(".", _DIRECTORY, dir_fd=plain.root)
+            self.upper = _layer(plain, inside, fd, mounts, upper=True, at=cipher)
+        finally:
+            os.close(cipher)
 
     def _mount(
         self, text: str, *, readonly: bool, flags: str | None = None, guard: bool = False
@@ -346,10 +394,25 @@ def _no_directory(volume: Volume, inside: str, hint: str) -> UnionfsError:
     return UnionfsError(f"{volume.locator.source} has no directory {inside}", hint=hint)
 
 
-def _layer(volume: Volume, inside: str, fd: int, mounts: list[MountEntry], *, upper: bool) -> Layer:
+def _looks_encrypted(path: str) -> bool:
+    return os.path.lexists(os.path.join(path, CIPHER_CONFIG))
+
+
+def _layer(
+    volume: Volume,
+    inside: str,
+    fd: int,
+    mounts: list[MountEntry],
+    *,
+    upper: bool,
+    at: int | None = None,
+) -> Layer:
+    """`at`: the directory whose place it has, if that is another than `fd`."""
     source = volume.locator.source
     path = source if inside == "/" else f"{source}:{inside}"
-    position = Position(_number(volume, fd, mounts), inside)
+    at = fd if at is None else at
+    seen = locate(at, mounts) if volume.contents is None else None
+    position = seen or Position(_number(volume, at, mounts), inside)
     readonly = not upper or volume.readonly
     try:
         tree = os.dup(volume.root)

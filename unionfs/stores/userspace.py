@@ -17,6 +17,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Final
 
@@ -25,7 +26,7 @@ from unionfs.errors import ExitCode, UnionfsError
 from unionfs.mounts import mount_number, read_mounts, topmost
 from unionfs.stores import ext, squash
 from unionfs.stores.probe import Contents
-from unionfs.stores.tools import find
+from unionfs.stores.tools import find, tool
 from unionfs.syscalls import UnmountFlag
 
 log = logging.getLogger(__name__)
@@ -59,14 +60,21 @@ PROGRAMS: Final = {
 }
 
 
+class Ended(Exception):
+    """A program that has mounted nothing: its exit code (None: it was ended), and why."""
+
+    def __init__(self, code: int | None, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
 class Helper:
     """A running program and its mount: `root` is an O_PATH descriptor of its root directory."""
 
-    def __init__(
-        self, contents: Contents, program: Program, process: "subprocess.Popen[bytes]", root: int
-    ) -> None:
-        self.name = program.name
-        self.path = contents.path
+    def __init__(self, name: str, path: str, process: "subprocess.Popen[bytes]", root: int) -> None:
+        self.name = name
+        self.path = path
         self.root = root
         self.pid = process.pid
         self._process = process
@@ -77,19 +85,24 @@ class Helper:
         """Its exit code, if it has ended."""
         return self._process.poll()
 
-    def close(self) -> None:
-        """Let it end and wait until it has written everything.  A second call does nothing."""
+    def close(self) -> bool:
+        """Let it end and wait until it has written everything; whether it ended well.
+
+        A second call does nothing.
+        """
         if self.watch < 0:
-            return
+            return True
         try:
             self._release()
             code = self._process.wait(_END_SECONDS)
             if code:
                 log.error("%s of %s ended with exit code %s", self.name, self.path, code)
+            return code == 0
         except subprocess.TimeoutExpired:
             log.error("%s of %s does not end: ending it", self.name, self.path)
             self._process.terminate()
             self._process.wait()
+            return False
         finally:
             os.close(self.watch)
             self.watch = -1
@@ -122,7 +135,6 @@ def start(
     """
     program, path = _program(contents, readonly=readonly)
     arguments = program.readonly if readonly else program.writable or ()
-    _clear_stages()
     if replay and readonly and program is _FUSE2FS and os.access(contents.path, os.W_OK):
         held = lock_image(contents.path, readonly=False, patience=patience)
         try:
@@ -138,25 +150,73 @@ def start(
                 ext.preen(contents.path)
         elif contents.fstype == "squashfs":
             squash.check_whole(contents.path)
-        stage = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_stages())
         try:
-            with open(os.memfd_create(program.name), "w+b") as said:
-                process = subprocess.Popen(
-                    [path, *arguments, contents.path, stage],
-                    stdin=subprocess.DEVNULL,
-                    stdout=said,
-                    stderr=said,
-                    pass_fds=[lock],
-                    start_new_session=True,
-                    cwd="/",
-                )
-                return Helper(contents, program, process, _take(contents, process, stage, said))
-        finally:
-            _unmount(stage)
-            with contextlib.suppress(OSError):
-                os.rmdir(stage)
+            return launch(contents.path, [path, *arguments, contents.path], keep=lock)
+        except Ended as exc:
+            hint = f"check it: unionfs store check {contents.path}"
+            raise UnionfsError(
+                f"cannot mount the {contents.fstype} of {contents.path}: {exc.reason}", hint=hint
+            ) from exc
     finally:
         os.close(lock)
+
+
+def launch(
+    source: str,
+    command: Sequence[str],
+    *,
+    keep: int,
+    stdin: int = subprocess.DEVNULL,
+    notify: str = "",
+) -> Helper:
+    """Start a program that stays in the foreground and mounts `source`; raises Ended.
+
+    Where to comes last in its arguments.  `keep`: a descriptor that it inherits.  `notify`: its
+    option that names a process to be sent SIGUSR1 when it serves; it looks at its mount until then.
+    """
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listener()) if notify else None
+        words = [notify, str(listener.pid)] if listener is not None else []
+        return _launch(source, [command[0], *words, *command[1:]], keep, stdin, listener)
+
+
+@contextlib.contextmanager
+def _listener() -> "Iterator[subprocess.Popen[bytes]]":
+    """A process that SIGUSR1 ends: ours has a mount to care for, and perhaps threads."""
+    process = subprocess.Popen([tool("sleep", "coreutils"), str(_START_SECONDS)])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _launch(
+    source: str,
+    command: Sequence[str],
+    keep: int,
+    stdin: int,
+    listener: "subprocess.Popen[bytes] | None",
+) -> Helper:
+    _clear_stages()
+    name = os.path.basename(command[0])
+    stage = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_stages())
+    try:
+        with open(os.memfd_create(name), "w+b") as said:
+            process = subprocess.Popen(
+                [*command, stage],
+                stdin=stdin,
+                stdout=said,
+                stderr=said,
+                pass_fds=[keep],
+                start_new_session=True,
+                cwd="/",
+            )
+            return Helper(name, source, process, _take(process, stage, said, listener))
+    finally:
+        _unmount(stage)
+        with contextlib.suppress(OSError):
+            os.rmdir(stage)
 
 
 def _program(contents: Contents, *, readonly: bool) -> tuple[Program, str]:
@@ -186,54 +246,71 @@ def lock_image(path: str, *, readonly: bool, patience: float = 0) -> int:
         reason = os.strerror(exc.errno or errno.EIO)
         hint = None if readonly else "it must be writable by the user who mounts; or use --ro"
         raise UnionfsError(f"cannot open {path}: {reason}", hint=hint) from exc
+    try:
+        lock_patiently(fd, path, readonly=readonly, patience=patience)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def lock_patiently(fd: int, path: str, *, readonly: bool, patience: float = 0) -> None:
+    """flock, once a program that is ending has ended."""
     how = fcntl.LOCK_SH if readonly else fcntl.LOCK_EX
     end = time.monotonic() + patience
     while True:
         try:
             fcntl.flock(fd, how | fcntl.LOCK_NB)
-            return fd
+            return
         except BlockingIOError:
             if time.monotonic() > end:
-                os.close(fd)
                 hint = "unmount the union that uses it first"
                 raise UnionfsError(f"{path} is in use by another program", hint=hint) from None
             time.sleep(0.1)
 
 
 def _take(
-    contents: Contents, process: "subprocess.Popen[bytes]", stage: str, said: IO[bytes]
+    process: "subprocess.Popen[bytes]",
+    stage: str,
+    said: IO[bytes],
+    listener: "subprocess.Popen[bytes] | None",
 ) -> int:
     """Wait for the mount and open its root; end the program if that fails."""
     try:
-        _await_mount(process, stage)
+        _await_mount(process, stage, listener)
         return os.open(stage, os.O_PATH | os.O_DIRECTORY)
     except (OSError, TimeoutError) as exc:
+        code = process.poll()
         process.send_signal(signal.SIGTERM)
         _unmount(stage)
         process.wait()
         said.seek(0)
         lines = [line for line in os.fsdecode(said.read(4096)).splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else exc.strerror or str(exc)
-        hint = f"check it: unionfs store check {contents.path}"
-        raise UnionfsError(
-            f"cannot mount the {contents.fstype} of {contents.path}: {reason}", hint=hint
-        ) from exc
+        raise Ended(code, reason) from exc
     except BaseException:
         process.kill()
         process.wait()
         raise
 
 
-def _await_mount(process: "subprocess.Popen[bytes]", stage: str) -> None:
+def _await_mount(
+    process: "subprocess.Popen[bytes]",
+    stage: str,
+    listener: "subprocess.Popen[bytes] | None",
+) -> None:
     """The kernel marks the mount table with POLLPRI whenever it changes."""
     end = time.monotonic() + _START_SECONDS
-    pidfd = os.pidfd_open(process.pid)
+    pidfds = [os.pidfd_open(each.pid) for each in (process, listener) if each is not None]
     try:
         with open("/proc/self/mountinfo", "rb") as table:
             poll = select.poll()
             poll.register(table, select.POLLPRI)
-            poll.register(pidfd, select.POLLIN)
-            while topmost(stage, read_mounts()) is None:
+            for pidfd in pidfds:
+                poll.register(pidfd, select.POLLIN)
+            while topmost(stage, read_mounts()) is None or (
+                listener is not None and listener.poll() is None
+            ):
                 if process.poll() is not None:
                     raise OSError(errno.EIO, f"exit code {process.returncode}")
                 left = end - time.monotonic()
@@ -241,7 +318,8 @@ def _await_mount(process: "subprocess.Popen[bytes]", stage: str) -> None:
                     raise OSError(errno.ETIMEDOUT, "it does not start")
                 poll.poll(left * 1000)
     finally:
-        os.close(pidfd)
+        for pidfd in pidfds:
+            os.close(pidfd)
     os.stat(stage)  # answered by the program
 
 

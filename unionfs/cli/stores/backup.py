@@ -49,5 +49,6 @@ def run(argv: Sequence[str]) -> int:
         size = os.fstat(fd).st_size
     if not given.quiet:
         told = f"{show.size_text(trailer.bytes)} in {show.size_text(size)}"
-        print(f"{given.file}: {told}, sha256 {trailer.sha256[:16]}")
+        how = ", encrypted as the store is" if upper.encrypted else ""
+        print(f"{given.file}: {told}, sha256 {trailer.sha256[:16]}{how}")
     return ExitCode.OK

@@ -1,26 +1,32 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`unionfs store check`."""
 
+import functools
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from unionfs.cli import key
 from unionfs.cli.main import report as say
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
 from unionfs.options import split_layers
+from unionfs.passphrase import obtain
 
 if TYPE_CHECKING:
     from unionfs.stores.examination import Wish
 
-USAGE = "unionfs store check STORE [--lower LOWER[:LOWER...]] [--repair [--take]] [--json]"
+USAGE = """\
+unionfs store check STORE [--lower LOWER[:LOWER...]] [--repair [--take]] [--json]
+       [--key-file FILE | --credential NAME]"""
 
 DESCRIPTION = """\
 Checks a store that is not mounted: its file system by its own fsck, then, in each
 directory with changes, the records, what a killed daemon left, the hard link index and
 every mark. With --lower also what marks lead to: the directories of redirects, the data
 of metadata-only copies, the names of indexed files. Nothing is written without --repair,
-and what cannot be repaired without a loss is only told."""
+and what cannot be repaired without a loss is only told. The directories of an encrypted
+store are looked into with --key-file or --credential only."""
 
 EPILOG = """
 exit codes, as of fsck(8), added up:
@@ -45,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
         "--take", action="store_true", help="also of another machine that did not unmount it"
     )
     parser.add_argument("--json", action="store_true", help="as an object")
+    key.add_arguments(parser)
     from unionfs.stores.checking import Code
     from unionfs.stores.examination import Wish
 
@@ -53,7 +60,9 @@ def run(argv: Sequence[str]) -> int:
         if given.take and not given.repair:
             raise usage_error("--take is for --repair", "write --repair --take")
         lowers = [path for text in given.lower for path in split_layers(text)]
-        wish = Wish(given.repair, given.take, tuple(lowers))
+        source = key.source(given)
+        ask = functools.partial(obtain, source) if any(source) else None
+        wish = Wish(given.repair, given.take, tuple(lowers), ask)
         return _check(given.store, wish, as_json=given.json)
     except UnionfsError as exc:
         say("unionfs", exc)

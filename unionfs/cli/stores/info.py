@@ -47,6 +47,9 @@ def run(argv: Sequence[str]) -> int:
     for upper in store.uppers:
         record = upper.record
         pairs.append(("changes", upper.directory))
+        if upper.encrypted:
+            pairs.append(("  encrypted", upper.encrypted))
+            continue
         if record is not None:
             pairs.append(("  id", record.uuid))
             pairs.append(("  base", str(record.base) if record.base is not None else "-"))

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`unionfs store reset`."""
 
+import functools
 from collections.abc import Sequence
 
+from unionfs.cli import key
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, printable
 
-USAGE = "unionfs store reset STORE [PATH...] [-n] [--discard]"
+USAGE = """\
+unionfs store reset STORE [PATH...] [--key-file FILE | --credential NAME]
+       [-n] [--discard]"""
 
 DESCRIPTION = """\
 Takes the changes in STORE away, all of them or those at each PATH of the union, so that the
 base is seen again. The store must not be in use. What is taken away is kept beside it, and
-its place is told, unless --discard is given."""
+its place is told, unless --discard is given. For a PATH in an encrypted store its
+passphrase is needed; what is reset as a whole is then encrypted as before."""
 
 EPILOG = """
 exit codes: 0 done, 1 wrong usage, 32 failed: nothing was taken away
@@ -29,10 +34,14 @@ def run(argv: Sequence[str]) -> int:
     add("paths", nargs="*", metavar="PATH", help="in the union")
     add("-n", "--dry-run", action="store_true", help="only tell what would be taken away")
     add("--discard", action="store_true", help="do not keep what is taken away")
+    key.add_arguments(parser)
     given = parser.read(argv)
+    source = key.source(given)
+    from unionfs import passphrase
     from unionfs.stores import backing, changing
 
-    with backing.chosen(given.store, write=not given.dry_run) as upper:
+    ask = functools.partial(passphrase.obtain, source) if given.paths else None
+    with backing.chosen(given.store, write=not given.dry_run, ask=ask) as upper:
         found = changing.find_paths(upper, given.paths) or changing.contents(upper)
         if given.dry_run:
             for relative in found:
@@ -43,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
             place = f"{upper.name}/{kept}"
         else:
             kept = changing.reset(upper, keep=not given.discard)
-            place = f"{upper.name.rpartition('/')[0]}/{kept}"
+            place = "" if kept is None else upper.beside(kept)
         if kept is not None:
             print(printable(f"what was taken away is kept in {place}"))
     return ExitCode.OK

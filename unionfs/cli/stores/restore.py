@@ -56,5 +56,6 @@ def run(argv: Sequence[str]) -> int:
     if not given.quiet:
         of = f"{header.store} of {header.created}"
         done = "is whole" if given.store is None else f"is restored to {given.store}"
+        done += f", encrypted ({header.encrypted})" if header.encrypted else ""
         print(f"{given.file} ({of}) {done}" + (f"; the old changes: {kept}" if kept else ""))
     return ExitCode.OK

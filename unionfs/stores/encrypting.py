@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Encrypting a store: an upper is copied into a new cipher directory, which then takes its place.
+
+Owns the order.  How one directory takes another's place is backing.py's, as for a restore: by one
+call, with the old one kept beside.  Called by `unionfs store encrypt`.
+"""
+
+import os
+import stat
+
+from unionfs import locator
+from unionfs.errors import UnionfsError, usage_error
+from unionfs.stores import archive, backing, gocryptfs
+from unionfs.stores.archive import Advance
+from unionfs.stores.backing import Chosen
+from unionfs.stores.base import default_directory, describe
+from unionfs.stores.opening import open_volume
+
+_NEW_MODE = 0o755
+
+
+def place_of(store: str, lower: str | None) -> tuple[str, os.stat_result | None]:
+    """Where the upper lies or will lie, and what a new one is to be like.
+
+    `lower`: the base that it is for, which says so where a union would make it.
+    """
+    if lower is None:
+        return store, None
+    where = locator.parse(store)
+    if locator.is_directory(store) or where.directory is not None:
+        raise usage_error("--base is for an image or a device", "leave it out")
+    base = open_volume(lower, readonly=True, untouched=True)
+    try:
+        name = describe(base.locator, base.contents).name
+        return f"{where.source}:{default_directory(name)}", os.stat(".", dir_fd=base.root)
+    finally:
+        base.close()
+
+
+def refuse_encrypted(upper: Chosen) -> None:
+    """Raise an error if there is nothing to do."""
+    if upper.encrypted:
+        hint = "gocryptfs -passwd changes its passphrase"
+        raise UnionfsError(f"{upper.name} is encrypted already ({upper.encrypted})", hint=hint)
+
+
+def encrypt(
+    upper: Chosen,
+    secret: bytearray,
+    like: os.stat_result | None,
+    advance: Advance,
+    *,
+    keep: bool,
+) -> str | None:
+    """Put an encrypted upper in the place of a plain one; where that is kept, if it is."""
+
+    def fill(into: str) -> None:
+        cipher = os.open(into, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            gocryptfs.init(cipher, upper.name, secret)
+            _copy(upper, cipher, secret, advance)
+            if not os.listdir(upper.fd):
+                _become(upper, cipher, like)
+        finally:
+            os.close(cipher)
+
+    return backing.replace(upper, fill, keep=keep and bool(os.listdir(upper.fd)))
+
+
+def _copy(upper: Chosen, cipher: int, secret: bytearray, advance: Advance) -> None:
+    helper = gocryptfs.start(cipher, upper.name, lambda _: secret[:], readonly=False)
+    own = f"/proc/{os.getpid()}/fd"
+    try:
+        archive.copy(f"{own}/{upper.fd}", f"{own}/{helper.root}", advance)
+    except BaseException:
+        helper.close()
+        raise
+    finally:
+        written = helper.close()
+        os.close(helper.root)
+    if not written:
+        raise UnionfsError(f"cannot encrypt {upper.name}: gocryptfs ended with an error")
+
+
+def _become(upper: Chosen, cipher: int, like: os.stat_result | None) -> None:
+    """A new upper's root becomes the union's."""
+    made = stat.S_IMODE(os.fstat(upper.fd).st_mode)
+    if like is not None:
+        if os.geteuid() == 0:
+            os.fchown(cipher, like.st_uid, like.st_gid)
+        os.fchmod(cipher, stat.S_IMODE(like.st_mode))
+    elif upper.volume.contents is not None and made == backing.PRIVATE:
+        os.fchmod(cipher, _NEW_MODE)
