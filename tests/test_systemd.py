@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,7 +126,7 @@ def _script(machine: Machine, name: str) -> None:
 
 
 def _prepare(machine: Machine) -> None:
-    ground.run(HERE.parent / "tools/install", "--destdir", machine.root)
+    install(machine.root)
     for path in ("base", "tree", "gone", "auto", "last", "disk/up", "disk/up2", "system/etc"):
         machine.below(f"/srv/{path}").mkdir(parents=True)
     for path in ("/srv/system/var/cache", "/srv/degraded/etc", "/data"):
@@ -151,6 +152,12 @@ def _prepare(machine: Machine) -> None:
             lines.write(f"{USER}:x:{UID}:{words}\n")
     with open(machine.below("/etc/shadow"), "a") as shadow:
         shadow.write(f"{USER}:*:19000:0:99999:7:::\n")
+
+
+def install(root: Path) -> None:
+    """What this interpreter runs, where a system looks for it."""
+    words = ("env", f"UNIONFS_VENV={sys.prefix}", HERE.parent / "tools/install")
+    ground.run(*words, "--destdir", root)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +211,7 @@ def on_devices() -> Iterator[Machine]:
         store = images.make(base.base / "store.img", "ext4", "my store", megabytes=64)
         (base.base / "machine").mkdir()
         with images.attached(store) as device, container.machine(base.base / "machine") as machine:
-            ground.run(HERE.parent / "tools/install", "--destdir", machine.root)
+            install(machine.root)
             for path in ("base", "tree", "system/etc", "missing/etc", "asked/etc", "kept", "line"):
                 machine.below(f"/srv/{path}").mkdir(parents=True)
             machine.write("/srv/base/file", "hello\n")
