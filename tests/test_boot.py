@@ -414,3 +414,25 @@ def test_profile(root: Path, place: Path) -> None:
     told = boot(root, "unionfs.profile=none", code=64)
     assert "no profile none" in told
     boot(root, "unionfs.profile=none unionfs.fallback=fail", code=32)
+
+
+def test_the_rescue_system_of_the_examples(root: Path, image: Path) -> None:
+    """With its stick it has what was done there; without, it runs all the same."""
+    entry = (Path(__file__).parents[1] / "examples/rescue.conf").read_text()
+    line = next(row for row in entry.splitlines() if row.startswith("options")).partition(" ")[2]
+    line = line.replace("timeout=5", "timeout=0")
+    told = boot(root, line.replace("=rescue", "=none-such"), code=64)
+    assert "none-such" in told
+    (root / "scratch").touch()
+    end(root)
+    assert not (root / "scratch").exists()
+    with images.attached(image) as device:
+        found = ground.run("blkid", "-p", "-o", "value", "-s", "LABEL", device).strip()
+        for again in (False, True):
+            boot(root, line.replace("=rescue", f"={found}"))
+            assert is_changed(root) == again
+            if not again:
+                change(root)
+            end(root)
+        kept = ground.run("debugfs", "-R", "stat /tools/etc/name", device)
+        assert "Type: regular" in kept
