@@ -95,6 +95,7 @@ class Recovery:
         report = Report()
         check = UpperCheck(self._upper.fd, "", report)
         check.lowers = lowers
+        check.tell_hidden = False
         check.step = lambda: self._stopping.wait(_PAUSE)
         check.index(self._work.area, Record(self._work.whiteout, self._work.xattrs))
         check.marks()

@@ -38,16 +38,33 @@ _LOCK: Final = "lock"
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A mount of ours, as it is found again in the mount table."""
+    """A mount of ours, as it is found again in the mount table.
+
+    One that is only begun has no device; `before` is then the number of the mount that was seen
+    there, so that one that we were killed after is known as ours.
+    """
 
     point: str
-    device: str
-    fstype: str
+    device: str = ""
+    fstype: str = ""
+    before: int = -1
 
     def entry(self, mounts: list[MountEntry]) -> MountEntry | None:
         """It, if it is still what is seen there."""
         found = topmost(self.point, mounts)
         return found if found is not None and found.device == self.device else None
+
+    def finished(self) -> "Made | None":
+        """With what is seen there now, if that is something new."""
+        found = topmost(self.point, read_mounts())
+        if found is None or found.number == self.before:
+            return None
+        return Made(self.point, found.device, found.fstype)
+
+
+def _begin(point: str) -> Made:
+    found = topmost(point, read_mounts())
+    return Made(point, before=-1 if found is None else found.number)
 
 
 @dataclass(slots=True)
@@ -83,20 +100,21 @@ def up(profile: Profile, root: str = "/") -> Outcome:
             standing=frozenset(made.point for made in record.made),
         )
         wanted = plan.steps(profile, ground)
-        fresh: list[Made] = []
+        had = list(record.made)
         if sum(step.action == "union" for step in wanted) > 1:
             daemon.preload()
         try:
             for step in wanted:
-                _do(profile, step, record, fresh, outcome)
+                _do(profile, step, record, outcome)
         except BaseException:
-            for made in reversed(fresh):
+            record.finish()
+            for made in reversed([made for made in record.made if made not in had]):
                 with contextlib.suppress(UnionfsError, OSError):
                     _take_down(made, lazy=True)
                 record.remove(made)
             raise
         outcome.made = list(record.made)
-        outcome.fresh = len(fresh)
+        outcome.fresh = len(record.made) - len(had)
         _tell(profile, outcome)
         return outcome
 
@@ -111,6 +129,7 @@ def down(name: str, *, lazy: bool = False) -> int:
         return 0
     with _locked(place):
         record = _Record(place)
+        record.finish()
         count = 0
         for made in reversed(list(record.made)):
             count += _take_down(made, lazy=lazy)
@@ -134,30 +153,31 @@ def hand_over(name: str, root: str) -> None:
 def standing(name: str) -> list[Made]:
     """What `up` has mounted and is still there."""
     mounts = read_mounts()
-    return [made for made in _Record(directory_of(name)).made if made.entry(mounts) is not None]
+    found = [made if made.device else made.finished() for made in _Record(directory_of(name)).made]
+    return [made for made in found if made is not None and made.entry(mounts) is not None]
 
 
-def _do(
-    profile: Profile, step: Step, record: "_Record", fresh: list[Made], outcome: Outcome
-) -> None:
+def _do(profile: Profile, step: Step, record: "_Record", outcome: Outcome) -> None:
     if record.at(step.point) is not None and step.action != "links":
         return
+    begun = _begin(step.point)
     try:
         _make_point(step)
+        if step.action != "links":
+            record.add(begun)
         _mount(step, profile)
     except (UnionfsError, OSError) as exc:
+        record.remove(begun)
         error = _error(step, exc)
         if not profile.nofail or error.code == ExitCode.INTERRUPT:
             raise error from exc
         outcome.warnings.append(error.line())
         return
     if step.action != "links":
-        entry = topmost(step.point, read_mounts())
-        if entry is None:
+        made = begun.finished()
+        if made is None:
             raise UnionfsError(f"{step.point} was mounted, and is not in the mount table")
-        made = Made(step.point, entry.device, entry.fstype)
-        record.add(made)
-        fresh.append(made)
+        record.replace(begun, made)
 
 
 def _error(step: Step, exc: UnionfsError | OSError) -> UnionfsError:
@@ -218,6 +238,7 @@ def _take_down(made: Made, *, lazy: bool) -> bool:
 def _heal(record: "_Record") -> None:
     """Forget what is gone, and take dead unions away, with what is mounted below them."""
     mounts = read_mounts()
+    record.finish()
     for made in list(record.made):
         if made.entry(mounts) is None:
             record.remove(made)
@@ -298,8 +319,22 @@ class _Record:
         self._write()
 
     def remove(self, made: Made) -> None:
-        self.made.remove(made)
+        if made in self.made:
+            self.made.remove(made)
+            self._write()
+
+    def replace(self, begun: Made, made: Made) -> None:
+        self.made[self.made.index(begun)] = made
         self._write()
+
+    def finish(self) -> None:
+        """What was being mounted by one who was killed."""
+        for begun in [made for made in self.made if not made.device]:
+            made = begun.finished()
+            if made is None:
+                self.remove(begun)
+            else:
+                self.replace(begun, made)
 
     def _write(self) -> None:
         with open(f"{self._path}.new", "w") as file:

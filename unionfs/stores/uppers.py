@@ -58,6 +58,8 @@ class UpperCheck:
         self._unfollowed = {"redirect": 0, "metacopy": 0}
         self._prefixes: tuple[str, ...] = _PREFIXES  # of the marks that count
         self.directories = 0
+        # A cut leaves the hidden name beside its whiteout: removed for all who look at the union.
+        self.tell_hidden = True
         # Asked now and then; True: that was enough.
         self.step: Callable[[], bool] = lambda: False
 
@@ -204,7 +206,8 @@ class UpperCheck:
             with contextlib.suppress(FileNotFoundError):  # a union may be at work
                 status = os.stat(name, dir_fd=fd, follow_symlinks=False)
                 shown = f"{path}/{name}"
-                if name.startswith(".wh.") and name not in _OPAQUE_FILES:
+                is_mark = name.startswith(".wh.") and name not in _OPAQUE_FILES
+                if is_mark and self.tell_hidden:
                     hidden = name.removeprefix(".wh.")
                     with contextlib.suppress(FileNotFoundError):
                         os.stat(hidden, dir_fd=fd, follow_symlinks=False)
