@@ -330,7 +330,7 @@ def test_up_heals_a_killed_daemon(system: System) -> None:
     (system.top / "var/cache/kept").touch()
     running_before = daemons(system)
     kill(running_before["var"])
-    with pytest.raises(OSError, match="not connected|abort"):
+    with pytest.raises(OSError, match=r"not connected|abort"):
         os.listdir(system.top / "var")
     system.up()
     assert (system.top / "var/kept").exists()
