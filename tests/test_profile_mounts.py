@@ -225,6 +225,7 @@ def test_an_error_leaves_all_as_it_was(system: System) -> None:
     told = system.refused()
     assert "/home: no device has" in told or "none-such" in told
     assert system.points() == []
+    assert not system.run_directory.exists()
     system.unchanged()
     system.write(f'nofail = true\nstore = "{system.data}"', paths)
     assert "warning: /home" in system.up()

@@ -15,7 +15,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,31 +92,42 @@ def up(profile: Profile, root: str = "/") -> Outcome:
         os.makedirs(f"{directory}/{plan.EMPTY}", 0o755, exist_ok=True)
         record = _Record(directory)
         _heal(record)
-        outcome = Outcome([], [])
-        ground = Ground(
-            root=os.path.realpath(root),
-            directory=directory,
-            may_mount=kernel.may_mount(),
-            standing=frozenset(made.point for made in record.made),
-        )
-        wanted = plan.steps(profile, ground)
         had = list(record.made)
-        if sum(step.action == "union" for step in wanted) > 1:
-            daemon.preload()
+        outcome = Outcome([], [])
         try:
-            for step in wanted:
-                _do(profile, step, record, outcome)
+            _mount_all(profile, root, record, outcome)
         except BaseException:
-            record.finish()
-            for made in reversed([made for made in record.made if made not in had]):
-                with contextlib.suppress(UnionfsError, OSError):
-                    _take_down(made, lazy=True)
-                record.remove(made)
+            _undo(record, had)
+            if not record.made:
+                _sweep(directory)
             raise
         outcome.made = list(record.made)
         outcome.fresh = len(record.made) - len(had)
         _tell(profile, outcome)
         return outcome
+
+
+def _mount_all(profile: Profile, root: str, record: "_Record", outcome: Outcome) -> None:
+    ground = Ground(
+        root=os.path.realpath(root),
+        directory=directory_of(profile.name),
+        may_mount=kernel.may_mount(),
+        standing=frozenset(made.point for made in record.made),
+    )
+    wanted = plan.steps(profile, ground)
+    if sum(step.action == "union" for step in wanted) > 1:
+        daemon.preload()
+    for step in wanted:
+        _do(profile, step, record, outcome)
+
+
+def _undo(record: "_Record", had: Sequence[Made]) -> None:
+    """Take down what was not there before."""
+    record.finish()
+    for made in reversed([made for made in record.made if made not in had]):
+        with contextlib.suppress(UnionfsError, OSError):
+            _take_down(made, lazy=True)
+        record.remove(made)
 
 
 def down(name: str, *, lazy: bool = False) -> int:
