@@ -347,10 +347,23 @@ errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh, bool *ret_keep
     }
     t->dirhandles[at] = h;
     h->opened = single_dir_locked(n);
+    bool keep = h->opened && !n->unsure;
     pthread_mutex_unlock(&t->lock);
     *ret_dh = at + 1ULL;
-    *ret_keep = h->opened != NULL;
+    *ret_keep = keep;
     return 0;
+}
+
+void dir_unsure(struct tree *t, uint64_t ino)
+{
+    struct node *n = node_get(t, ino);
+
+    if (!n)
+        return;
+    pthread_mutex_lock(&t->lock);
+    n->unsure = true;
+    pthread_mutex_unlock(&t->lock);
+    node_put(t, n);
 }
 
 static struct dirhandle *handle_of(struct tree *t, uint64_t dh)

@@ -396,8 +396,10 @@ static int put_direntplus(void *arg, const struct dirent_out *entry)
         /* A directory that its owner may list and not search, or a damaged entry, which must not
          * hide the others: the kernel gets a name without attributes, and asks when it needs them.
          * The number stands for nothing then. */
-        if (!seen)
+        if (!seen) {
             st.st_ino = 1ULL << 63 | entry->next;
+            dir_unsure(a->s->tree, l->dir);
+        }
     }
     memset(out, 0, step);
     put_entry(a, &out->entry_out, seen ? &st : NULL);

@@ -81,6 +81,7 @@ struct node {
     bool metacopy;  /* its data lie in a lower layer still */
     bool indexed;   /* home is an entry of the index */
     bool unlinked;  /* has no name any more */
+    bool unsure;    /* directory: see dir_unsure() */
     uint16_t layer; /* not a directory: layer of its home */
     uint16_t ndirs;
     uint32_t generation; /* counts changes of place */
@@ -353,6 +354,9 @@ errint_t file_sync(struct tree *t, uint64_t fh, bool datasync);
 /* Directories (readdir.c). */
 /* `ret_keep`: its offsets mean the same in every handle, so that a listing may be kept. */
 errint_t dir_open(struct tree *t, uint64_t ino, uint64_t *ret_dh, bool *ret_keep);
+/* Its listing was given out with a number that stands for nothing: none is to be kept from now on,
+ * since who lists it again may be told the right one. */
+void dir_unsure(struct tree *t, uint64_t ino);
 void dir_release(struct tree *t, uint64_t dh);
 struct dirent_out {
     const char *name;

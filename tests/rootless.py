@@ -187,6 +187,23 @@ def check_closed_directory(place: Path) -> None:
             u.remount()
 
 
+def check_listed_and_not_searched(place: Path) -> None:
+    """What was listed without being looked at has its right numbers once it can be."""
+    with union(place) as u:
+        (u.mnt / "shut").mkdir()
+        for number in range(3):
+            (u.mnt / "shut" / f"f{number}").touch()
+        os.chmod(u.mnt / "shut", 0o444)
+        u.remount()
+        for _ in range(2):
+            assert sorted(os.listdir(u.mnt / "shut")) == ["f0", "f1", "f2"]
+        os.chmod(u.mnt / "shut", 0o755)
+        for _ in range(2):
+            with os.scandir(u.mnt / "shut") as entries:
+                for entry in entries:
+                    assert entry.inode() == os.stat(entry.path).st_ino
+
+
 def check_write_only(place: Path) -> None:
     """A metadata-only copy that its owner cannot read gets its data, and keeps what it had."""
     with union(place) as u:
