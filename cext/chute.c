@@ -115,11 +115,14 @@ ssize_t chute_read(struct chute *c, int device, const struct file *f, struct fus
     }
     if ((size_t)got < size) {
         ssize_t taken = take_back(c, head, sizeof *head + (size_t)got);
-        ssize_t more = 0;
+        ssize_t more;
 
-        if (taken >= 0)
-            more = file_read(f, data + taken, size - (size_t)taken, offset + taken, false);
-        return taken < 0 || more < 0 ? (taken > 0 ? taken : more) : taken + more;
+        if (taken < 0)
+            return taken;
+        more = file_read(f, data + taken, size - (size_t)taken, offset + taken, false);
+        if (more < 0)
+            return taken > 0 ? taken : more;
+        return taken + more;
     }
     /* Shorter than asked for, or an error: nobody waits for the answer, or the device is gone, as
      * read(2) will tell. What is left in the pipe must not come into the next answer. */
