@@ -38,8 +38,18 @@ static bool is_natural(const struct tree *t, int dirfd, const struct new_file *w
     return wanted->gid == t->egid || (stat_fd(dirfd, &st) == 0 && st.st_mode & S_ISGID);
 }
 
+void ask_anew(const struct tree *t, int dirfd, const char *name)
+{
+    struct statx stx;
+
+    if (t->upper_in_fuse)
+        (void)statx(dirfd, name, AT_SYMLINK_NOFOLLOW | AT_STATX_FORCE_SYNC, STATX_BASIC_STATS,
+                    &stx);
+}
+
 /* The daemon's own umask is 0. */
-static int make_at(int dirfd, const char *name, const struct new_file *wanted, mode_t mode)
+static int make_at(const struct tree *t, int dirfd, const char *name, const struct new_file *wanted,
+                   mode_t mode)
 {
     int flags = (wanted->flags & (O_ACCMODE | SYNC_FLAGS)) | O_NONBLOCK;
 
@@ -50,7 +60,7 @@ static int make_at(int dirfd, const char *name, const struct new_file *wanted, m
     case S_IFDIR:
         if (mkdirat(dirfd, name, mode & MODE_BITS) < 0)
             return -1;
-        ask_anew(dirfd, name);
+        ask_anew(t, dirfd, name);
         return 0;
     case S_IFLNK:
         return symlinkat(wanted->target, dirfd, name);
@@ -83,7 +93,7 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
                 mode &= ~wanted->umask;
             /* A name that is free in the upper and not known to the kernel has nothing below it
              * either, where whiteouts are devices. Another answer is for those who look. */
-            int fd = make_at(dirfd, name, wanted, mode);
+            int fd = make_at(t, dirfd, name, wanted, mode);
 
             if (fd >= 0) {
                 *ret_fd = S_ISREG(mode) ? fd : -1;
@@ -127,7 +137,7 @@ errint_t plain_link(struct tree *t, uint64_t ino, uint64_t parent_ino, const cha
         if (linkat(AT_FDCWD, path, dirfd, name, AT_SYMLINK_FOLLOW) < 0)
             err = NOT_PLAIN;
         else
-            ask_anew(dirfd, name);
+            ask_anew(t, dirfd, name);
         upper_unpin(t, dir);
     } else if (err == 0) {
         err = NOT_PLAIN;

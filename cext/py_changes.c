@@ -33,6 +33,19 @@ PyObject *py_upper_dir(PyObject *op, PyObject *args)
     return (PyObject *)out;
 }
 
+PyObject *py_ask_anew(PyObject *op, PyObject *args)
+{
+    const char *name;
+    int dirfd;
+
+    if (!PyArg_ParseTuple(args, "iy:ask_anew", &dirfd, &name))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ask_anew(TREE(op), dirfd, name);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject *py_index_name(PyObject *op, PyObject *args)
 {
     unsigned long long ino;

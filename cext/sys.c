@@ -2,10 +2,12 @@
 #include "sys.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <linux/openat2.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <sys/xattr.h>
 
 void proc_path(char out[static PROC_BYTES], int fd, const char *name)
@@ -44,11 +46,11 @@ errint_t stat_fd(int fd, struct stat *ret_st)
     return fstat(fd, ret_st) < 0 ? errno_or_eio() : 0;
 }
 
-void ask_anew(int dirfd, const char *name)
+bool is_in_fuse(int fd)
 {
-    struct statx stx;
+    struct statfs st;
 
-    (void)statx(dirfd, name, AT_SYMLINK_NOFOLLOW | AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &stx);
+    return fstatfs(fd, &st) == 0 && st.f_type == FUSE_SUPER_MAGIC;
 }
 
 int reopen_fd(int fd, int flags)

@@ -22,10 +22,7 @@ int open_beneath(int dirfd, const char *name, int flags, bool careful);
 
 errint_t stat_fd(int fd, struct stat *ret_st);
 
-/* Has the kernel ask a file system in user space for the attributes of what mkdir(2) or link(2) has
- * just made: what those were answered with need not be right (gocryptfs 2.3), and is kept a while.
- */
-void ask_anew(int dirfd, const char *name);
+bool is_in_fuse(int fd);
 
 /* Opens again what `fd` (perhaps O_PATH) stands for. */
 int reopen_fd(int fd, int flags);

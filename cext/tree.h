@@ -131,6 +131,7 @@ struct tree {
     bool all_ids;            /* no id is outside our user namespace */
     bool sync_copies;        /* a copy's data are on disk before it is seen */
     bool sync_names;         /* and its name before it is used */
+    bool upper_in_fuse;      /* immutable: see ask_anew() */
     int work_fd;             /* where a change is prepared, or -1 */
     uint64_t metacopy_bytes; /* from here on data stay below until they are wanted; 0: never */
     uid_t euid;
@@ -297,6 +298,11 @@ struct origin {
 errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
                    struct origin *ret_origin);
 errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin);
+
+/* Has the kernel ask a file system in user space for the attributes of what mkdir(2) or link(2) has
+ * just made in the upper: what those were answered with need not be right (gocryptfs 2.3), and is
+ * kept a while. Does nothing in others. */
+void ask_anew(const struct tree *t, int dirfd, const char *name);
 
 /* Sets overlay.MARK of what a descriptor, perhaps O_PATH, stands for. */
 errint_t set_mark(struct tree *t, int fd, const char *mark, const void *value, size_t len);

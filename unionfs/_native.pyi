@@ -114,6 +114,7 @@ class Tree:
 
     # For the changes: where to make them, and being told of them when they are on disk.
     def upper_dir(self, ino: int, /) -> UpperDir: ...
+    def ask_anew(self, dirfd: int, name: bytes, /) -> None: ...  # after mkdir or link in the upper
     def index_name(self, ino: int, /) -> str: ...  # of a lower file, by its handle
     def copied_up(
         self,

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from unionfs import _native, acl, numbers
 from unionfs.marks import fd_path, lent, publish
 from unionfs.options import IdRange
-from unionfs.syscalls import ask_anew, syncfs
+from unionfs.syscalls import syncfs
 from unionfs.union import METACOPY_BYTES, Info, Union
 
 # chown of what is not ours: see give_owner.
@@ -88,7 +88,7 @@ def ensure_name(union: Union, parent: int, name: bytes, ino: int) -> None:
         _mark_file(union, ino, "unionfs.links", b"%d" % union.tree.getattr(ino)[2])
         with times_kept(dirfd):
             os.link(info.index_name, name, src_dir_fd=union.work.index, dst_dir_fd=dirfd)
-            ask_anew(dirfd, name)
+            union.tree.ask_anew(dirfd, name)
         try:
             write_nlink(union, ino, diff)
         except BaseException:
@@ -382,7 +382,7 @@ def _publish(
                 publish(work, temp, union.work.index, index.encode())
                 try:
                     os.link(index, name, src_dir_fd=union.work.index, dst_dir_fd=dirfd)
-                    ask_anew(dirfd, name)
+                    union.tree.ask_anew(dirfd, name)
                 except BaseException:
                     # Else the next copy-up would find the index's name taken.
                     os.unlink(index, dir_fd=union.work.index)

@@ -26,7 +26,6 @@ from unionfs.copy_up import (
     write_nlink,
 )
 from unionfs.marks import RENAME_EXCHANGE, WH, fd_path, lent, publish
-from unionfs.syscalls import ask_anew
 from unionfs.union import UPPER_ENTRY, UPPER_WHITEOUT, Entry, Union
 from unionfs.work import AREA_NAME
 
@@ -86,7 +85,7 @@ def create(union: Union, parent: int, name: bytes, new: New, ctx: Caller) -> int
         return _make_in_work(union, dirfd, name, new, mode, (uid, gid), default, entry)
 
 
-def _make_at(dirfd: int, name: bytes, new: New, mode: int) -> int:
+def _make_at(union: Union, dirfd: int, name: bytes, new: New, mode: int) -> int:
     """Make NAME in a directory. The daemon's own umask is 0."""
     if stat.S_ISREG(mode):
         flags = (new.flags & (os.O_ACCMODE | os.O_SYNC | os.O_DSYNC)) | os.O_NONBLOCK
@@ -94,7 +93,7 @@ def _make_at(dirfd: int, name: bytes, new: New, mode: int) -> int:
         return os.open(name, flags, stat.S_IMODE(mode), dir_fd=dirfd)
     if stat.S_ISDIR(mode):
         os.mkdir(name, stat.S_IMODE(mode), dir_fd=dirfd)
-        ask_anew(dirfd, name)
+        union.tree.ask_anew(dirfd, name)
         return -1
     if stat.S_ISLNK(mode):
         os.symlink(new.target, name, dir_fd=dirfd)
@@ -160,7 +159,7 @@ def _make_in_work(
         if directory:
             mode |= stat.S_ISGID
     # With all rights for now: the mode comes last.
-    fd = _make_at(work, temp, new, stat.S_IFMT(mode) | (0o700 if directory else 0o600))
+    fd = _make_at(union, work, temp, new, stat.S_IFMT(mode) | (0o700 if directory else 0o600))
     with temporary(union, temp, directory=directory), contextlib.ExitStack() as stack:
         if fd >= 0:
             held = fd
@@ -253,18 +252,18 @@ def _link_at(union: Union, fd: int, dirfd: int, name: bytes, entry: Entry) -> No
     source = fd_path(fd)
     if entry.upper != UPPER_WHITEOUT:
         os.link(source, name, dst_dir_fd=dirfd, follow_symlinks=True)
-        ask_anew(dirfd, name)
+        union.tree.ask_anew(dirfd, name)
         return
     if union.marks.wh:
         os.link(source, name, dst_dir_fd=dirfd, follow_symlinks=True)
-        ask_anew(dirfd, name)
+        union.tree.ask_anew(dirfd, name)
         union.marks.drop_wh(dirfd, name)
         return
     temp = union.temp_name()
     os.link(source, temp, dst_dir_fd=union.work_fd, follow_symlinks=True)
     with temporary(union, temp):
         os.rename(temp, name, src_dir_fd=union.work_fd, dst_dir_fd=dirfd)
-    ask_anew(dirfd, name)
+    union.tree.ask_anew(dirfd, name)
 
 
 def set_data_redirect(union: Union, ino: int, fd: int) -> None:

@@ -41,9 +41,6 @@ _MS_PRIVATE: Final = 1 << 18
 _CLONE_NEWNS: Final = 0x20000
 _STATFS_BYTES: Final = 256
 _FICLONE: Final = 0x40049409
-_AT_SYMLINK_NOFOLLOW: Final = 0x100
-_AT_STATX_FORCE_SYNC: Final = 0x2000
-_STATX_BASIC_STATS: Final = 0x7FF
 _MAX_HANDLE: Final = 128
 
 
@@ -236,14 +233,6 @@ def link_descriptor(fd: int, directory: int, name: str) -> None:
     source = f"/proc/self/fd/{fd}".encode()
     args = (AT_FDCWD, source, directory, os.fsencode(name), AT_SYMLINK_FOLLOW)
     _checked("linkat", _libc.linkat(*args), name)
-
-
-def ask_anew(directory: int, name: bytes | str) -> None:
-    """As in cext/sys.h."""
-    answer = ctypes.create_string_buffer(256)
-    flags = ctypes.c_int(_AT_SYMLINK_NOFOLLOW | _AT_STATX_FORCE_SYNC)
-    path = os.fsencode(name)
-    _libc.statx(ctypes.c_int(directory), path, flags, ctypes.c_uint(_STATX_BASIC_STATS), answer)
 
 
 def clone_file(source: int, target: int) -> None:
