@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from unionfs.cli import main as cli
 from unionfs.errors import UnionfsError
-from unionfs.profiles import files, persistence, plan, profile
+from unionfs.mounts import read_mounts
+from unionfs.profiles import files, persistence, plan, profile, running, supervise
 from unionfs.profiles.plan import Ground, Step
 from unionfs.profiles.profile import Profile, Rule
 
@@ -296,9 +297,22 @@ def test_what_needs_root(system: Path, paths: dict[str, Any], told: str) -> None
         plan.steps(made, ground(system, may_mount=False))
 
 
+def test_the_root_is_not_taken_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As after switch_root: what an initramfs has brought up is found below /."""
+    top = next(entry for entry in read_mounts() if entry.point == "/")
+    (tmp_path / "mounts").write_text(json.dumps([{"point": "/", "device": top.device}]))
+    monkeypatch.setattr(running, "directory_of", lambda _name: str(tmp_path))
+    for take_down in (running.down, supervise.stop):
+        with pytest.raises(UnionfsError, match="is what the system runs from"):
+            take_down("p")
+    assert (tmp_path / "mounts").exists()
+
+
 def test_what_cannot_be_mounted(system: Path) -> None:
     with pytest.raises(UnionfsError, match="/ cannot be covered while it is in use"):
         plan.steps(read(store="s", paths={"/": "persist"}), ground(Path("/")))
+    booted = Ground(root="/", directory="/run/p", may_mount=True, standing=frozenset({"/"}))
+    assert short(plan.steps(read(store="s", paths={"/": "persist"}), booted)) == [("union", "/")]
     with pytest.raises(UnionfsError, match="/opt does not exist"):
         plan.steps(read(store="s", paths={"/opt": "persist"}), ground(system))
     (system / "file").touch()

@@ -181,6 +181,7 @@ def test_generator(tmp_path: Path) -> None:
         off=quiet,
         asked=quiet,
         wrong="[",
+        whole=PROFILE.replace("/srv/s", "/") + '"/" = "persist"\n',
         memory='options = "device-timeout=5"\n' + quiet,
     )
     made, problems = generated(tmp_path, "quiet unionfs.profile=asked")
@@ -189,6 +190,7 @@ def test_generator(tmp_path: Path) -> None:
         "local-fs.target.wants/unionfs@two.service",
         "local-fs.target.requires/unionfs@asked.service",
     }
+    assert not any("unionfs@whole" in name for name in made), "the initramfs brings it up"
     one = made["unionfs@one.service.d/50-profile.conf"]
     assert "\nRequires=dev-disk-by\\x2dlabel-x.device\n" in one
     assert "\nAfter=srv-s-etc.mount\n" in one

@@ -41,6 +41,8 @@ def generate(place: str, *, cmdline: str, root: str = "/") -> list[str]:
     for name in names:
         try:
             profile = files.said(name, root)
+            if profile.covers_root:
+                continue  # the initramfs has brought it up; nobody can take it down
             _write_profile(place, profile, start=profile.boot or name == asked)
         except (UnionfsError, OSError) as exc:
             line = exc.line() if isinstance(exc, UnionfsError) else str(exc)

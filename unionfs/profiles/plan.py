@@ -93,7 +93,7 @@ class _Planner:
 
     def steps(self, rule: Rule) -> list[Step]:
         point = below(self.top, rule.path)
-        if point == "/":
+        if point == "/" and point not in self.ground.standing:
             hint = "bring it up over another root: unionfs up NAME --root DIR"
             raise UnionfsError(f"{rule.said_by}: / cannot be covered while it is in use", hint=hint)
         above = self.profile.above(rule)

@@ -138,6 +138,7 @@ def down(name: str, *, lazy: bool = False) -> int:
     place = directory_of(name)
     if not os.path.isdir(place):
         return 0
+    refuse_root(name)
     with _locked(place):
         record = _Record(place)
         record.finish()
@@ -147,6 +148,13 @@ def down(name: str, *, lazy: bool = False) -> int:
             record.remove(made)
         _sweep(place)
         return count
+
+
+def refuse_root(name: str) -> None:
+    """Raises UnionfsError for a profile that the system runs from."""
+    if any(made.point == "/" for made in standing(name)):
+        hint = "it ends with the system"
+        raise UnionfsError(f"profile {name} is what the system runs from", hint=hint)
 
 
 def hand_over(name: str, root: str) -> None:

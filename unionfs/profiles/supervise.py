@@ -107,6 +107,7 @@ def _all_answer(points: Sequence[str], seconds: float) -> bool:
 
 def stop(name: str) -> None:
     """Take a profile down though it may be in use: its daemons write what is held back first."""
+    running.refuse_root(name)
     try:
         running.down(name)
         return
