@@ -261,7 +261,8 @@ def test_persistence_conf_of_a_live_system(system: System) -> None:
     (system.data / "files/dpkg/status").write_text("kept\n")
     (system.top / "opt").mkdir()
     system.write(f'store = "{system.data}"', "")
-    system.up()
+    told = system.up()
+    assert "WARNING: persistence.conf:4: the option loud is unknown: skipped" in told
     assert system.points() == ["etc", "home"]
     assert (system.top / "etc/file").read_text() == "changed by live-boot\n"
     assert (system.top / "var/lib/dpkg/status").read_text() == "kept\n"

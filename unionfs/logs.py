@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Where the log of a daemon goes: standard error, the journal, or the system log.
 
-Owns the handlers and their formats.  Called by daemon.py and by `unionfs up --foreground`, once for
-a process.
+Owns the handlers and their formats.  Called by daemon.py and by `unionfs up`, once for a process.
 """
 
 import logging
@@ -29,7 +28,8 @@ def to_stderr(*, debug: bool) -> None:
 
 
 def to_syslog(*, debug: bool) -> None:
-    """For a process that has left its terminal."""
+    """For a process that has left its terminal; in place of what who forked it logs to."""
+    logging.getLogger().handlers.clear()
     handler = _SyslogHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     _install(handler, debug)

@@ -29,8 +29,10 @@ def run(argv: Sequence[str]) -> int:
     add("-f", "--foreground", action="store_true", help="stay, and end when a daemon ends")
     add("-q", "--quiet", action="store_true", help="say nothing of what was mounted")
     given = parser.read(argv)
+    from unionfs import logs
     from unionfs.profiles import files, running, supervise
 
+    logs.to_stderr(debug=False)
     profile = files.load(given.name)
     if given.foreground:
         return supervise.run(profile, given.root)

@@ -71,11 +71,8 @@ def said(name: str, root: str = "/") -> Profile:
         raise UnionfsError(f"{name} is a template", hint=f"name what it is for: {name}ONE")
     main = _first(places, [candidate + _SUFFIX for candidate in candidates])
     if main is None:
-        hint = (
-            f"the profiles are {', '.join(names(root))}"
-            if names(root)
-            else f"write {places[0]}/{name}.toml"
-        )
+        known = ", ".join(names(root))
+        hint = f"the profiles are {known}" if known else f"write {places[0]}/{name}.toml"
         raise UnionfsError(f"there is no profile {name}", hint=hint)
     files = [main, *_drop_ins(places, [f"{c}{_SUFFIX}.d" for c in reversed(candidates)])]
     documents = [(path, _read(path)) for path in files]
