@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import uuid
@@ -66,10 +65,7 @@ class Example(System):
 def example(place: Path) -> Iterator[Example]:
     made = Example(place)
     yield made
-    made.call("down", "--lazy", made.name)
-    for point in reversed([*ground.mounts_below(made.run_directory), *ground.mounts_below(place)]):
-        with contextlib.suppress(RuntimeError):
-            ground.run("umount", "-l", point)
+    made.clean()
 
 
 def test_appliance(example: Example) -> None:

@@ -76,6 +76,14 @@ class System:
         assert "Traceback" not in done.stderr
         return done.stderr
 
+    def clean(self) -> None:
+        """After a test that failed, too."""
+        self.call("down", "--lazy", self.name)
+        below = [*ground.mounts_below(self.run_directory), *ground.mounts_below(self.place)]
+        for point in reversed(below):
+            with contextlib.suppress(RuntimeError):
+                ground.run("umount", "-l", point)
+
     def points(self) -> list[str]:
         below = ground.mounts_below(self.top)
         return sorted(os.path.relpath(point, self.top) for point in below)
@@ -90,10 +98,7 @@ def system(place: Path) -> Iterator[System]:
         pytest.skip(why)
     made = System(place)
     yield made
-    made.call("down", "--lazy", made.name)
-    for point in reversed([*ground.mounts_below(made.run_directory), *ground.mounts_below(place)]):
-        with contextlib.suppress(RuntimeError):
-            ground.run("umount", "-l", point)
+    made.clean()
 
 
 KINDS = """
