@@ -97,7 +97,14 @@ def start(directory: int, name: str, ask: Ask, *, readonly: bool) -> userspace.H
     userspace.lock_patiently(directory, name, readonly=readonly, patience=patience)
     with wiped(ask(name)) as secret, _pipe(secret) as stdin:
         try:
-            return userspace.launch(name, command, keep=directory, stdin=stdin, notify="-notifypid")
+            return userspace.launch(
+                name,
+                command,
+                keep=directory,
+                readonly=readonly,
+                stdin=stdin,
+                notify="-notifypid",
+            )
         except userspace.Ended as exc:
             if exc.code == _WRONG_PASSPHRASE:
                 raise UnionfsError(f"the passphrase of {name} is wrong") from None

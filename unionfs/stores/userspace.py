@@ -70,14 +70,28 @@ class Ended(Exception):
 
 
 class Helper:
-    """A running program and its mount: `root` is an O_PATH descriptor of its root directory."""
+    """A running program and its mount: `root` is an O_PATH descriptor of its root directory.
 
-    def __init__(self, name: str, path: str, process: "subprocess.Popen[bytes]", root: int) -> None:
+    `said`: the file of its output, which is closed with the helper.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        process: "subprocess.Popen[bytes]",
+        root: int,
+        said: IO[bytes],
+        *,
+        readonly: bool,
+    ) -> None:
         self.name = name
         self.path = path
         self.root = root
         self.pid = process.pid
         self._process = process
+        self._said = said
+        self._readonly = readonly
         self._mount = mount_number(root)
         self.watch = os.pidfd_open(process.pid)
 
@@ -88,7 +102,9 @@ class Helper:
     def close(self) -> bool:
         """Let it end and wait until it has written everything; whether it ended well.
 
-        A second call does nothing.
+        One that only read has nothing to lose: libfuse's exit code then tells how its last
+        request ended, which is now and then in the middle of the unmount.  A second call does
+        nothing.
         """
         if self.watch < 0:
             return True
@@ -96,14 +112,17 @@ class Helper:
             self._release()
             code = self._process.wait(_END_SECONDS)
             if code:
-                log.error("%s of %s ended with exit code %s", self.name, self.path, code)
-            return code == 0
+                level = logging.INFO if self._readonly else logging.ERROR
+                ended = f"exit code {code}{_last_words(self._said, before=': ')}"
+                log.log(level, "%s of %s ended with %s", self.name, self.path, ended)
+            return code == 0 or self._readonly
         except subprocess.TimeoutExpired:
             log.error("%s of %s does not end: ending it", self.name, self.path)
             self._process.terminate()
             self._process.wait()
             return False
         finally:
+            self._said.close()
             os.close(self.watch)
             self.watch = -1
 
@@ -151,7 +170,8 @@ def start(
         elif contents.fstype == "squashfs":
             squash.check_whole(contents.path)
         try:
-            return launch(contents.path, [path, *arguments, contents.path], keep=lock)
+            command = [path, *arguments, contents.path]
+            return launch(contents.path, command, keep=lock, readonly=readonly)
         except Ended as exc:
             hint = f"check it: unionfs store check {contents.path}"
             raise UnionfsError(
@@ -166,6 +186,7 @@ def launch(
     command: Sequence[str],
     *,
     keep: int,
+    readonly: bool,
     stdin: int = subprocess.DEVNULL,
     notify: str = "",
 ) -> Helper:
@@ -177,7 +198,8 @@ def launch(
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener()) if notify else None
         words = [notify, str(listener.pid)] if listener is not None else []
-        return _launch(source, [command[0], *words, *command[1:]], keep, stdin, listener)
+        command = [command[0], *words, *command[1:]]
+        return _launch(source, command, keep, stdin, listener, readonly=readonly)
 
 
 @contextlib.contextmanager
@@ -197,12 +219,15 @@ def _launch(
     keep: int,
     stdin: int,
     listener: "subprocess.Popen[bytes] | None",
+    *,
+    readonly: bool,
 ) -> Helper:
     _clear_stages()
     name = os.path.basename(command[0])
     stage = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_stages())
     try:
-        with open(os.memfd_create(name), "w+b") as said:
+        with contextlib.ExitStack() as stack:
+            said = stack.enter_context(open(os.memfd_create(name), "w+b"))
             process = subprocess.Popen(
                 [*command, stage],
                 stdin=stdin,
@@ -212,7 +237,10 @@ def _launch(
                 start_new_session=True,
                 cwd="/",
             )
-            return Helper(name, source, process, _take(process, stage, said, listener))
+            root = _take(process, stage, said, listener)
+            helper = Helper(name, source, process, root, said, readonly=readonly)
+            stack.pop_all()
+            return helper
     finally:
         _unmount(stage)
         with contextlib.suppress(OSError):
@@ -284,14 +312,18 @@ def _take(
         process.send_signal(signal.SIGTERM)
         _unmount(stage)
         process.wait()
-        said.seek(0)
-        lines = [line for line in os.fsdecode(said.read(4096)).splitlines() if line.strip()]
-        reason = lines[-1].strip() if lines else exc.strerror or str(exc)
-        raise Ended(code, reason) from exc
+        raise Ended(code, _last_words(said) or exc.strerror or str(exc)) from exc
     except BaseException:
         process.kill()
         process.wait()
         raise
+
+
+def _last_words(said: IO[bytes], before: str = "") -> str:
+    """The last line of a program's output, after `before`; nothing if it said nothing."""
+    said.seek(0)
+    lines = [line for line in os.fsdecode(said.read(4096)).splitlines() if line.strip()]
+    return before + lines[-1].strip() if lines else ""
 
 
 def _await_mount(
