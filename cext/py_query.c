@@ -246,6 +246,15 @@ PyObject *py_take_warning(PyObject *op, PyObject *args)
     return PyUnicode_DecodeFSDefault(text);
 }
 
+PyObject *py_close(PyObject *op, PyObject *args)
+{
+    (void)args;
+    Py_BEGIN_ALLOW_THREADS
+    tree_shut(TREE(op));
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 PyObject *py_counts(PyObject *op, PyObject *args)
 {
     struct tree *t = TREE(op);

@@ -87,6 +87,12 @@ static void evict_locked(struct tree *t)
     }
 }
 
+void rdirs_close_locked(struct tree *t)
+{
+    t->max_open_dirs = 0; /* what is pinned still is closed when it is not */
+    evict_locked(t);
+}
+
 static bool pin_cached_locked(struct tree *t, struct rdir *r)
 {
     if (r->fd < 0)

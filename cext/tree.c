@@ -416,6 +416,28 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     return 0;
 }
 
+void tree_shut(struct tree *t)
+{
+    for (uint32_t i = 0; i < t->ndirhandles; i++)
+        dir_release(t, i + 1ULL);
+    for (uint32_t i = 0; i < t->nfiles; i++)
+        file_release(t, i + 1ULL);
+    pthread_mutex_lock(&t->lock);
+    for (uint64_t i = 0; i <= t->node_mask; i++) {
+        for (struct node *n = t->nodes[i]; n; n = n->hash_next) {
+            closing_add_locked(t, n->pin);
+            n->pin = -1;
+        }
+    }
+    rdirs_close_locked(t);
+    for (uint16_t i = 0; i < t->nlayers; i++)
+        t->layers[i].fd = t->layers[i].root->fd = -1;
+    if (t->index)
+        t->index->fd = -1;
+    t->device = t->work_fd = t->numbers_fd = -1;
+    unlock_and_close(t);
+}
+
 /* Everything goes at once: references no longer count. */
 void tree_free(struct tree *t)
 {

@@ -23,7 +23,7 @@
 enum { ROOT_INO = 1, MAX_LAYERS = 500, TEMP_BYTES = 24 };
 
 struct layer {
-    int fd;        /* immutable: root directory, owned by the caller of tree_new */
+    int fd;        /* immutable until tree_shut: root directory, the caller's of tree_new */
     dev_t dev;     /* immutable */
     uint16_t fs;   /* immutable: number of its file system among the layers, in inode numbers */
     bool careful;  /* immutable: mount points lie beneath and must not be crossed */
@@ -194,6 +194,9 @@ struct tree_options {
 /* `layers` and their descriptors are the caller's and outlive the tree. */
 errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tree_options *options,
                   struct tree **ret_tree);
+/* Closes what it has opened in the layers, and knows nothing of what it was given any more. The
+ * threads that use it have ended; a call that comes all the same fails. Twice does nothing. */
+void tree_shut(struct tree *t);
 void tree_free(struct tree *t);
 void tree_warn(struct tree *t, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -229,6 +232,8 @@ void rdir_put_locked(struct tree *t, struct rdir *r);
 void rdir_put(struct tree *t, struct rdir *r);
 /* Descriptor (O_PATH) of a directory, kept open until rdir_unpin; or -errno. */
 int rdir_pin(struct tree *t, struct rdir *r);
+/* Closes what is cached; from here on nothing is kept open. */
+void rdirs_close_locked(struct tree *t);
 void rdir_unpin(struct tree *t, struct rdir *r);
 /* The upper part of a directory node, referenced and pinned until upper_unpin: its descriptor;
  * -ENOENT where it has none. */

@@ -445,6 +445,7 @@ def _tree(stack: Stack) -> None:
     fh = stack.tree.open(stack.ino("file"), os.O_RDONLY)
     assert fh
     stack.tree.opendir(ROOT_INO)
+    stack.tree.close()
     stack.tree = old
     with pytest.raises(OSError, match="descriptor"):
         Tree(
@@ -541,6 +542,30 @@ def _nameless(s: Stack) -> None:
     os.close(fd)
 
 
+def test_a_closed_tree_has_nothing_open(stack: Stack) -> None:
+    _fill(stack)
+    before = set(os.listdir("/proc/self/fd"))
+    for path in ("dir/file", "file"):
+        stack.tree.open(stack.ino(path), os.O_RDONLY)
+    stack.tree.readdir(stack.tree.opendir(stack.ino("dir")), 0, 1)
+    ino = stack.ino("file")
+    stack.tree.prepare_unlink(ROOT_INO, b"file")
+    (stack.upper / "file").unlink()
+    stack.tree.unlinked(ROOT_INO, b"file")
+    held = stack.tree.upper_dir(stack.ino("dir"))
+    assert len(set(os.listdir("/proc/self/fd")) - before) >= 4
+    for _ in range(2):
+        stack.tree.close()
+    with held as fd:
+        os.fstat(fd)
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert {refused(lambda: stack.tree.getattr(ino)), refused(lambda: stack.list("dir"))} <= {
+        errno.EBADF,
+        errno.ENOENT,
+        errno.ESTALE,
+    }
+
+
 LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
     "lookup": (
         lambda s: s.tree.forget(s.tree.lookup(ROOT_INO, b"file")[0], 1),
@@ -607,7 +632,7 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
         _directory_marks,
         {"set_redirect", "redirect_path", "make_impure", "made_opaque", "take_warning"},
     ),
-    "tree": (_tree, set()),
+    "tree": (_tree, {"close"}),
     "failures": (_failures, set()),
 }
 

@@ -24,7 +24,7 @@ import pyfuse3
 import trio
 
 from unionfs import passthrough, uring
-from unionfs._native import Engine
+from unionfs._native import Engine, Tree
 from unionfs.flags import FSSETXATTR, SETFLAGS
 from unionfs.handshake import InitFlag, Wishes, answer_init
 from unionfs.operations import UnionOperations
@@ -398,6 +398,7 @@ class EngineLoop:
         self._only_uid = os.geteuid() if only_root_and_us else -1
         self._wishes = wishes
         self._engine: Engine | None = None
+        self._tree: Tree | None = None
         self._no_passthrough: str | None = None
         self.flags = InitFlag(0)
 
@@ -416,6 +417,7 @@ class EngineLoop:
             self._no_passthrough = self._try_passthrough()
         union.kills_privileges = InitFlag.HANDLE_KILLPRIV_V2 in self.flags
         layer = union.upper if union.upper is not None else union.lowers[0]
+        self._tree = union.tree
         self._engine = Engine(
             union.tree,
             device=self._device,
@@ -497,6 +499,9 @@ class EngineLoop:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        if self._tree is not None:
+            # The kernel holds what is passed through until it is told otherwise, by this device.
+            self._tree.close()
         if self._device >= 0:
             os.close(self._device)
             self._device = -1

@@ -313,7 +313,12 @@ class Union:
         return describe(self)
 
     def close(self) -> None:
-        """Layers and work area are closed by who opened them (daemon.py)."""
+        """Layers and work area are closed by who opened them (daemon.py).
+
+        Nobody uses the union any more.  What the table has open in the layers would keep a file
+        system in use, or the key of an encrypted one, for as long as Python keeps the table.
+        """
+        self.tree.close()
         if self.work is None:
             for fd in (self.index, self.numbers):
                 if fd >= 0:

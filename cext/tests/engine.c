@@ -330,6 +330,7 @@ int main(int argc, char **argv)
     test_syncfs();
     test_end(device[0]);
     CHECK(tree->node_count == 1);
+    tree_shut(tree);
     tree_free(tree);
     (void)close(device[0]);
     (void)close(device[1]);

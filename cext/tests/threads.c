@@ -307,6 +307,7 @@ static void run(void)
         CHECK(pthread_join(threads[i], NULL) == 0);
     CHECK(tree->node_count == 1);
     CHECK(tree->name_count == 0);
+    tree_shut(tree);
     tree_free(tree);
 }
 
