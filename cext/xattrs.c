@@ -14,6 +14,14 @@ static bool starts(const char *name, const char *prefix)
     return strncmp(name, prefix, strlen(prefix)) == 0;
 }
 
+/* Of stores/fscrypt.py, at the root of an upper. Without it all that lies there is lost, and a copy
+ * of attributes onto the root of the union (rsync -X, cp -a) would replace it. It has the prefix of
+ * trusted marks, which protects it; but not where marks are user.*. */
+static bool is_key(const struct tree *t, const char *name)
+{
+    return t->prefix[0] == 'u' && strcmp(name, "trusted.overlay.unionfs_fscrypt") == 0;
+}
+
 static bool is_override(const struct tree *t, const char *name)
 {
     if (t->override_mode == 1)
@@ -27,7 +35,7 @@ errint_t xattr_stored_name(const struct tree *t, const char *name,
     const char *format = "%s%s%s";
     int n;
 
-    if (is_override(t, name) || starts(name, FUSEOVERLAYFS))
+    if (is_override(t, name) || starts(name, FUSEOVERLAYFS) || is_key(t, name))
         return -EPERM;
     if (starts(name, t->prefix))
         n = snprintf(stored, XATTR_STORED_BYTES, format, t->prefix, "overlay.",
@@ -57,7 +65,7 @@ static bool shown_name(const struct tree *t, const char *stored,
         (void)snprintf(out, XATTR_STORED_BYTES, "%s", stored + sizeof CONTAINERS - 1);
         return true;
     }
-    if (starts(stored, FUSEOVERLAYFS))
+    if (starts(stored, FUSEOVERLAYFS) || is_key(t, stored))
         return false;
     if (is_override(t, stored) || (t->override_mode == 2 && starts(stored, "security.")))
         return false;

@@ -159,9 +159,23 @@ def test_a_file_of_that_name_in_a_plain_store(base: Path, up: Path) -> None:
         assert "gocryptfs.conf" in check_names
 
 
-@pytest.mark.parametrize("kind", ["fscrypt", "luks"])
-def test_other_kinds_are_refused(base: Path, up: Path, kind: str) -> None:
-    assert "does not set up" in fails("encrypt", up, "--kind", kind, code=1)
+@pytest.mark.skipif(os.geteuid() == 0, reason="the kernel mounts root's images")
+def test_fuse2fs_does_not_write_where_the_kernel_encrypts(base: Path, key: Path) -> None:
+    """It would make plain names in encrypted directories, which it does not know as such."""
+    image = images.make(base / "store.img")
+    assert "is encrypted" not in done("check", image)
+    ground.run("tune2fs", "-O", "encrypt", image)
+    found = secret.run("mount", base / "tree", f"{image}:/dir", base / "mnt")
+    assert found.returncode == 32
+    assert "has the feature encrypt" in found.stderr
+    assert "has the feature encrypt" in fails("backup", f"{image}:/dir", base / "backup")
+    assert store_code("check", image) == 8
+
+
+def test_other_kinds_are_refused(base: Path, up: Path) -> None:
+    assert "does not set up" in fails("encrypt", up, "--kind", "luks", code=1)
+    if os.geteuid() != 0:
+        assert "only root can" in fails("encrypt", up, "--kind", "fscrypt", code=1)
 
 
 # The passphrase
@@ -328,7 +342,7 @@ def test_it_is_seen_nowhere(base: Path, up: Path, key: Path) -> None:
 # What a program sees
 
 
-def _mix(root: Path) -> None:
+def mixed(root: Path) -> None:
     """Some of everything, so that each kind of mark is written."""
     (root / "lower").unlink()
     (root / "dir").rename(root / "renamed")
@@ -353,7 +367,7 @@ def _mix(root: Path) -> None:
     os.utime(root / "two", ns=(10**18, 10**18 + 1))
 
 
-def _fill_lower(root: Path) -> None:
+def filled_lower(root: Path) -> None:
     for name in ("one", "lower"):
         (root / name).write_text(name)
     (root / "two").write_text("two")
@@ -365,7 +379,7 @@ def _fill_lower(root: Path) -> None:
     (root / "mapped").write_bytes(bytes(100_000))
 
 
-def _same(pair: Pair) -> None:
+def same(pair: Pair) -> None:
     got, want = snapshot.take(pair.mnt), snapshot.take(pair.plain)
     for name in (b"", b"."):  # the root's times are those of its making
         got.pop(name, None)
@@ -379,14 +393,14 @@ def test_a_union_as_any_other(base: Path) -> None:
     key = secret.key_file(base)
     done("encrypt", pair.upper, "--key-file", key)
     pair.union.options.append(f"key-file={key}")
-    pair.fill(_fill_lower)
+    pair.fill(filled_lower)
     with pair.mounted():
-        _mix(pair.mnt)
-        _mix(pair.plain)
-        _same(pair)
+        mixed(pair.mnt)
+        mixed(pair.plain)
+        same(pair)
         numbers = {e.name: e.inode() for e in os.scandir(pair.mnt)}
     with pair.mounted():
-        _same(pair)
+        same(pair)
         assert {e.name: e.inode() for e in os.scandir(pair.mnt)} == numbers
 
 

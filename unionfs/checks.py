@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from unionfs import syscalls
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME, CIPHER_CONFIG
 from unionfs.layer import Layer, layer_error
@@ -134,9 +135,26 @@ def refuse_key(options: MountOptions) -> None:
 
 def refuse_cipher_directory(path: str) -> None:
     """Of an upper that is to be read only, in a directory."""
-    plain = os.path.lexists(f"{path}/{AREA_NAME}")
-    if not plain and os.path.lexists(f"{path}/{CIPHER_CONFIG}"):
+    if not os.path.lexists(f"{path}/{AREA_NAME}") and may_be_encrypted(path):
         raise only_upper(path)
+
+
+def may_be_encrypted(path: str) -> bool:
+    """Whether an upper in a directory is worth a closer look, by stores/."""
+    if os.path.lexists(f"{path}/{CIPHER_CONFIG}"):
+        return True
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False  # whoever opens it for good says why not
+    try:
+        if not syscalls.is_encrypted(fd):
+            return False
+        from unionfs.stores import fscrypt
+
+        return fscrypt.is_encrypted(fd) or fscrypt.is_locked(fd)
+    finally:
+        os.close(fd)
 
 
 def only_upper(name: str) -> UnionfsError:

@@ -22,6 +22,8 @@ from unionfs.layer import Namespace
 AREA_NAME: Final = ".unionfs"
 # Of gocryptfs, where an encrypted upper lies (stores/gocryptfs.py).
 CIPHER_CONFIG: Final = "gocryptfs.conf"
+# Of an encrypted upper of fscrypt: what its key is made of (stores/fscrypt.py, cext/xattrs.c).
+KEY_ATTRIBUTE: Final = "trusted.overlay.unionfs_fscrypt"
 FORMAT_VERSION: Final = 1
 # How deep to look for evidence: a hostile tree has no end, our stack has.
 _DEPTH: Final = 400
@@ -137,7 +139,7 @@ def _walk(fd: int, dev: int, depth: int = 0) -> Iterator[tuple[int, str | None]]
 
 def _mark_namespace(fd: int) -> Namespace | None:
     try:
-        names = os.listxattr(fd)
+        names = [name for name in os.listxattr(fd) if name != KEY_ATTRIBUTE]
     except OSError:
         return None  # a file system without xattrs
     if any(name.startswith("trusted.overlay.") for name in names):

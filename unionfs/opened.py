@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from unionfs import checks, holder, identity, layer, locator
 from unionfs.errors import ExitCode, UnionfsError, usage_error
-from unionfs.format import CIPHER_CONFIG
 from unionfs.holder import Owner
 from unionfs.identity import Base, StoreRecord, parse_store
 from unionfs.layer import FULL, Layer
@@ -281,7 +280,7 @@ def _open_stores(
 ) -> "Stores | None":
     """The layers that are images, devices or encrypted; None, which costs nothing, without any."""
     named = [*options.lowers, *([options.upper] if options.upper is not None else [])]
-    plain = options.upper is None or not os.path.lexists(f"{options.upper}/{CIPHER_CONFIG}")
+    plain = options.upper is None or not checks.may_be_encrypted(options.upper)
     if plain and all(map(locator.is_directory, named)):
         checks.refuse_key(options)
         return None

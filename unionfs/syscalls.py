@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Iterable
 from enum import IntFlag
 from typing import Final
@@ -41,6 +42,8 @@ _MS_PRIVATE: Final = 1 << 18
 _CLONE_NEWNS: Final = 0x20000
 _STATFS_BYTES: Final = 256
 _FICLONE: Final = 0x40049409
+_GETFLAGS: Final = 0x80086601
+_FS_ENCRYPT_FL: Final = 0x800
 _MAX_HANDLE: Final = 128
 
 
@@ -238,6 +241,15 @@ def link_descriptor(fd: int, directory: int, name: str) -> None:
 def clone_file(source: int, target: int) -> None:
     """FICLONE: share the extents of one file with another."""
     fcntl.ioctl(target, _FICLONE, source)
+
+
+def is_encrypted(fd: int) -> bool:
+    """Whether the kernel encrypts a file or directory (fscrypt), with whatever key."""
+    try:
+        flags = fcntl.ioctl(fd, _GETFLAGS, bytes(8))
+    except OSError:  # a file system without flags
+        return False
+    return bool(int.from_bytes(flags[:4], sys.byteorder) & _FS_ENCRYPT_FL)
 
 
 def has_file_handles(fd: int) -> bool:

@@ -36,6 +36,8 @@ def unmount(path: str, *, lazy: bool, force: bool) -> None:
         _detach(entry, lazy=lazy, force=force)
         if daemon is not None:
             _wait(daemon, entry.point)
+        else:
+            _tidy()
     finally:
         if daemon is not None:
             os.close(daemon)
@@ -145,6 +147,14 @@ def _wait(daemon: int, point: str) -> None:
     if not poll.poll(PATIENCE * 1000):
         message = f"{point} is unmounted, but its daemon has not ended after {PATIENCE:g} s"
         raise UnionfsError(message, hint="see its log; the layers are still in use")
+
+
+def _tidy() -> None:
+    """A daemon that was killed may have left a store unlocked."""
+    if os.geteuid() == 0:
+        from unionfs.stores import fscrypt_keys
+
+        fscrypt_keys.tidy()
 
 
 def busy(point: str) -> UnionfsError:

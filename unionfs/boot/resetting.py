@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A store put back to its base before it is mounted.  Called by root.py."""
 
+import functools
 import os
 
 from unionfs import identity, locator
 from unionfs.errors import UnionfsError
 from unionfs.options import MountOptions
+from unionfs.passphrase import Source, obtain
 from unionfs.stores import backing, base, changing, find, inspect, probe
 
 
@@ -23,7 +25,8 @@ def reset(options: MountOptions) -> str | None:
                 return None
             if options.on_mismatch != "ignore":
                 _refuse_another(upper, options.lowers[-1])
-            kept = changing.reset(upper, keep=True)
+            ask = functools.partial(obtain, Source(options.key_file, options.credential))
+            kept = changing.reset(upper, ask, keep=True)
             return f"{upper.name.rpartition('/')[0]}/{kept}"
     except backing.NoUpper:
         return None

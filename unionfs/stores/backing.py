@@ -28,7 +28,7 @@ from unionfs import holder, syscalls
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.passphrase import Ask
-from unionfs.stores import archive, gocryptfs
+from unionfs.stores import archive, fscrypt, unlocking
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import mounted_unions, read_record, uppers_of
 from unionfs.stores.opening import (
@@ -37,7 +37,6 @@ from unionfs.stores.opening import (
     make_directory,
     open_volume,
     put_back,
-    unlock,
     walk,
 )
 from unionfs.stores.tools import uninterrupted
@@ -106,9 +105,13 @@ def chosen(
         os.close(fd)
         try:
             holder.refuse_elsewhere(holder.read_owner_at(upper), f"{volume.locator.text}")
-            found = gocryptfs.KIND if gocryptfs.is_encrypted(upper) else ""
+            found = unlocking.kind_of(upper)
+            if not found:
+                fscrypt.refuse_locked(upper, unlocking.name_of(volume, directory))
             if found and ask is not None:
-                yield from _unlocked(volume, directory, upper, ask, write=write)
+                in_use = found == fscrypt.KIND and _lock(upper, directory, write=write)
+                with unlocking.shown(volume, directory, upper, ask, readonly=not write) as plain:
+                    yield Chosen(volume, directory, plain, in_use)
             else:
                 in_use = _lock(upper, directory, write=write)
                 yield Chosen(volume, directory, upper, in_use, found)
@@ -116,20 +119,6 @@ def chosen(
             os.close(upper)
     finally:
         volume.close()
-
-
-def _unlocked(
-    volume: Volume, directory: str, cipher: int, ask: Ask, *, write: bool
-) -> Iterator[Chosen]:
-    plain = unlock(volume, directory, cipher, ask, readonly=not write)
-    try:
-        upper = os.open(".", _OPEN, dir_fd=plain.root)
-        try:
-            yield Chosen(volume, directory, upper, in_use=False)
-        finally:
-            os.close(upper)
-    finally:
-        plain.close()
 
 
 def _only(volume: Volume, *, make: bool) -> str:
@@ -156,6 +145,14 @@ def _lock(upper: int, directory: str, *, write: bool) -> bool:
             raise UnionfsError(f"{directory} is in use by a union", hint=hint) from None
         return True
     return False
+
+
+def refuse_bound(upper: Chosen) -> None:
+    """Raise an error if a copy of an upper would not be encrypted as it is."""
+    if upper.encrypted == fscrypt.KIND:
+        what = "is encrypted by fscrypt: a copy would be in plain text"
+        hint = "copy the image or device that it lies in, while nobody has it mounted"
+        raise UnionfsError(f"{upper.name} {what}", hint=hint)
 
 
 def refuse_target(upper: Chosen, target: int) -> None:

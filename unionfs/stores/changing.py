@@ -18,9 +18,11 @@ from typing import Final
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.identity import FILE
-from unionfs.stores import archive, gocryptfs
+from unionfs.passphrase import Ask, wiped
+from unionfs.stores import archive, fscrypt, gocryptfs
 from unionfs.stores.archive import Advance
-from unionfs.stores.backing import Chosen, replace
+from unionfs.stores.backing import Chosen, refuse_bound, replace
+from unionfs.stores.encrypting import encrypt_by_fscrypt
 from unionfs.stores.inspect import read_record
 from unionfs.stores.tools import uninterrupted
 
@@ -28,7 +30,8 @@ _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def refuse_used(source: Chosen) -> None:
-    """Raise an error if a union has it."""
+    """Raise an error if a union has it, or if no copy of it can be what it is."""
+    refuse_bound(source)
     if source.in_use:
         hint = "unmount that union first"
         raise UnionfsError(f"{source.name} is in use by a union", hint=hint)
@@ -36,7 +39,7 @@ def refuse_used(source: Chosen) -> None:
 
 def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
     """Copy an upper that no union uses to an empty place; the copy is a store of its own."""
-    if os.listdir(target.fd):
+    if os.listdir(target.fd) or target.encrypted:
         hint = "name a directory that is not there yet, by :/dir"
         raise UnionfsError(f"{target.name} is not empty: it is not overwritten", hint=hint)
 
@@ -64,14 +67,21 @@ def default_directory(source: Chosen) -> str:
     return default_directory(record.base.name)
 
 
-def reset(upper: Chosen, *, keep: bool) -> str | None:
-    """Put an empty upper, with the root's owner and mode, in the place of one."""
+def reset(upper: Chosen, ask: Ask, *, keep: bool) -> str | None:
+    """Put an empty upper, with the root's owner and mode, in the place of one.
+
+    That of an encrypted one has the same passphrase, for which is asked where it makes the key.
+    """
     status = os.fstat(upper.fd)
 
     def fill(into: str) -> None:
-        if upper.encrypted:  # what takes its place has the same passphrase
+        if upper.encrypted == gocryptfs.KIND:
             for name in gocryptfs.OWN_FILES:
                 shutil.copy2(f"/proc/self/fd/{upper.fd}/{name}", f"{into}/{name}")
+        elif upper.encrypted:
+            with wiped(ask(upper.name)) as secret:
+                fscrypt.refuse_wrong(upper.fd, upper.name, secret)
+                encrypt_by_fscrypt(upper, into, secret, lambda: None)
         if os.geteuid() == 0:
             os.chown(into, status.st_uid, status.st_gid)
         os.chmod(into, stat.S_IMODE(status.st_mode))
@@ -85,7 +95,7 @@ def contents(upper: Chosen) -> list[str]:
 
 
 def _not_shown(upper: Chosen) -> set[str]:
-    return set(gocryptfs.OWN_FILES) if upper.encrypted else set()
+    return set(gocryptfs.OWN_FILES) if upper.encrypted == gocryptfs.KIND else set()
 
 
 def find_paths(upper: Chosen, paths: list[str]) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Encrypting a store: an upper is copied into a new cipher directory, which then takes its place.
+"""Encrypting a store: an upper is copied into a new encrypted directory, which takes its place.
 
 Owns the order.  How one directory takes another's place is backing.py's, as for a restore: by one
 call, with the old one kept beside.  Called by `unionfs store encrypt`.
@@ -7,10 +7,11 @@ call, with the old one kept beside.  Called by `unionfs store encrypt`.
 
 import os
 import stat
+from collections.abc import Callable
 
 from unionfs import locator
 from unionfs.errors import UnionfsError, usage_error
-from unionfs.stores import archive, backing, gocryptfs
+from unionfs.stores import archive, backing, fscrypt, gocryptfs
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen
 from unionfs.stores.base import default_directory, describe
@@ -40,7 +41,8 @@ def place_of(store: str, lower: str | None) -> tuple[str, os.stat_result | None]
 def refuse_encrypted(upper: Chosen) -> None:
     """Raise an error if there is nothing to do."""
     if upper.encrypted:
-        hint = "gocryptfs -passwd changes its passphrase"
+        changes = upper.encrypted == gocryptfs.KIND
+        hint = "gocryptfs -passwd changes its passphrase" if changes else "there is nothing to do"
         raise UnionfsError(f"{upper.name} is encrypted already ({upper.encrypted})", hint=hint)
 
 
@@ -50,21 +52,44 @@ def encrypt(
     like: os.stat_result | None,
     advance: Advance,
     *,
+    kind: str,
     keep: bool,
 ) -> str | None:
     """Put an encrypted upper in the place of a plain one; where that is kept, if it is."""
+    empty = not os.listdir(upper.fd)
 
     def fill(into: str) -> None:
-        cipher = os.open(into, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            gocryptfs.init(cipher, upper.name, secret)
-            _copy(upper, cipher, secret, advance)
-            if not os.listdir(upper.fd):
-                _become(upper, cipher, like)
-        finally:
-            os.close(cipher)
+        if kind == fscrypt.KIND:
+            source = f"/proc/{os.getpid()}/fd/{upper.fd}"
+            encrypt_by_fscrypt(upper, into, secret, lambda: archive.copy(source, into, advance))
+        else:
+            _encrypt_by_gocryptfs(upper, into, secret, advance)
+        if empty:
+            _become(upper, into, like)
 
-    return backing.replace(upper, fill, keep=keep and bool(os.listdir(upper.fd)))
+    return backing.replace(upper, fill, keep=keep and not empty)
+
+
+def encrypt_by_fscrypt(
+    upper: Chosen, into: str, secret: bytearray, fill: Callable[[], None]
+) -> None:
+    """Have an empty directory encrypted, and filled; it is unlocked as long as the volume is."""
+    fd = os.open(into, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        made_of = fscrypt.make(fd, upper.name, secret, upper.volume.keys)
+        fill()
+        fscrypt.remember(fd, made_of)
+    finally:
+        os.close(fd)
+
+
+def _encrypt_by_gocryptfs(upper: Chosen, into: str, secret: bytearray, advance: Advance) -> None:
+    cipher = os.open(into, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        gocryptfs.init(cipher, upper.name, secret)
+        _copy(upper, cipher, secret, advance)
+    finally:
+        os.close(cipher)
 
 
 def _copy(upper: Chosen, cipher: int, secret: bytearray, advance: Advance) -> None:
@@ -82,12 +107,12 @@ def _copy(upper: Chosen, cipher: int, secret: bytearray, advance: Advance) -> No
         raise UnionfsError(f"cannot encrypt {upper.name}: gocryptfs ended with an error")
 
 
-def _become(upper: Chosen, cipher: int, like: os.stat_result | None) -> None:
+def _become(upper: Chosen, into: str, like: os.stat_result | None) -> None:
     """A new upper's root becomes the union's."""
     made = stat.S_IMODE(os.fstat(upper.fd).st_mode)
     if like is not None:
         if os.geteuid() == 0:
-            os.fchown(cipher, like.st_uid, like.st_gid)
-        os.fchmod(cipher, stat.S_IMODE(like.st_mode))
+            os.chown(into, like.st_uid, like.st_gid)
+        os.chmod(into, stat.S_IMODE(like.st_mode))
     elif upper.volume.contents is not None and made == backing.PRIVATE:
-        os.fchmod(cipher, _NEW_MODE)
+        os.chmod(into, _NEW_MODE)

@@ -23,10 +23,19 @@ from unionfs.mounts import read_mounts
 from unionfs.opened import open_lowers
 from unionfs.options import MountOptions
 from unionfs.passphrase import Ask
-from unionfs.stores import find, gocryptfs, references, userspace
+from unionfs.stores import (
+    ext,
+    find,
+    fscrypt,
+    fscrypt_keys,
+    gocryptfs,
+    references,
+    unlocking,
+    userspace,
+)
 from unionfs.stores.checking import Code, Problem, Report, check_filesystem, refuse_used
 from unionfs.stores.inspect import read_record, uppers_of
-from unionfs.stores.opening import Stores, Volume, guarded, open_volume, unlock, walk
+from unionfs.stores.opening import Stores, Volume, guarded, open_volume, walk
 from unionfs.stores.probe import probe, require_filesystem
 from unionfs.stores.references import Lowers
 from unionfs.stores.uppers import UpperCheck
@@ -58,6 +67,7 @@ class _Below:
 
 def examine(text: str, report: Report, wish: Wish) -> None:
     """Check everything; raises UnionfsError if it cannot be looked at at all."""
+    fscrypt_keys.tidy()  # before anything is open where a daemon was killed
     where = locator.parse(text)
     path = find.find(where)
     if not os.path.exists(path):
@@ -74,6 +84,11 @@ def examine(text: str, report: Report, wish: Wish) -> None:
             return
     volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair)
     try:
+        if volume.helper is not None and ext.may_be_encrypted(path):
+            _not_looked_at(
+                report, "/", "has the feature encrypt: only root can look at what lies there"
+            )
+            return
         inside = where.directory
         found = [inside] if inside is not None else uppers_of(volume)
         with _opened_lowers(wish.lowers) as below:
@@ -93,12 +108,14 @@ def _examine_upper(
     upper = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=fd)
     os.close(fd)
     try:
-        if gocryptfs.is_encrypted(upper):
+        kind = unlocking.kind_of(upper)
+        if kind != gocryptfs.KIND:
+            _lock(upper, directory, exclusive=wish.repair)
+        if kind:
             _check_encrypted(volume, directory, upper, report, wish, below)
             return
-        _lock(upper, directory, exclusive=wish.repair)
-        shown = "" if directory == "/" else directory
-        _check_upper(upper, shown, report, wish, below)
+        fscrypt.refuse_locked(upper, unlocking.name_of(volume, directory))
+        _check_upper(upper, "" if directory == "/" else directory, report, wish, below)
     finally:
         os.close(upper)
 
@@ -106,21 +123,18 @@ def _examine_upper(
 def _check_encrypted(
     volume: Volume, directory: str, cipher: int, report: Report, wish: Wish, below: _Below | None
 ) -> None:
-    if wish.ask is None:
-        what = f"is encrypted ({gocryptfs.KIND}): --key-file or --credential lets it be checked"
-        report.problems.append(Problem(directory, what))
-        report.code |= Code.TROUBLE
+    how = unlocking.hides(cipher)
+    if how and wish.ask is None:
+        what = f"is encrypted ({how}): --key-file or --credential lets it be checked"
+        _not_looked_at(report, directory, what)
         return
-    plain = unlock(volume, directory, cipher, wish.ask, readonly=volume.readonly)
-    try:
-        upper = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=plain.root)
-        try:
-            shown = "" if directory == "/" else directory
-            _check_upper(upper, shown, report, wish, below)
-        finally:
-            os.close(upper)
-    finally:
-        plain.close()
+    with unlocking.shown(volume, directory, cipher, wish.ask, readonly=volume.readonly) as upper:
+        _check_upper(upper, "" if directory == "/" else directory, report, wish, below)
+
+
+def _not_looked_at(report: Report, directory: str, why: str) -> None:
+    report.problems.append(Problem(directory, why))
+    report.code |= Code.TROUBLE
 
 
 def _check_upper(upper: int, where: str, report: Report, wish: Wish, below: _Below | None) -> None:

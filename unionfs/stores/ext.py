@@ -16,16 +16,22 @@ _HAS_64BIT: Final = 0x80
 _CLEAN: Final = 1  # EXT4_VALID_FS
 _ERRORS: Final = 2  # EXT4_ERROR_FS
 _RECOVER: Final = 4  # EXT4_FEATURE_INCOMPAT_RECOVER
+_ENCRYPT: Final = 0x10000  # EXT4_FEATURE_INCOMPAT_ENCRYPT
 _CORRECTED: Final = 1  # fsck(8)
 TYPES: Final = ("ext2", "ext3", "ext4")
+
+
+def _super_block(path: str) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(_SUPER)
+        return file.read(1024)
 
 
 def check_whole(path: str) -> None:
     """Raise an error if the image is shorter than its file system."""
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
-        file.seek(_SUPER)
-        block = file.read(1024)
+    block = _super_block(path)
     if len(block) < 1024:
         raise UnionfsError(f"{path} is truncated", hint="restore a backup")
     blocks, log = struct.unpack_from("<I", block, 4)[0], struct.unpack_from("<I", block, 24)[0]
@@ -41,22 +47,32 @@ def check_whole(path: str) -> None:
 
 def has_errors(path: str) -> bool:
     """Whether the kernel, or who wrote it last, has noted that something is wrong with it."""
-    with open(path, "rb") as file:
-        file.seek(_SUPER)
-        block = file.read(1024)
+    block = _super_block(path)
     return len(block) == 1024 and bool(struct.unpack_from("<H", block, 0x3A)[0] & _ERRORS)
 
 
 def was_unmounted(path: str) -> bool:
     """Whether nobody has it mounted writable, here or elsewhere, nor has left it so."""
-    with open(path, "rb") as file:
-        file.seek(_SUPER)
-        block = file.read(1024)
+    block = _super_block(path)
     return (
         len(block) == 1024
         and bool(struct.unpack_from("<H", block, 0x3A)[0] & _CLEAN)
         and not struct.unpack_from("<I", block, 0x60)[0] & _RECOVER
     )
+
+
+def may_be_encrypted(path: str) -> bool:
+    """Whether there may be directories that the kernel encrypts: fuse2fs writes plain text there,
+    and does not say which they are."""
+    block = _super_block(path)
+    return len(block) == 1024 and bool(struct.unpack_from("<I", block, 0x60)[0] & _ENCRYPT)
+
+
+def refuse_encrypted(path: str) -> None:
+    """Raise an error where fuse2fs would do damage."""
+    if may_be_encrypted(path):
+        what = "has the feature encrypt: fuse2fs would write plain text into what is encrypted"
+        raise UnionfsError(f"{path} {what}", hint="only root can mount it")
 
 
 def preen(path: str) -> bool:

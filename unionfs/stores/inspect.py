@@ -21,7 +21,7 @@ from unionfs.format import AREA_NAME
 from unionfs.holder import Owner, here, read_owner_at
 from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
-from unionfs.stores import find, gocryptfs
+from unionfs.stores import find, fscrypt, gocryptfs, unlocking
 from unionfs.stores.opening import Volume, open_volume
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -36,7 +36,7 @@ class Upper:
     record: StoreRecord | None
     owner: Owner | None = None  # who holds it, or has not let it go
     mounted: str = ""  # the mount point of its union
-    encrypted: str = ""  # how; then nothing else is known of it
+    encrypted: str = ""  # how; then nothing else is known of it, unless it is unlocked
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
@@ -119,15 +119,16 @@ def find_uppers(root: int) -> Iterator[Upper]:
 
 
 def _upper_at(fd: int, directory: str) -> Iterator[Upper]:
-    if gocryptfs.is_encrypted(fd):
-        yield Upper(directory, None, encrypted=gocryptfs.KIND)
+    kind = unlocking.kind_of(fd)
+    if kind == gocryptfs.KIND or (kind and fscrypt.is_locked(fd)):
+        yield Upper(directory, None, encrypted=kind)
         return
     try:
         status = os.stat(AREA_NAME, dir_fd=fd, follow_symlinks=False)
     except OSError:
         return
     if stat.S_ISDIR(status.st_mode):
-        yield Upper(directory, read_record(fd), read_owner_at(fd))
+        yield Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind)
 
 
 def _directories(fd: int) -> list[str]:

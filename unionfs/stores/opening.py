@@ -12,13 +12,12 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from unionfs import checks, holder, locator
 from unionfs.checks import LOWER, UPPER
 from unionfs.errors import UnionfsError, usage_error
-from unionfs.format import CIPHER_CONFIG
 from unionfs.holder import Owner
 from unionfs.identity import Base
 from unionfs.layer import Layer, open_private
@@ -26,7 +25,8 @@ from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, locate, read_mounts
 from unionfs.options import MountOptions
 from unionfs.passphrase import Ask
-from unionfs.stores import base, ext, find, gocryptfs, kernel, loop, userspace
+from unionfs.stores import base, ext, find, fscrypt, gocryptfs, kernel, loop, unlocking, userspace
+from unionfs.stores.fscrypt_keys import Key
 from unionfs.stores.probe import Contents, probe, require_filesystem
 
 log = logging.getLogger("unionfs")
@@ -46,6 +46,7 @@ class Volume:
     readonly: bool
     helper: userspace.Helper | None = None
     mountpoint: str = ""  # of a directory: where it is seen
+    keys: list[Key] = field(default_factory=list)  # of what was unlocked in it
 
     def path_of(self, inside: str) -> str:
         """A directory in a volume that is seen somewhere."""
@@ -60,6 +61,8 @@ class Volume:
             self.root = -1
         if self.helper is not None:
             self.helper.close()
+        while self.keys:  # after all that is open in there
+            self.keys.pop().close()
 
     def facts(self) -> dict[str, object]:
         """For the status."""
@@ -138,6 +141,8 @@ def _mount(
     if flags is not None:
         what = f"only root mounts {contents.path} with flags ({flags})"
         raise usage_error(what, "leave store-flags out")
+    if (replay or not readonly) and contents.fstype in ext.TYPES:
+        ext.refuse_encrypted(contents.path)
     patience = 0.0 if untouched else userspace.LOCK_SECONDS
     replay = replay and not untouched
     helper = userspace.start(contents, readonly=readonly, patience=patience, replay=replay)
@@ -179,19 +184,6 @@ def _owners(where: Locator, contents: Contents, *, write: bool) -> list[tuple[st
         volume.close()
 
 
-def unlock(volume: Volume, inside: str, directory: int, ask: Ask, *, readonly: bool) -> Volume:
-    """What an encrypted directory shows, which is open as `directory` (O_PATH will do)."""
-    source = volume.locator.source
-    held = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
-    try:
-        name = source if inside == "/" else f"{source}:{inside}"
-        helper = gocryptfs.start(held, name, ask, readonly=readonly)
-    finally:
-        os.close(held)
-    contents, device = volume.contents, volume.device
-    return Volume(volume.locator, contents, device, helper.root, readonly, helper)
-
-
 def _mend(path: str) -> None:
     """A file system that has noted an error is checked before it is used again."""
     from unionfs.stores.checking import refuse_used
@@ -227,7 +219,8 @@ class Stores:
         self.upper: Layer | None = None
         self._volumes: list[Volume] = []
         self._upper: Volume | None = None
-        self._plain: Volume | None = None  # what an encrypted upper shows
+        self._plain: Volume | None = None  # what gocryptfs shows of an encrypted upper
+        self._encrypted = ""  # how the upper is
         self._below = -1  # then, where autogrow is asked for: the file system that it lies in
         self.base: Base | None = None
 
@@ -252,7 +245,7 @@ class Stores:
         """What the status tells of the store."""
         if self._upper is None:
             return None
-        how = {"encrypted": gocryptfs.KIND} if self._plain is not None else {}
+        how = {"encrypted": self._encrypted} if self._encrypted else {}
         return self._upper.facts() | how
 
     @property
@@ -291,7 +284,7 @@ class Stores:
 
     def _mount_upper(self, *, readonly: bool) -> None:
         text = self.options.upper
-        if text is None or (locator.is_directory(text) and not _looks_encrypted(text)):
+        if text is None or (locator.is_directory(text) and not checks.may_be_encrypted(text)):
             return
         if self.options.work is not None:
             hint = "leave workdir out: it lies in the store"
@@ -319,7 +312,7 @@ class Stores:
                     fd = walk(volume, inside)
                 except FileNotFoundError as exc:
                     raise _no_directory(volume, inside, "correct it") from exc
-                if gocryptfs.is_encrypted(fd):
+                if unlocking.hides(fd):
                     raise checks.only_upper(text)
                 self.lowers[text] = _layer(volume, inside, fd, mounts, upper=False)
         self.options = replace(self.options, lowers=tuple(names))
@@ -341,22 +334,36 @@ class Stores:
                 fd = walk(volume, inside)
             else:
                 fd = make_directory(volume, inside, self._like())
-        if gocryptfs.is_encrypted(fd):
-            self._unlock_upper(volume, inside, fd, mounts)
+        self._encrypted = unlocking.kind_of(fd)
+        if self._encrypted == gocryptfs.KIND:
+            self._mount_cipher(volume, inside, fd, mounts)
             return
-        checks.refuse_key(self.options)
+        try:
+            self._unlock(volume, inside, fd)
+        except BaseException:
+            os.close(fd)
+            raise
         if volume.contents is not None:
             self.upper = _layer(volume, inside, fd, mounts, upper=True)
             return
         os.close(fd)
         self.options = replace(self.options, upper=volume.path_of(inside))
 
-    def _unlock_upper(
+    def _unlock(self, volume: Volume, inside: str, directory: int) -> None:
+        """What is not a cipher directory: by the kernel, or not at all."""
+        name = unlocking.name_of(volume, inside)
+        if self._encrypted:
+            fscrypt.unlock(directory, name, self._ask, volume.keys)
+        else:
+            fscrypt.refuse_locked(directory, name)
+            checks.refuse_key(self.options)
+
+    def _mount_cipher(
         self, volume: Volume, inside: str, cipher: int, mounts: list[MountEntry]
     ) -> None:
         """The upper lies where its cipher directory does: that is what the checks compare."""
         try:
-            plain = unlock(volume, inside, cipher, self._ask, readonly=volume.readonly)
+            plain = unlocking.mount(volume, inside, cipher, self._ask, readonly=volume.readonly)
             self._volumes.append(plain)
             self._plain = plain
             fd = os.open(".", _DIRECTORY, dir_fd=plain.root)
@@ -394,10 +401,6 @@ def _no_directory(volume: Volume, inside: str, hint: str) -> UnionfsError:
     return UnionfsError(f"{volume.locator.source} has no directory {inside}", hint=hint)
 
 
-def _looks_encrypted(path: str) -> bool:
-    return os.path.lexists(os.path.join(path, CIPHER_CONFIG))
-
-
 def _layer(
     volume: Volume,
     inside: str,
@@ -408,8 +411,7 @@ def _layer(
     at: int | None = None,
 ) -> Layer:
     """`at`: the directory whose place it has, if that is another than `fd`."""
-    source = volume.locator.source
-    path = source if inside == "/" else f"{source}:{inside}"
+    path = unlocking.name_of(volume, inside)
     at = fd if at is None else at
     seen = locate(at, mounts) if volume.contents is None else None
     position = seen or Position(_number(volume, at, mounts), inside)

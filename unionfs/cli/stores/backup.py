@@ -39,6 +39,7 @@ def run(argv: Sequence[str]) -> int:
     from unionfs.stores.making import new_file
 
     with backing.chosen(given.store, write=False) as upper, new_file(given.file) as (fd, _):
+        backing.refuse_bound(upper)
         backing.refuse_target(upper, fd)
         total = backing.tree_bytes(upper.fd)
         with (

@@ -10,12 +10,15 @@ from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, printable, usage_error
 
 USAGE = """\
-unionfs store encrypt STORE [--key-file FILE | --credential NAME] [--discard] [-n]
+unionfs store encrypt STORE [--kind KIND] [--key-file FILE | --credential NAME]
+       [--discard] [-n]
        unionfs store encrypt IMAGE --base LOWER ..."""
 
 DESCRIPTION = """\
-Makes STORE an encrypted store (gocryptfs), which must not be in use: an empty one, or one
-with changes, which are copied to an encrypted directory that takes their place by one call.
+Makes STORE an encrypted store, which must not be in use: an empty one, or one with
+changes, which are copied to an encrypted directory that takes their place by one call.
+KIND is gocryptfs, which works anywhere and for everybody, or fscrypt: faster, by the
+kernel, for root on an ext4 that has the feature encrypt (tune2fs -O encrypt).
 The plain changes are kept beside it, and their place is told, unless --discard is given.
 A directory that is not there is made. The passphrase is asked for, unless it is in a file
 or in a credential of systemd."""
@@ -27,11 +30,12 @@ changes are as they were
 example:
   unionfs store encrypt changes
   unionfs store encrypt changes.img --base rootfs.squashfs --key-file /root/key
+  unionfs store encrypt changes.img --base rootfs.squashfs --kind fscrypt
   unionfs mount rootfs.squashfs changes.img /mnt -o key-file=/root/key
 """
 
+KINDS = ("gocryptfs", "fscrypt")
 OTHER_KINDS = {
-    "fscrypt": "set it up on the directory by fscrypt(1), and unlock it before it is mounted",
     "luks": "set it up by cryptsetup(8), open it, and name the device that it makes",
 }
 
@@ -44,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("store", metavar="STORE", help="DIR, IMAGE, /dev/NAME, LABEL=..., with :/dir")
     add("--base", metavar="LOWER", help="what the changes will be over, in a store without any")
-    add("--kind", choices=["gocryptfs", *OTHER_KINDS], default="gocryptfs", help="gocryptfs")
+    add("--kind", choices=[*KINDS, *OTHER_KINDS], default=KINDS[0], help="or fscrypt")
     key.add_arguments(parser)
     add("-n", "--dry-run", action="store_true", help="only tell what would be done")
     add("--discard", action="store_true", help="do not keep the plain changes")
@@ -54,10 +58,13 @@ def run(argv: Sequence[str]) -> int:
     if given.kind in OTHER_KINDS:
         raise usage_error(f"unionfs does not set up {given.kind}", OTHER_KINDS[given.kind])
     from unionfs import passphrase
-    from unionfs.stores import backing, encrypting
+    from unionfs.stores import backing, encrypting, fscrypt
     from unionfs.stores.tools import tool
 
-    tool("gocryptfs", "gocryptfs")  # said before a passphrase is asked for
+    if given.kind == "gocryptfs":
+        tool("gocryptfs", "gocryptfs")  # said before a passphrase is asked for
+    else:
+        fscrypt.refuse_user()
     new = _is_new(given.store)
     if given.dry_run and new:
         print(printable(f"{given.store} would be made, encrypted"))
@@ -69,6 +76,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         with backing.chosen(text, write=write, make=write) as upper:
             encrypting.refuse_encrypted(upper)
+            if given.kind == fscrypt.KIND:
+                fscrypt.refuse_impossible(upper.fd, upper.name)
             total = backing.tree_bytes(upper.fd)
             if given.dry_run:
                 size = show.size_text(total)
@@ -79,7 +88,7 @@ def run(argv: Sequence[str]) -> int:
                 show.progress(upper.name, total, quiet=given.quiet) as advance,
             ):
                 keep = not given.discard
-                kept = encrypting.encrypt(upper, secret, like, advance, keep=keep)
+                kept = encrypting.encrypt(upper, secret, like, advance, kind=given.kind, keep=keep)
             place = None if kept is None else upper.beside(kept)
     except BaseException:
         if new:

@@ -49,7 +49,8 @@ def run(argv: Sequence[str]) -> int:
         pairs.append(("changes", upper.directory))
         if upper.encrypted:
             pairs.append(("  encrypted", upper.encrypted))
-            continue
+            if record is None:
+                continue
         if record is not None:
             pairs.append(("  id", record.uuid))
             pairs.append(("  base", str(record.base) if record.base is not None else "-"))

@@ -16,7 +16,8 @@ DESCRIPTION = """\
 Takes the changes in STORE away, all of them or those at each PATH of the union, so that the
 base is seen again. The store must not be in use. What is taken away is kept beside it, and
 its place is told, unless --discard is given. For a PATH in an encrypted store its
-passphrase is needed; what is reset as a whole is then encrypted as before."""
+passphrase is needed, and in one of fscrypt always; what is reset as a whole is then
+encrypted as before."""
 
 EPILOG = """
 exit codes: 0 done, 1 wrong usage, 32 failed: nothing was taken away
@@ -40,8 +41,9 @@ def run(argv: Sequence[str]) -> int:
     from unionfs import passphrase
     from unionfs.stores import backing, changing
 
-    ask = functools.partial(passphrase.obtain, source) if given.paths else None
-    with backing.chosen(given.store, write=not given.dry_run, ask=ask) as upper:
+    ask = functools.partial(passphrase.obtain, source)
+    shown = ask if given.paths else None
+    with backing.chosen(given.store, write=not given.dry_run, ask=shown) as upper:
         found = changing.find_paths(upper, given.paths) or changing.contents(upper)
         if given.dry_run:
             for relative in found:
@@ -51,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
             kept = changing.reset_paths(upper, found, keep=not given.discard)
             place = f"{upper.name}/{kept}"
         else:
-            kept = changing.reset(upper, keep=not given.discard)
+            kept = changing.reset(upper, ask, keep=not given.discard)
             place = "" if kept is None else upper.beside(kept)
         if kept is not None:
             print(printable(f"what was taken away is kept in {place}"))
