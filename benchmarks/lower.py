@@ -189,8 +189,10 @@ def _wheel(path: Path, names: Sequence[str]) -> None:
 
 
 def give(path: Path, uid: int, gid: int) -> None:
-    """The whole tree to an ordinary user, whose systems may then change it as root's may."""
-    os.chown(path, uid, gid)
+    """The whole tree, if it is not his already."""
+    if path.stat().st_uid == uid:
+        return
     for folder, folders, names in os.walk(path):
         for name in folders + names:
             os.chown(os.path.join(folder, name), uid, gid, follow_symlinks=False)
+    os.chown(path, uid, gid)

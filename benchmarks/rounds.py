@@ -47,8 +47,12 @@ class Scene(NamedTuple):
         lower.make_lower(self.lower, self.sizes)
         if os.geteuid() == 0:
             (self.base / "tmp").chmod(0o1777)
-            for path in (self.lower, self.store):
-                lower.give(path, as_user.UID, as_user.GID)
+            lower.give(self.store, as_user.UID, as_user.GID)
+
+    def give_lower(self, system: System) -> None:
+        """To whoever mounts it: a system's files are root's, a user's are his own."""
+        if os.geteuid() == 0:
+            lower.give(self.lower, *((as_user.UID, as_user.GID) if system.user else (0, 0)))
 
 
 class Client:
@@ -110,6 +114,7 @@ def mounted(scene: Scene, system: System) -> Iterator[Path]:
     here = scene.base / "turn"
     at = Layers(scene.lower, here / "upper", here / "work", here / "mnt")
     here.mkdir()
+    scene.give_lower(system)
     try:
         if system.mount is None:
             subprocess.run(["cp", "-a", "--reflink=auto", at.lower, at.mnt], check=True)

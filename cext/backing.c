@@ -240,16 +240,25 @@ static errint_t settle_locked(struct tree *t, struct opening *o, struct fuse_ope
 static errint_t try_to_settle(struct tree *t, struct opening *o, struct fuse_open_out *out)
 {
     struct file *f = o->f;
+    struct node *n = f->node;
     struct face *face;
-    bool lower, first;
+    bool lower, first, left;
     errint_t err;
 
     pthread_mutex_lock(&t->lock);
-    o->generation = f->node->generation;
+    o->generation = n->generation;
     lower = f->lower;
-    face = face_find_locked(f->node, o->id);
+    left = lower && n->upper && !n->metacopy;
+    face = face_find_locked(n, o->id);
     first = !face || (!face->cached && !face->backed);
     pthread_mutex_unlock(&t->lock);
+    if (left) {
+        /* Copied up since it was opened, and whoever did so has not come to this handle yet. With
+         * the lower file it would be sent away by a number that has the upper one. */
+        (void)file_switch_to_upper(t, n);
+        o->moved = true;
+        return 0;
+    }
     err = stat_fd(f->fd, &o->st);
     if (err < 0)
         return err;

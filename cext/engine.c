@@ -5,7 +5,8 @@
  * long as each request is answered at once, that one thread answers them all. A *watch* looks every
  * millisecond, while there is work, whether requests wait and nobody does: then whoever has one in
  * hand is held up, or there are more than one thread can answer, and another thread is let to the
- * device. A thread that comes back and finds another waiting there rests.
+ * device, unless as many as there are pairs of processors answer them quickly: the askers need
+ * processors too. A thread that comes back and finds another waiting there rests.
  *
  * To be woken on another processor takes longer than most answers. So while requests follow one
  * another closely, the thread looks for the next one for a moment before it sleeps (docs/adr/0010).
@@ -31,6 +32,7 @@
 enum {
     MAX_THREADS = 400,
     WATCH_NS = 1000000,
+    QUICK_MANY = 20,     /* requests answered between two looks of the watch: nobody is held up */
     QUIET_TICKS = 50,    /* of nothing, after which the watch sleeps */
     RESTING_KEPT = 2,    /* threads that rest rather than end */
     NUDGE_NS = 10000000, /* while stopping: between signals */
@@ -47,8 +49,8 @@ struct engine {
     _Atomic bool stopping; /* no more requests are to be read */
     _Atomic uint64_t counts[WIRE_OPCODES];
     pthread_t watch;
-    bool watching;      /* `watch` was started */
-    bool one_processor; /* looking would keep the asker from asking */
+    bool watching;  /* `watch` was started */
+    int processors; /* with one, looking would keep the asker from asking */
 
     pthread_mutex_t lock;
     pthread_cond_t rest;    /* a resting thread is wanted */
@@ -185,7 +187,7 @@ static ssize_t next_request(struct worker *w)
     while (w->eager > 0 && !requests_wait(e) && now_ns() - w->answered_at < CLOSE_NS)
         (void)sched_yield(); /* whoever else wants this processor comes first */
     n = read(e->server.options.device, w->in, WIRE_HEADER + WIRE_DATA);
-    if (e->one_processor || now_ns() - w->answered_at >= CLOSE_NS)
+    if (e->processors == 1 || now_ns() - w->answered_at >= CLOSE_NS)
         w->eager = w->eager > 1 ? w->eager - 2 : 0;
     else if (w->eager < EAGER_MOST)
         w->eager++;
@@ -294,10 +296,13 @@ static void nap(long ns)
     (void)nanosleep(&t, NULL);
 }
 
-static void let_one_more_read(struct engine *e)
+/* `quick`: those who are at work get on. */
+static void let_one_more_read(struct engine *e, bool quick)
 {
     pthread_mutex_lock(&e->lock);
-    if (e->resting > e->wanted) {
+    if (quick && !e->queues && 2 * (e->threads - e->resting + e->wanted + 1) > e->processors) {
+        ; /* enough */
+    } else if (e->resting > e->wanted) {
         e->wanted++;
         pthread_cond_signal(&e->rest);
     } else {
@@ -373,7 +378,7 @@ static void *watch(void *arg)
         if (atomic_load(&e->waiting) == 0) {
             quiet = 0;
             if (requests_wait(e))
-                let_one_more_read(e);
+                let_one_more_read(e, now - seen >= QUICK_MANY);
         } else if (busy || now != seen) {
             quiet = 0;
         } else if (++quiet > QUIET_TICKS) {
@@ -418,11 +423,11 @@ static bool start_rings_locked(struct engine *e, struct rings *rings)
     return started;
 }
 
-static bool only_one_processor(void)
+static int count_processors(void)
 {
     cpu_set_t set;
 
-    return sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) == 1;
+    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 2;
 }
 
 errint_t engine_start(struct tree *t, const struct engine_options *options, struct engine **ret_e)
@@ -446,7 +451,7 @@ errint_t engine_start(struct tree *t, const struct engine_options *options, stru
         return errno_or_eio();
     }
     face_start(t, options->device, options->passthrough);
-    e->one_processor = only_one_processor();
+    e->processors = count_processors();
     /* Signals are for the thread that started us. */
     sigfillset(&all);
     sigdelset(&all, SIGURG);

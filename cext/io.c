@@ -211,7 +211,9 @@ errint_t file_switch_to_upper(struct tree *t, struct node *n)
             err = fd; /* the handle stays on the lower file, which is what it was opened on */
         else if (dup3(fd, f->fd, O_CLOEXEC) < 0)
             err = errno_or_eio();
+        pthread_mutex_lock(&t->lock);
         f->lower = false;
+        pthread_mutex_unlock(&t->lock);
         file_put(t, f);
     }
 }
