@@ -84,10 +84,9 @@ def examine(text: str, report: Report, wish: Wish) -> None:
             return
     volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair)
     try:
-        if volume.helper is not None and ext.may_be_encrypted(path):
-            _not_looked_at(
-                report, "/", "has the feature encrypt: only root can look at what lies there"
-            )
+        if _is_hidden(volume):
+            why = "has the feature encrypt: only root can look at what lies there"
+            _not_looked_at(report, "/", why)
             return
         inside = where.directory
         found = [inside] if inside is not None else uppers_of(volume)
@@ -130,6 +129,14 @@ def _check_encrypted(
         return
     with unlocking.shown(volume, directory, cipher, wish.ask, readonly=volume.readonly) as upper:
         _check_upper(upper, "" if directory == "/" else directory, report, wish, below)
+
+
+def _is_hidden(volume: Volume) -> bool:
+    """Whether fuse2fs does not say what in it is encrypted."""
+    contents = volume.contents
+    if volume.helper is None or contents is None or contents.fstype not in ext.TYPES:
+        return False
+    return ext.may_be_encrypted(contents.path)
 
 
 def _not_looked_at(report: Report, directory: str, why: str) -> None:
