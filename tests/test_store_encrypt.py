@@ -454,8 +454,6 @@ def test_killed_while_it_is_encrypted(base: Path, up: Path, key: Path, where: st
         pytest.skip(why)
     spare = base / "spare"
     command = [*program(), "store", "encrypt", str(up), "--key-file", str(key)]
-    log = base / "trace"
-    trace = ["strace", "-qq", "-s", "0", "-o", str(log), "-e", f"trace={_STEPS}"]
 
     def again() -> None:
         for path in (up, *base.glob("up.before-*"), *base.glob(".up.*")):
@@ -463,17 +461,9 @@ def test_killed_while_it_is_encrypted(base: Path, up: Path, key: Path, where: st
         ground.run("cp", "-a", spare, up)
 
     ground.run("cp", "-a", up, spare)
-    subprocess.run([*trace, *command], check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
-    steps = re.findall(r"^(\w+)\(", log.read_text(), re.MULTILINE)
-    assert "renameat2" in steps
-    commit = steps.index("renameat2")
     found = set()
-    for number in range(len(steps)) if where == "all" else (commit, commit + 1):
-        again()
-        name = steps[number]
-        nth = steps[: number + 1].count(name)
-        kill = ["-e", f"inject={name}:error=EIO:signal=KILL:when={nth}"]
-        subprocess.run([*trace, *kill, *command], timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    commit = "renameat2" if where == "commit" else ""
+    for _ in traced.killed(command, _STEPS, base / "trace", again, commit=commit):
         state = "encrypted" if (up / "gocryptfs.conf").exists() else "plain"
         found.add(state)
         with encrypted(base, up, key) if state == "encrypted" else union(base, base / "tree", up):

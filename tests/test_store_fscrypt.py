@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -381,8 +380,6 @@ def test_killed_while_it_is_encrypted(base: Path, upper: Path, key: Path, where:
     spare = base / "spare"
     command = [*program(), "store", "encrypt", str(upper), "--kind", "fscrypt"]
     command += ["--key-file", str(key)]
-    log = base / "trace"
-    trace = ["strace", "-qq", "-s", "0", "-o", str(log), "-e", f"trace={_STEPS}"]
 
     def again() -> None:
         for path in (upper, *upper.parent.glob("up.before-*"), *upper.parent.glob(".up.*")):
@@ -390,17 +387,9 @@ def test_killed_while_it_is_encrypted(base: Path, upper: Path, key: Path, where:
         ground.run("cp", "-a", spare, upper)
 
     ground.run("cp", "-a", upper, spare)
-    subprocess.run([*trace, *command], check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
-    steps = re.findall(r"^(\w+)\(", log.read_text(), re.MULTILINE)
-    assert "renameat2" in steps
-    commit = steps.index("renameat2")
     found = set()
-    for number in range(len(steps)) if where == "all" else (commit, commit + 1):
-        again()
-        name = steps[number]
-        nth = steps[: number + 1].count(name)
-        kill = ["-e", f"inject={name}:error=EIO:signal=KILL:when={nth}"]
-        subprocess.run([*trace, *kill, *command], timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    commit = "renameat2" if where == "commit" else ""
+    for _ in traced.killed(command, _STEPS, base / "trace", again, commit=commit):
         state = "encrypted" if KEY_ATTRIBUTE in os.listxattr(upper) else "plain"
         found.add(state)
         with (

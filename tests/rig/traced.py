@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.rig.crashing import Stepping
@@ -54,6 +55,28 @@ def why_not() -> str:
         ["strace", "-qq", "-e", "inject=getppid:error=EIO:when=1", "true"], capture_output=True
     )
     return "" if tried.returncode == 0 else "strace may not trace here: " + tried.stderr.decode()
+
+
+def killed(
+    command: Sequence[str], calls: str, log: Path, again: Callable[[], None], *, commit: str = ""
+) -> Iterator[None]:
+    """Run a program whole, and then killed at each of its own steps, which are `calls`, `again`
+    having put back what it starts from; yields after each kill.
+
+    `commit`: only at that call, before it is done, and at the one after it.
+    """
+    trace = ["strace", "-qq", "-s", "0", "-o", str(log), "-e", f"trace={calls}"]
+    subprocess.run([*trace, *command], check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    steps = re.findall(r"^(\w+)\(", log.read_text(), re.MULTILINE)
+    assert commit in steps or not commit
+    at = steps.index(commit) if commit else 0
+    for number in range(at, at + 2 if commit else len(steps)):
+        again()
+        name = steps[number]
+        nth = steps[: number + 1].count(name)
+        kill = ["-e", f"inject={name}:error=EIO:signal=KILL:when={nth}"]
+        subprocess.run([*trace, *kill, *command], timeout=PATIENCE, stdout=subprocess.DEVNULL)
+        yield
 
 
 class Traced(Stepping):
