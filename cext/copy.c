@@ -11,7 +11,7 @@
 
 #include "sys.h"
 
-enum { STEP_BYTES = 64 << 20, BUFFER_BYTES = 1 << 20 };
+enum { SMALL_BYTES = 16 << 10, STEP_BYTES = 64 << 20, BUFFER_BYTES = 1 << 20 };
 
 enum method { BY_RANGE, BY_SENDFILE, BY_BUFFER };
 
@@ -87,22 +87,33 @@ static errint_t copy_all(int src, int dst, off_t at, off_t end, enum method *met
     return err;
 }
 
-errint_t copy_data(int src, int dst, uint64_t size)
+/* All at once. -EIO: by parts, it may be. */
+static errint_t copy_small(int src, int dst, size_t size)
+{
+    char buffer[SMALL_BYTES];
+
+    if (pread(src, buffer, size, 0) != (ssize_t)size)
+        return -EIO;
+    return pwrite(dst, buffer, size, 0) == (ssize_t)size ? 0 : -EIO;
+}
+
+errint_t copy_data(int src, int dst, const struct stat *from, uint64_t size)
 {
     enum method method = BY_RANGE;
     cleanup_free char *buffer = NULL;
     off_t end = (off_t)size, at = 0;
-    struct stat st;
+    bool whole = from->st_blocks * 512 >= from->st_size; /* without holes */
 
-    if (fstat(src, &st) < 0)
-        return errno_or_eio();
-    if ((uint64_t)st.st_size < size)
+    if ((uint64_t)from->st_size < size)
         return -EIO;
     if (size == 0)
         return 0;
-    if ((uint64_t)st.st_size == size && ioctl(dst, FICLONE, src) == 0)
+    /* Sooner copied than asked whether it can be shared. */
+    if (size <= SMALL_BYTES && whole && copy_small(src, dst, size) == 0)
         return 0;
-    if (st.st_blocks * 512 >= st.st_size) /* without holes */
+    if ((uint64_t)from->st_size == size && ioctl(dst, FICLONE, src) == 0)
+        return 0;
+    if (whole)
         return copy_all(src, dst, 0, end, &method, &buffer);
     if (ftruncate(dst, end) < 0)
         return errno_or_eio();

@@ -3,14 +3,15 @@
 #ifndef UNIONFS_COPY_H
 #define UNIONFS_COPY_H
 
+#include <sys/stat.h>
 #include <sys/types.h>
 
 #include "util.h"
 
-/* Copies `size` bytes from the start of src to dst, an empty file, whose size is `size` then.
- * By reflink, else within the kernel, else through a buffer; holes stay holes. A source that ends
- * early is -EIO: never a short copy. */
-errint_t copy_data(int src, int dst, uint64_t size);
+/* Copies `size` bytes from the start of src, which is `from`, to dst, an empty file, whose size is
+ * `size` then. By reflink, else within the kernel, else through a buffer; what is small through a
+ * buffer at once; holes stay holes. A source that ends early is -EIO: never a short copy. */
+errint_t copy_data(int src, int dst, const struct stat *from, uint64_t size);
 
 /* -ENOSPC if so many bytes of src will not fit beside dst, and leave a little free, so that names
  * can still be removed, which takes whiteouts. Not asked for what is small: that is known at once.

@@ -15,8 +15,9 @@
 /* One copy-up on its way. */
 struct copying {
     int src;
-    struct stat st; /* of src */
-    bool metacopy;  /* its data stay where they are */
+    struct stat st;              /* of src */
+    bool metacopy;               /* its data stay where they are */
+    const struct change *change; /* to be in the copy at once, or NULL */
     char temp[TEMP_BYTES];
     int fd;            /* of temp */
     errint_t unsynced; /* it is published, but its name may not be on disk */
@@ -81,9 +82,33 @@ static errint_t write_marks(struct tree *t, struct node *n, const struct copying
     return err == 0 && c->metacopy ? set_mark(t, c->fd, "metacopy", "", 0) : err;
 }
 
-static errint_t copy_metadata(struct tree *t, struct node *n, const struct copying *c)
+/* Mode and times, and what is wanted of them and of the owner. What is refused may be so for a
+ * reason that is not ours to judge. */
+static errint_t settle_metadata(const struct copying *c, mode_t mode)
 {
     struct timespec times[2] = {c->st.st_atim, c->st.st_mtim};
+    const struct change *w = c->change;
+    bool owner = w && (w->uid >= 0 || w->gid >= 0);
+
+    if (w && w->set_mode && !owner)
+        mode = w->mode & 07777;
+    if (fchmod(c->fd, mode) < 0)
+        return w ? NOT_PLAIN : errno_or_eio();
+    /* As of the file itself: set-ID bits and capabilities go. */
+    if (owner && fchown(c->fd, (uid_t)w->uid, (gid_t)w->gid) < 0)
+        return NOT_PLAIN;
+    if (owner && w->set_mode && fchmod(c->fd, w->mode & 07777) < 0)
+        return NOT_PLAIN;
+    for (int i = 0; w && w->set_times && i < 2; i++)
+        if (w->times[i].tv_nsec != UTIME_OMIT)
+            times[i] = w->times[i];
+    if (futimens(c->fd, times) < 0)
+        return w ? NOT_PLAIN : errno_or_eio();
+    return 0;
+}
+
+static errint_t copy_metadata(struct tree *t, struct node *n, const struct copying *c)
+{
     char src_path[PROC_BYTES], path[PROC_BYTES];
     mode_t mode = c->st.st_mode & 07777;
     struct stat now;
@@ -100,8 +125,9 @@ static errint_t copy_metadata(struct tree *t, struct node *n, const struct copyi
         err = write_marks(t, n, c);
     if (err != 0)
         return err;
-    if (fchmod(c->fd, mode) < 0 || futimens(c->fd, times) < 0)
-        return errno_or_eio();
+    err = settle_metadata(c, mode);
+    if (err != 0)
+        return err;
     bool sync = S_ISREG(c->st.st_mode) && !c->metacopy ? t->sync_copies : t->sync_names;
     return sync && fsync(c->fd) < 0 ? errno_or_eio() : 0;
 }
@@ -224,7 +250,7 @@ static errint_t fill_temp(const struct copying *c)
     if (!c->metacopy) {
         errint_t err = check_room(c->src, c->fd, (uint64_t)c->st.st_size);
 
-        return err < 0 ? err : copy_data(c->src, c->fd, (uint64_t)c->st.st_size);
+        return err < 0 ? err : copy_data(c->src, c->fd, &c->st, (uint64_t)c->st.st_size);
     }
     return ftruncate(c->fd, c->st.st_size) < 0 ? errno_or_eio() : 0;
 }
@@ -250,31 +276,26 @@ static errint_t copy_by_temp(struct tree *t, struct node *n, struct copying *c)
     return err == 0 ? c->unsynced : err;
 }
 
-/* Precondition: copying(n). */
-static errint_t copy_up_node(struct tree *t, struct node *n, bool data)
+/* Precondition: copying(n), which is not done. */
+static errint_t copy_up_node(struct tree *t, struct node *n, bool data, const struct change *change)
 {
     int how = O_RDONLY | O_NONBLOCK | O_NOFOLLOW | (S_ISDIR(n->type) ? O_DIRECTORY : 0);
-    struct copying c = {.fd = -1};
+    struct copying c = {.fd = -1, .change = change};
     struct target g;
     errint_t err;
 
     pthread_mutex_lock(&t->lock);
-    bool upper = n->upper, metacopy = n->metacopy;
+    bool metacopy = n->metacopy;
     pthread_mutex_unlock(&t->lock);
-    if (upper && !(data && metacopy))
-        return 0;
     if (metacopy)
         return NOT_PLAIN;
     bool at_hand = find_target(t, n, &g);
     target_done(t, &g);
     if (!at_hand)
         return NOT_PLAIN;
-    cleanup_fd int src = node_open(t, n, how, true);
+    cleanup_fd int src = node_open_stat(t, n, how, true, &c.st);
     if (src < 0)
         return src == -EACCES ? NOT_PLAIN : src;
-    err = stat_fd(src, &c.st);
-    if (err < 0)
-        return err;
     c.src = src;
     c.metacopy = S_ISREG(c.st.st_mode) && !data && t->metacopy_bytes &&
                  (uint64_t)c.st.st_size >= t->metacopy_bytes;
@@ -290,17 +311,22 @@ static bool is_done(struct tree *t, struct node *n, bool data)
     return done;
 }
 
-static errint_t copy_up_one(struct tree *t, struct node *n, bool data)
+/* Sets `ret_changed` if the copy was made here, with `change`. */
+static errint_t copy_up_one(struct tree *t, struct node *n, bool data, const struct change *change,
+                            bool *ret_changed)
 {
     struct keyhold hold = {.keys = {n->ino}};
-    errint_t err;
+    errint_t err = 0;
 
     if (is_done(t, n, data))
         return 0;
     if (!S_ISREG(n->type) && !S_ISDIR(n->type))
         return NOT_PLAIN;
     keys_take(&t->copying, &hold);
-    err = copy_up_node(t, n, data);
+    if (!is_done(t, n, data)) {
+        err = copy_up_node(t, n, data, change);
+        *ret_changed = err == 0 && change;
+    }
     keys_give(&t->copying, &hold);
     return err;
 }
@@ -320,9 +346,11 @@ static struct node *missing_above(struct tree *t, const struct node *n)
     return missing;
 }
 
-errint_t plain_copy_up(struct tree *t, uint64_t ino, bool data)
+static errint_t copy_up(struct tree *t, uint64_t ino, bool data, const struct change *change,
+                        bool *ret_changed)
 {
     struct node *n, *above;
+    bool ignored;
     errint_t err = 0;
 
     if (!t->plain)
@@ -332,12 +360,26 @@ errint_t plain_copy_up(struct tree *t, uint64_t ino, bool data)
         return -ESTALE;
     if (!is_done(t, n, data)) {
         while (err == 0 && (above = missing_above(t, n))) {
-            err = copy_up_one(t, above, false);
+            err = copy_up_one(t, above, false, NULL, &ignored);
             node_put(t, above);
         }
         if (err == 0)
-            err = copy_up_one(t, n, data);
+            err = copy_up_one(t, n, data, S_ISREG(n->type) ? change : NULL, ret_changed);
     }
     node_put(t, n);
     return err;
+}
+
+errint_t plain_copy_up(struct tree *t, uint64_t ino, bool data)
+{
+    bool ignored;
+
+    return copy_up(t, ino, data, NULL, &ignored);
+}
+
+errint_t plain_copy_up_changed(struct tree *t, uint64_t ino, const struct change *c,
+                               bool *ret_changed)
+{
+    *ret_changed = false;
+    return copy_up(t, ino, false, c, ret_changed);
 }

@@ -69,13 +69,14 @@ static PyObject *py_copy_data(PyObject *module, PyObject *args)
 {
     int src, dst;
     unsigned long long size;
+    struct stat st;
     errint_t err;
 
     (void)module;
     if (!PyArg_ParseTuple(args, "iiK:copy_data", &src, &dst, &size))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    err = copy_data(src, dst, size);
+    err = fstat(src, &st) < 0 ? errno_or_eio() : copy_data(src, dst, &st, size);
     Py_END_ALLOW_THREADS
     return none_or_errno(err, NULL);
 }

@@ -189,26 +189,39 @@ static int open_by_handle(struct tree *t, struct node *n, int flags)
     return fd;
 }
 
-int node_open(struct tree *t, struct node *n, int flags, bool data)
+int node_open_stat(struct tree *t, struct node *n, int flags, bool data, struct stat *ret_st)
 {
     for (int attempt = 0;; attempt++) {
         struct place p;
-        struct stat st;
         errint_t err = node_place(t, n, data, &p);
 
         if (err == 0) {
             cleanup_fd int fd = open_place(t, &p, flags);
 
-            err = fd < 0 ? fd : stat_fd(fd, &st);
-            if (err == 0 && !is_there(&p, &st))
+            err = fd < 0 ? fd : stat_fd(fd, ret_st);
+            if (err == 0 && !is_there(&p, ret_st))
                 err = -ESTALE;
             place_done(t, &p);
             if (err == 0)
                 return steal_fd(&fd);
         }
-        if (!moved(t, n, &p, err, attempt))
-            return err == -EACCES ? open_by_handle(t, n, flags) : err;
+        if (moved(t, n, &p, err, attempt))
+            continue;
+        if (err == -EACCES) {
+            cleanup_fd int fd = open_by_handle(t, n, flags);
+
+            err = fd < 0 ? fd : stat_fd(fd, ret_st);
+            return err < 0 ? err : steal_fd(&fd);
+        }
+        return err;
     }
+}
+
+int node_open(struct tree *t, struct node *n, int flags, bool data)
+{
+    struct stat st;
+
+    return node_open_stat(t, n, flags, data, &st);
 }
 
 static errint_t stat_place(struct tree *t, const struct place *p, struct stat *ret_st)
@@ -289,17 +302,37 @@ errint_t node_stat(struct tree *t, struct node *n, struct stat *ret_st)
     return err;
 }
 
+/* A handle of the upper file that the node is, or NULL; put it back. */
+static struct file *upper_handle(struct tree *t, struct node *n)
+{
+    struct file *f = NULL;
+
+    pthread_mutex_lock(&t->lock);
+    if (n->upper && !n->metacopy)
+        for (f = n->files; f && f->lower; f = f->next)
+            ;
+    if (f)
+        f->refs++;
+    pthread_mutex_unlock(&t->lock);
+    return f;
+}
+
 errint_t node_with_path(struct tree *t, struct node *n,
                         errint_t (*fn)(const char *path, bool nofollow, void *arg), void *arg)
 {
-    cleanup_fd int fd = node_open(t, n, O_PATH | O_NOFOLLOW, false);
+    struct file *f = upper_handle(t, n); /* spares an open, before each first write */
+    cleanup_fd int fd = f ? -1 : node_open(t, n, O_PATH | O_NOFOLLOW, false);
     char path[PROC_BYTES];
+    errint_t err;
 
-    if (fd < 0)
+    if (!f && fd < 0)
         return fd;
     /* The link in /proc leads to the inode itself, be it a symbolic link, so it is followed. */
-    proc_path(path, fd, NULL);
-    return fn(path, false, arg);
+    proc_path(path, f ? f->fd : fd, NULL);
+    err = fn(path, false, arg);
+    if (f)
+        file_put(t, f);
+    return err;
 }
 
 static uint32_t map_id(uint32_t id, const struct idrange *ranges, uint32_t n)

@@ -49,5 +49,9 @@ errint_t plain_sync(struct tree *t, uint64_t fh, bool datasync);
 /* copy_up.c. A regular file or a directory, and what it lies in; `data`: the file is wanted whole.
  * Nothing to do is 0. */
 errint_t plain_copy_up(struct tree *t, uint64_t ino, bool data);
+/* The same without the data, and the copy of a regular file comes changed, if it was not there
+ * yet: `ret_changed`. */
+errint_t plain_copy_up_changed(struct tree *t, uint64_t ino, const struct change *c,
+                               bool *ret_changed);
 
 #endif

@@ -28,14 +28,15 @@ errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c)
     struct keyhold hold = {.keys = {ino}};
     struct node *n;
     errint_t err = 0;
+    bool changed = false;
 
     if (!t->plain)
         return NOT_PLAIN;
     n = node_get(t, ino);
     if (!n)
         return -ESTALE;
-    err = plain_copy_up(t, ino, false);
-    if (err == 0) {
+    err = plain_copy_up_changed(t, ino, c, &changed);
+    if (err == 0 && !changed) {
         keys_take(&t->committing, &hold); /* not replaced meanwhile by its completed copy */
         pthread_mutex_lock(&t->lock);
         bool upper = n->upper;

@@ -261,6 +261,8 @@ void place_done(struct tree *t, struct place *p);
 
 /* Opens a node at its place, verified; or -errno. */
 int node_open(struct tree *t, struct node *n, int flags, bool data);
+/* The same, and what it is. */
+int node_open_stat(struct tree *t, struct node *n, int flags, bool data, struct stat *ret_st);
 errint_t node_stat(struct tree *t, struct node *n, struct stat *ret_st);
 /* Calls fn with a /proc path of the node, for the calls that know paths only. */
 errint_t node_with_path(struct tree *t, struct node *n,
