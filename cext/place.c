@@ -423,7 +423,7 @@ static errint_t show_at_path(const char *path, bool nofollow, void *arg)
     return 0;
 }
 
-errint_t node_attr(struct tree *t, struct node *n, struct stat *ret_st)
+static errint_t attr_now(struct tree *t, struct node *n, struct stat *ret_st)
 {
     struct stat st;
     bool metacopy, unlinked, indexed;
@@ -471,6 +471,25 @@ errint_t node_attr(struct tree *t, struct node *n, struct stat *ret_st)
     }
     *ret_st = st;
     return 0;
+}
+
+/* Of the root what was seen last, where a file system in user space has ended: it is by the root
+ * that the union tells what is wrong. */
+errint_t node_attr(struct tree *t, struct node *n, struct stat *ret_st)
+{
+    errint_t err = attr_now(t, n, ret_st);
+
+    if (n->ino != ROOT_INO)
+        return err;
+    pthread_mutex_lock(&t->lock);
+    if (err == 0) {
+        t->root_seen = *ret_st;
+    } else if (err == -ENOTCONN && t->root_seen.st_ino) {
+        *ret_st = t->root_seen;
+        err = 0;
+    }
+    pthread_mutex_unlock(&t->lock);
+    return err;
 }
 
 ssize_t tree_readlink(struct tree *t, uint64_t ino, char *target, size_t size)

@@ -170,6 +170,7 @@ struct tree {
     _Atomic uint64_t opened_backed, opened_anew; /* for the status */
     _Atomic int refused;                         /* why a file was not passed through: errno */
     char warning[512];                           /* the newest complaint about what lies on disk */
+    struct stat root_seen;                       /* its attributes; st_ino 0: not yet */
 };
 
 struct idrange {
