@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import select
+import shlex
 import shutil
 import signal
 import struct
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import as_user, ground
+from tests.rig.mounted import program
 from unionfs import session
 from unionfs.errors import UnionfsError
 from unionfs.handshake import InitFlag, Wishes, patch_init
@@ -490,7 +492,9 @@ class TestRefusal:
 def test_inside_a_user_namespace(user_place: Path) -> None:
     """As its root, with its own mounts: no fusermount3, and the lower `/` is careful."""
     standing = Standing(user_place, user=True, lowers=["/usr"])
-    script = '"$@" && cat "$0/facts" && umount "$0"'
+    # Unlike umount(8) ours waits until the daemon has ended, and with it what it does in the upper.
+    leave = shlex.join([*program(), "umount", str(standing.mnt)])
+    script = f'"$@" && cat "$0/facts" && {leave}'
     inner = ["unshare", "-Urm", "sh", "-c", script, str(standing.mnt), *standing.command]
     done = standing.run(*inner)
     assert done.stderr == ""
