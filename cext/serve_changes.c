@@ -205,18 +205,24 @@ ssize_t on_link(struct answer *a)
     return err < 0 ? err : answer_entry(a, name);
 }
 
+/* Nothing has been done; where it is full, there may be a reserve for removing. */
+static bool for_removal(errint_t err)
+{
+    return err == NOT_PLAIN || err == -ENOSPC;
+}
+
 ssize_t on_rmdir(struct answer *a)
 {
     errint_t err = plain_rmdir(a->s->tree, a->r->head->nodeid, a->r->body);
 
-    return err == NOT_PLAIN ? by_call(a) : err;
+    return for_removal(err) ? by_call(a) : err;
 }
 
 ssize_t on_unlink(struct answer *a)
 {
     errint_t err = plain_unlink(a->s->tree, a->r->head->nodeid, a->r->body);
 
-    return err == NOT_PLAIN ? by_call(a) : err;
+    return for_removal(err) ? by_call(a) : err;
 }
 
 static ssize_t move(struct answer *a, const char *name, uint64_t to)

@@ -132,6 +132,44 @@ def test_no_copy_is_begun_that_will_not_fit(base: Path) -> None:
         check(base / "mnt")
 
 
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_what_is_full_can_be_emptied(base: Path, kind: str) -> None:
+    """Also where the whiteouts need directories, which take space."""
+    need(kind)
+    image = images.make(base / "s.img", kind)
+    for number in range(20):
+        (base / f"tree/a{number}/b").mkdir(parents=True)
+        (base / f"tree/a{number}/b/c").write_text("lower")
+    made = union(base, base / "tree", image)
+    made.expected = ["has only"]
+    for _ in range(2):  # the reserve was filled again, and is still there after a remount
+        with made:
+            _await(lambda: made.status().get("space") is not None)
+            _brim(base / "mnt/fill")
+        with made:
+            for path in list((base / "mnt").glob("a*"))[:10]:
+                (path / "b/c").unlink()
+                (path / "b").rmdir()
+                path.rmdir()
+            (base / "mnt/fill").unlink()
+    with made:
+        assert not list((base / "mnt").glob("a*"))
+
+
+def _brim(path: Path) -> None:
+    """Until there is no block left."""
+    size = MIB
+    with open(path, "ab", buffering=0) as file:
+        while size >= 512:
+            try:
+                file.write(os.urandom(size))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                size //= 2
+        os.fsync(file.fileno())
+
+
 def _fill_up(path: Path) -> None:
     with open(path, "wb") as file:
         while True:

@@ -264,9 +264,11 @@ def _watch(opened: Opened, stores: "Stores | None") -> Watch | None:
     percent = text.endswith("%")
     mark = Mark(float(text[:-1]) if percent else size_in_bytes(text), percent)
     watch = Watch(upper.fd, upper.path, mark)
+    if own and opened.work is not None:
+        watch.reserve = opened.work.keep_reserve()
     if options.autogrow is not None and stores is not None:
         watch.largest = size_in_bytes(options.autogrow)
-        watch.image_size, watch.enlarge = stores.growth()
+        watch.image_size, watch.enlarge, watch.promised = stores.growth()
     return watch
 
 

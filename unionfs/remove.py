@@ -11,10 +11,12 @@ from unionfs._native import renameat2
 from unionfs.copy_up import ensure_name, ensure_upper, write_nlink
 from unionfs.flags import may_remove
 from unionfs.marks import lent_at
+from unionfs.reserve import using_reserve
 from unionfs.union import UPPER_ENTRY, Entry, Union
 from unionfs.work import empty_directory
 
 
+@using_reserve
 def unlink(union: Union, parent: int, name: bytes) -> None:
     """Remove a name of anything but a directory."""
     entry = union.entry(parent, name)
@@ -51,6 +53,7 @@ def _remove_at(union: Union, dirfd: int, name: bytes, entry: Entry) -> None:
         os.unlink(name, dir_fd=dirfd)
 
 
+@using_reserve
 def rmdir(union: Union, parent: int, name: bytes) -> None:
     """Remove a directory in which the union shows nothing."""
     entry = union.entry(parent, name)

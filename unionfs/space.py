@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """How full the upper is, watched while the union is mounted.
 
-Owns the low-water mark and the decision to grow an image; a copy-up asks by itself
-(cext/copy.h).  Does not know how a file system grows (stores/resizing.py).  Called by daemon.py.
+Owns the low-water mark, the decision to grow an image, and when the reserve is filled; a copy-up
+asks by itself (cext/copy.h).  Does not know how a file system grows (stores/resizing.py).  Called
+by daemon.py.
 """
 
 import errno
@@ -12,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from unionfs.reserve import Reserve
+
 log = logging.getLogger("unionfs")
 
-_GROW_BEFORE: Final = 128 << 20
+_GROW_BEFORE: Final = 256 << 20
 _STEP: Final = 64 << 20
 LOOK_SECONDS: Final = 5.0
-GROW_SECONDS: Final = 0.25
+GROW_SECONDS: Final = 0.1
 
 
 @dataclass(slots=True)
@@ -42,6 +45,8 @@ class Watch:
     largest: int | None = None  # autogrow=MAX, bytes
     image_size: Callable[[], int] = lambda: 0
     enlarge: Callable[[int], None] | None = None
+    promised: Callable[[], int] = lambda: 0  # bytes that the file system still shows as free
+    reserve: Reserve | None = None
     low: bool = field(default=False, init=False)
     _free: int = field(default=0, init=False)  # at the last look
     problem: str = field(default="", init=False)  # why it does not grow any more
@@ -68,6 +73,8 @@ class Watch:
         except OSError as exc:  # a program that mounts it for us has died: said elsewhere
             log.debug("the space of %s is not known: %s", self.name, exc)
             return
+        if self.reserve is not None:
+            self.reserve.fill(size, free)
         low = free < self.mark.bytes_of(size)
         if low and not self.low:
             log.warning("%s has only %d MiB left of %d", self.name, free >> 20, size >> 20)
@@ -77,7 +84,8 @@ class Watch:
 
     def _measure(self) -> tuple[int, int]:
         space = os.fstatvfs(self.fd)
-        return space.f_blocks * space.f_frsize, space.f_bavail * space.f_frsize
+        free = space.f_bavail * space.f_frsize
+        return space.f_blocks * space.f_frsize, max(0, free - self.promised())
 
     def _grow(self) -> bool:
         """One step; False if there was none."""

@@ -10,6 +10,7 @@ daemon.py; the union uses the descriptors.
     AREA/work/      temporaries; emptied at every start and stop
     AREA/work/incompat/NAME/   makes kernel overlayfs refuse what it would misread
     AREA/unchecked  a check after an unclean end was not finished (recovery.py)
+    AREA/reserve    space for removing (reserve.py)
     AREA/index/     kernel overlayfs's hard link index
     AREA/numbers/   inode numbers of copies that can carry no xattr (a user's symbolic links ...)
 
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Final
 
-from unionfs import holder
+from unionfs import holder, reserve
 from unionfs.errors import UnionfsError
 from unionfs.format import (
     AREA_NAME,
@@ -42,6 +43,7 @@ from unionfs.layer import FULL, Features, Layer, Namespace, probe_features
 from unionfs.marks import OVERRIDE, fd_path, lent
 from unionfs.mounts import locate, mount_number, read_mounts
 from unionfs.options import MountOptions
+from unionfs.reserve import Reserve
 
 __all__ = ["AREA_NAME", "INCOMPAT_USERXATTR", "UNCHECKED", "Work", "empty_directory", "lock_shared"]
 
@@ -119,6 +121,7 @@ class Work:
         self.area = self.fd = self.index = self.numbers = -1
         self.whiteout: Whiteout = "char"
         self.xattrs: Namespace | None = None
+        self.reserve: Reserve | None = None
         self.before: Owner | None = None  # who had it before and has not let it go
         self._upper = upper
         self._locks: list[int] = []
@@ -143,6 +146,15 @@ class Work:
             raise
         return work
 
+    def keep_reserve(self) -> Reserve | None:
+        """Keep space for removing in this upper's file system, which has nobody else's files."""
+        with contextlib.suppress(OSError):  # where it cannot be made, it is done without
+            known = os.access(reserve.FILE, os.F_OK, dir_fd=self.area, follow_symlinks=False)
+            self.reserve = Reserve(self.area)
+            if not known:
+                self._made.append((self.area, reserve.FILE, False))
+        return self.reserve
+
     def mark_incompat(self, name: str) -> None:
         """From now on kernel overlayfs, which would misread this upper, refuses it."""
         for parent, child in ((self.fd, _INCOMPAT), (self.fd, f"{_INCOMPAT}/{name}")):
@@ -158,6 +170,8 @@ class Work:
     def close(self) -> None:
         """Remove the temporaries and let the upper go; a second call does nothing."""
         self._tidy()
+        if self.reserve is not None:
+            self.reserve.close()
         # The locks last: when they are free, so is all else.
         for fd in (self.index, self.numbers, self.fd, self.area, *self._locks):
             if fd >= 0:

@@ -253,8 +253,9 @@ class Stores:
         """The programs that run for us."""
         return [volume.helper for volume in self._volumes if volume.helper is not None]
 
-    def growth(self) -> tuple[Callable[[], int], Callable[[int], None]]:
-        """How large the upper's image is, and how it is made larger while it is mounted."""
+    def growth(self) -> tuple[Callable[[], int], Callable[[int], None], Callable[[], int]]:
+        """How large the upper's image is, how it is made larger while it is mounted, and what is
+        written to it but not taken from its free space yet."""
         volume = self._upper
         assert volume is not None
         assert self.upper is not None
@@ -271,7 +272,9 @@ class Stores:
         def enlarge(size: int) -> None:
             resizing.enlarge(path, volume.device, fd, fstype, size)
 
-        return lambda: os.stat(path).st_size, enlarge
+        uuid = volume.contents.uuid
+        promised = resizing.promised_by_btrfs(uuid) if fstype == "btrfs" else lambda: 0
+        return lambda: os.stat(path).st_size, enlarge, promised
 
     def open(self, mounts: list[MountEntry], *, readonly: bool) -> None:
         """Mount and open all layers that are no plain directories."""
