@@ -14,6 +14,7 @@ import pytest
 from tests.rig import as_user, ground
 from tests.rig.arena import Arena, backends
 from tests.rig.ground import Ground, Kind
+from tests.rig.native import Stack
 from tests.rig.pair import Pair
 from tests.rig.spots import Spot, shared
 
@@ -139,3 +140,11 @@ def spots(stores: Stores) -> Iterator[Iterator[Spot]]:
 @pytest.fixture
 def spot(spots: Iterator[Spot]) -> Spot:
     return next(spots)
+
+
+@pytest.fixture
+def stack(place: Path) -> Iterator[Stack]:
+    """For the C module by itself."""
+    stack = Stack(place)
+    yield stack
+    stack.close()
