@@ -264,7 +264,7 @@ def _watch(opened: Opened, stores: "Stores | None") -> Watch | None:
     percent = text.endswith("%")
     mark = Mark(float(text[:-1]) if percent else size_in_bytes(text), percent)
     watch = Watch(upper.fd, upper.path, mark)
-    if own and opened.work is not None:
+    if stores is not None and stores.upper_in_volume and opened.work is not None:
         watch.reserve = opened.work.keep_reserve()
     if options.autogrow is not None and stores is not None:
         watch.largest = size_in_bytes(options.autogrow)

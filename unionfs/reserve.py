@@ -38,7 +38,8 @@ class Reserve:
         """What is kept stays; a second call does nothing."""
         with self._lock:
             if self._fd >= 0:
-                os.close(self._fd)
+                with contextlib.suppress(OSError):  # ENOTCONN: a program that mounted it has died
+                    os.close(self._fd)
                 self._fd = -1
 
     def fill(self, size: int, free: int) -> None:

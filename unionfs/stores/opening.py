@@ -249,6 +249,11 @@ class Stores:
         return self._upper.facts() | how
 
     @property
+    def upper_in_volume(self) -> bool:
+        """Whether the upper's file system is that of an image or a device."""
+        return self._upper is not None and self._upper.contents is not None
+
+    @property
     def helpers(self) -> list[userspace.Helper]:
         """The programs that run for us."""
         return [volume.helper for volume in self._volumes if volume.helper is not None]
