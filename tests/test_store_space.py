@@ -132,7 +132,7 @@ def test_no_copy_is_begun_that_will_not_fit(base: Path) -> None:
         check(base / "mnt")
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("kind", ["ext4", "xfs", pytest.param("btrfs", marks=pytest.mark.slow)])
 def test_what_is_full_can_be_emptied(base: Path, kind: str) -> None:
     """Also where the whiteouts need directories, which take space."""
     need(kind)
