@@ -47,8 +47,8 @@ def interrupted(folder: Path, number: signal.Signals, *words: object) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Of a shell's background job it is ignored, and then by us too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Of a shell's background job SIGINT is ignored, under nohup SIGHUP, and then by us too.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     _await((folder / "reached").exists)
     process.send_signal(number)
