@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.rig import images
+from tests.test_store_backup import fill, tree_of
 from tests.test_store_commands import (
-    _fill,
-    _tree,
     done,
     facts,
     fails,
@@ -108,18 +107,18 @@ def test_clone_from_and_to_everything(base: Path) -> None:
     up = base / "up"
     up.mkdir()
     with union(base, base / "tree", up):
-        _fill(base / "mnt")
-        before = _tree(base / "mnt")
+        fill(base / "mnt")
+        before = tree_of(base / "mnt")
         assert "in use" in fails("clone", up, base / "other")
     assert "--size" in fails("clone", up, base / "other")
     done("clone", up, f"{base}/new.img:/work", "--size", "64M", "--label", "copy")
     assert facts("info", base / "new.img")["label"] == "copy"
     with union(base, base / "tree", f"{base}/new.img:/work"):
-        assert _tree(base / "mnt") == before
+        assert tree_of(base / "mnt") == before
     (base / "back").mkdir()
     done("clone", f"{base}/new.img:/work", base / "back")
     with union(base, base / "tree", base / "back"):
-        assert _tree(base / "mnt") == before
+        assert tree_of(base / "mnt") == before
     ids = [
         facts("info", place)["uppers"][0]["id"] for place in (up, base / "new.img", base / "back")
     ]
