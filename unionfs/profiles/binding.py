@@ -17,7 +17,7 @@ from typing import Final
 from unionfs import locator, syscalls
 from unionfs.errors import UnionfsError
 from unionfs.stores import archive
-from unionfs.stores.opening import Volume, make_directory, open_volume, walk
+from unionfs.stores.volume import Volume, make_directory, open_volume, walk
 from unionfs.syscalls import MountAttr, MountFlag, RenameFlag
 
 log = logging.getLogger("unionfs")

@@ -32,7 +32,7 @@ def complete(profile: Profile) -> Profile:
 
 def _text(store: str) -> str:
     """The file at the root of a store."""
-    from unionfs.stores.opening import open_volume
+    from unionfs.stores.volume import open_volume
 
     volume = open_volume(store, readonly=True)
     try:

@@ -31,7 +31,8 @@ from unionfs.passphrase import Ask
 from unionfs.stores import archive, fscrypt, unlocking
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import mounted_unions, read_record, uppers_of
-from unionfs.stores.opening import (
+from unionfs.stores.tools import uninterrupted
+from unionfs.stores.volume import (
     MOVED_ASIDE,
     Volume,
     make_directory,
@@ -39,7 +40,6 @@ from unionfs.stores.opening import (
     put_back,
     walk,
 )
-from unionfs.stores.tools import uninterrupted
 from unionfs.syscalls import RenameFlag
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW

@@ -15,7 +15,7 @@ from unionfs.stores import archive, backing, fscrypt, gocryptfs
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen
 from unionfs.stores.base import default_directory, describe
-from unionfs.stores.opening import open_volume
+from unionfs.stores.volume import open_volume
 
 _NEW_MODE = 0o755
 

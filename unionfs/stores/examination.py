@@ -35,10 +35,11 @@ from unionfs.stores import (
 )
 from unionfs.stores.checking import Code, Problem, Report, check_filesystem, refuse_used
 from unionfs.stores.inspect import read_record, uppers_of
-from unionfs.stores.opening import Stores, Volume, guarded, open_volume, walk
+from unionfs.stores.opening import Stores
 from unionfs.stores.probe import probe, require_filesystem
 from unionfs.stores.references import Lowers
 from unionfs.stores.uppers import UpperCheck
+from unionfs.stores.volume import Volume, guarded, open_volume, walk
 from unionfs.union import Union
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW

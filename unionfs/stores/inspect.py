@@ -22,7 +22,7 @@ from unionfs.holder import Owner, here, read_owner_at
 from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
 from unionfs.stores import find, fscrypt, gocryptfs, unlocking
-from unionfs.stores.opening import Volume, open_volume
+from unionfs.stores.volume import Volume, open_volume
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOUNTABLE = ("ext2", "ext3", "ext4", "xfs", "btrfs")

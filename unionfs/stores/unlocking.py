@@ -7,13 +7,10 @@ Owns what gocryptfs.py and fscrypt.py have in common.  Called by opening.py and 
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from unionfs.passphrase import Ask
 from unionfs.stores import fscrypt, gocryptfs
-
-if TYPE_CHECKING:
-    from unionfs.stores.opening import Volume
+from unionfs.stores.volume import Volume
 
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -32,16 +29,14 @@ def hides(directory: int) -> str:
     return fscrypt.KIND if fscrypt.is_locked(directory) else ""
 
 
-def name_of(volume: "Volume", inside: str) -> str:
+def name_of(volume: Volume, inside: str) -> str:
     """For messages and questions."""
     source = volume.locator.source
     return source if inside == "/" else f"{source}:{inside}"
 
 
-def mount(volume: "Volume", inside: str, directory: int, ask: Ask, *, readonly: bool) -> "Volume":
+def mount(volume: Volume, inside: str, directory: int, ask: Ask, *, readonly: bool) -> Volume:
     """What gocryptfs shows of a cipher directory, which is open as `directory` (O_PATH will do)."""
-    from unionfs.stores.opening import Volume
-
     held = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
     try:
         helper = gocryptfs.start(held, name_of(volume, inside), ask, readonly=readonly)
@@ -53,7 +48,7 @@ def mount(volume: "Volume", inside: str, directory: int, ask: Ask, *, readonly: 
 
 @contextlib.contextmanager
 def shown(
-    volume: "Volume", inside: str, directory: int, ask: Ask | None, *, readonly: bool
+    volume: Volume, inside: str, directory: int, ask: Ask | None, *, readonly: bool
 ) -> Iterator[int]:
     """An encrypted directory as it is, open; the caller has the lock of one of fscrypt.
 
