@@ -97,21 +97,27 @@ static errint_t copy_small(int src, int dst, size_t size)
     return pwrite(dst, buffer, size, 0) == (ssize_t)size ? 0 : -EIO;
 }
 
-errint_t copy_data(int src, int dst, const struct stat *from, uint64_t size)
+errint_t copy_data(int src, int dst, const struct stat *from, uint64_t size, bool in_order,
+                   bool *ret_settled)
 {
     enum method method = BY_RANGE;
     cleanup_free char *buffer = NULL;
     off_t end = (off_t)size, at = 0;
     bool whole = from->st_blocks * 512 >= from->st_size; /* without holes */
 
+    *ret_settled = in_order && size == 0;
     if ((uint64_t)from->st_size < size)
         return -EIO;
     if (size == 0)
         return 0;
-    /* Sooner copied than asked whether it can be shared. */
-    if (size <= SMALL_BYTES && whole && copy_small(src, dst, size) == 0)
+    /* Sooner copied than asked whether it can be shared; but copied it has to be synced. */
+    if (size <= SMALL_BYTES && whole && !in_order && copy_small(src, dst, size) == 0)
         return 0;
-    if ((uint64_t)from->st_size == size && ioctl(dst, FICLONE, src) == 0)
+    if ((uint64_t)from->st_size == size && ioctl(dst, FICLONE, src) == 0) {
+        *ret_settled = in_order; /* the kernel has written back what of src was not on disk */
+        return 0;
+    }
+    if (size <= SMALL_BYTES && whole && in_order && copy_small(src, dst, size) == 0)
         return 0;
     if (whole)
         return copy_all(src, dst, 0, end, &method, &buffer);

@@ -10,8 +10,12 @@
 
 /* Copies `size` bytes from the start of src, which is `from`, to dst, an empty file, whose size is
  * `size` then. By reflink, else within the kernel, else through a buffer; what is small through a
- * buffer at once; holes stay holes. A source that ends early is -EIO: never a short copy. */
-errint_t copy_data(int src, int dst, const struct stat *from, uint64_t size);
+ * buffer at once; holes stay holes. A source that ends early is -EIO: never a short copy.
+ *
+ * `in_order`: keeps_order(dst). Then what is small is shared too where it can be, and settled is
+ * told: whatever is done to dst from now on, its name for one, is not on disk without its data. */
+errint_t copy_data(int src, int dst, const struct stat *from, uint64_t size, bool in_order,
+                   bool *ret_settled);
 
 /* -ENOSPC if so many bytes of src will not fit beside dst, and leave a little free, so that names
  * can still be removed, which takes whiteouts. Not asked for what is small: that is known at once.

@@ -20,6 +20,7 @@ struct copying {
     const struct change *change; /* to be in the copy at once, or NULL */
     char temp[TEMP_BYTES];
     int fd;            /* of temp */
+    bool settled;      /* its data are on disk before its name */
     errint_t unsynced; /* it is published, but its name may not be on disk */
 };
 
@@ -128,7 +129,8 @@ static errint_t copy_metadata(struct tree *t, struct node *n, const struct copyi
     err = settle_metadata(c, mode);
     if (err != 0)
         return err;
-    bool sync = S_ISREG(c->st.st_mode) && !c->metacopy ? t->sync_copies : t->sync_names;
+    bool data = S_ISREG(c->st.st_mode) && !c->metacopy && !c->settled;
+    bool sync = data ? t->sync_copies : t->sync_names;
     return sync && fsync(c->fd) < 0 ? errno_or_eio() : 0;
 }
 
@@ -243,14 +245,16 @@ static int make_temp(struct tree *t, struct copying *c)
     return 0;
 }
 
-static errint_t fill_temp(const struct copying *c)
+static errint_t fill_temp(const struct tree *t, struct copying *c)
 {
     if (S_ISDIR(c->st.st_mode))
         return 0;
     if (!c->metacopy) {
         errint_t err = check_room(c->src, c->fd, (uint64_t)c->st.st_size);
 
-        return err < 0 ? err : copy_data(c->src, c->fd, &c->st, (uint64_t)c->st.st_size);
+        return err < 0 ? err
+                       : copy_data(c->src, c->fd, &c->st, (uint64_t)c->st.st_size,
+                                   t->upper_in_order, &c->settled);
     }
     return ftruncate(c->fd, c->st.st_size) < 0 ? errno_or_eio() : 0;
 }
@@ -262,7 +266,7 @@ static errint_t copy_by_temp(struct tree *t, struct node *n, struct copying *c)
 
     if (err < 0)
         return err;
-    err = fill_temp(c);
+    err = fill_temp(t, c);
     if (err == 0)
         err = copy_metadata(t, n, c);
     if (err == 0) {

@@ -70,15 +70,17 @@ static PyObject *py_copy_data(PyObject *module, PyObject *args)
     int src, dst;
     unsigned long long size;
     struct stat st;
+    bool settled = false;
     errint_t err;
 
     (void)module;
     if (!PyArg_ParseTuple(args, "iiK:copy_data", &src, &dst, &size))
         return NULL;
     Py_BEGIN_ALLOW_THREADS
-    err = fstat(src, &st) < 0 ? errno_or_eio() : copy_data(src, dst, &st, size);
+    err = fstat(src, &st) < 0 ? errno_or_eio()
+                              : copy_data(src, dst, &st, size, keeps_order(dst), &settled);
     Py_END_ALLOW_THREADS
-    return none_or_errno(err, NULL);
+    return err < 0 ? raise_errno(err, NULL) : PyBool_FromLong(settled);
 }
 
 static PyObject *py_copy_xattrs(PyObject *module, PyObject *args)

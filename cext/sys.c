@@ -53,6 +53,13 @@ bool is_in_fuse(int fd)
     return fstatfs(fd, &st) == 0 && st.f_type == FUSE_SUPER_MAGIC;
 }
 
+bool keeps_order(int fd)
+{
+    struct statfs st;
+
+    return fstatfs(fd, &st) == 0 && st.f_type == XFS_SUPER_MAGIC;
+}
+
 int reopen_fd(int fd, int flags)
 {
     char path[PROC_BYTES];

@@ -371,6 +371,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     t->noacl = options->noacl;
     t->hide_wh = options->has_upper && layers[0].wh_files;
     t->upper_in_fuse = options->has_upper && is_in_fuse(layers[0].fd);
+    t->upper_in_order = options->has_upper && keeps_order(layers[0].fd);
     t->upper_xattrs = options->upper_xattrs;
     t->prefix = options->user_prefix ? "user.overlay." : "trusted.overlay.";
     t->override_mode = options->override_mode;

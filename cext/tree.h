@@ -132,6 +132,7 @@ struct tree {
     bool sync_copies;        /* a copy's data are on disk before it is seen */
     bool sync_names;         /* and its name before it is used */
     bool upper_in_fuse;      /* immutable: see ask_anew() */
+    bool upper_in_order;     /* immutable: see keeps_order() */
     int work_fd;             /* where a change is prepared, or -1 */
     uint64_t metacopy_bytes; /* from here on data stay below until they are wanted; 0: never */
     uid_t euid;

@@ -219,13 +219,13 @@ def _copy_node(union: Union, ino: int, info: Info, *, data: bool, truncate: int 
         status = os.stat(fd_path(src)) if not stat.S_ISLNK(info.type) else os.fstat(src)
         metacopy = truncate is None and _wants_metacopy(union, info, status, src, data=data)
         with temporary(union, temp, directory=is_dir):
-            fd = _make_temp(union, ino, temp, status, src, metacopy=metacopy, truncate=truncate)
+            fd, settled = _make_temp(
+                union, ino, temp, status, src, metacopy=metacopy, truncate=truncate
+            )
             try:
                 index = _prepare_metadata(union, ino, src, fd, status, metacopy=metacopy)
                 late = _flags_of_copy(src, fd, info.type)
-                if union.options.fsync != "volatile" and (
-                    (stat.S_ISREG(info.type) and not metacopy) or union.options.fsync == "strict"
-                ):
+                if _must_sync(union, settled=settled):
                     _sync(fd, info.type)
                 _publish(union, ino, temp, fd, status, index, metacopy=metacopy)
                 if late:
@@ -252,6 +252,11 @@ def unprotected(dirfd: int) -> Iterator[None]:
             _native.add_flags(dirfd, lifted)
 
 
+def _must_sync(union: Union, *, settled: bool) -> bool:
+    """Whether a copy is synced before it gets its name; `settled` as _make_temp() tells."""
+    return union.options.fsync == "strict" or (union.options.fsync == "auto" and not settled)
+
+
 def _sync(fd: int, kind: int) -> None:
     if stat.S_ISREG(kind) or stat.S_ISDIR(kind):
         os.fsync(fd)
@@ -266,9 +271,13 @@ def _make_temp(
     *,
     metacopy: bool,
     truncate: int | None,
-) -> int:
-    """Make work/TEMP of the same kind, with its data; an open descriptor of it."""
+) -> tuple[int, bool]:
+    """Make work/TEMP of the same kind, with its data.
+
+    An open descriptor of it, and whether it has no data that would have to be synced.
+    """
     work = union.work_fd
+    settled = metacopy or not stat.S_ISREG(status.st_mode)
     if stat.S_ISREG(status.st_mode):
         fd = os.open(temp, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=work)
         try:
@@ -279,21 +288,21 @@ def _make_temp(
                 data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
                 try:
                     _native.check_room(data, fd, size)
-                    _native.copy_data(data, fd, size)
+                    settled = _native.copy_data(data, fd, size)
                 finally:
                     os.close(data)
         except BaseException:
             os.close(fd)
             raise
-        return fd
+        return fd, settled
     if stat.S_ISDIR(status.st_mode):
         os.mkdir(temp, 0o700, dir_fd=work)
-        return os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work)
+        return os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=work), settled
     if stat.S_ISLNK(status.st_mode):
         os.symlink(union.tree.readlink(ino), temp, dir_fd=work)
     else:
         _make_special(union, temp, status)
-    return os.open(temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work)
+    return os.open(temp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work), settled
 
 
 def _make_special(union: Union, temp: bytes, status: os.stat_result) -> None:
@@ -429,9 +438,9 @@ def _replace(
     temp = union.temp_name()
     tree, work = union.tree, union.work_fd
     with temporary(union, temp):
-        fd = _make_temp(union, ino, temp, before, src, metacopy=False, truncate=truncate)
+        fd, settled = _make_temp(union, ino, temp, before, src, metacopy=False, truncate=truncate)
         try:
-            synced = union.options.fsync != "volatile"
+            synced = _must_sync(union, settled=settled)
             if synced:
                 os.fsync(fd)  # what takes long, before the lock
             with union.committing(ino):
@@ -471,19 +480,20 @@ def _fill(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
             # wait for the data.
             os.ftruncate(fd, size)
             before = os.stat(path_fd)
+        settled = False
         try:
             if size:
                 data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
                 try:
                     _native.check_room(data, fd, size)
-                    _native.copy_data(data, fd, size)
+                    settled = _native.copy_data(data, fd, size)
                 finally:
                     os.close(data)
         finally:
             # Writing has cleared what writing clears; it was not the user who wrote.
             _restore_privileges(path_fd, mode, caps)
             os.utime(fd, ns=(before.st_atime_ns, before.st_mtime_ns))
-        if union.options.fsync != "volatile":
+        if _must_sync(union, settled=settled):
             os.fsync(fd)
         union.marks.remove(path_fd, "metacopy")
     finally:

@@ -156,12 +156,12 @@ def _instrument(steps: Steps) -> None:
     copy_data = _native.copy_data
     real_ftruncate = os.ftruncate
 
-    def stepping_copy(src: int, dst: int, size: int) -> None:
+    def stepping_copy(src: int, dst: int, size: int) -> bool:
         steps("copy_data")
         real_ftruncate(dst, size)
         os.pwrite(dst, os.pread(src, size // 2, 0), 0)
         steps("copy_data, half way")
-        copy_data(src, dst, size)
+        return copy_data(src, dst, size)
 
     real_renameat2 = _native.renameat2
     replaced: Any = union
