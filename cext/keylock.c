@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "keylock.h"
 
-#include <stdbool.h>
-
 void keylocks_init(struct keylocks *l)
 {
     pthread_mutex_init(&l->mutex, NULL);
@@ -33,14 +31,31 @@ static bool is_free_locked(const struct keylocks *l, const struct keyhold *wante
     return true;
 }
 
+static void hold_locked(struct keylocks *l, struct keyhold *h)
+{
+    h->next = l->held;
+    l->held = h;
+}
+
 void keys_take(struct keylocks *l, struct keyhold *h)
 {
     pthread_mutex_lock(&l->mutex);
     while (!is_free_locked(l, h))
         pthread_cond_wait(&l->freed, &l->mutex);
-    h->next = l->held;
-    l->held = h;
+    hold_locked(l, h);
     pthread_mutex_unlock(&l->mutex);
+}
+
+bool keys_try(struct keylocks *l, struct keyhold *h)
+{
+    bool free;
+
+    pthread_mutex_lock(&l->mutex);
+    free = is_free_locked(l, h);
+    if (free)
+        hold_locked(l, h);
+    pthread_mutex_unlock(&l->mutex);
+    return free;
 }
 
 void keys_give(struct keylocks *l, struct keyhold *h)

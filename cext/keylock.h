@@ -5,6 +5,7 @@
 #define UNIONFS_KEYLOCK_H
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 enum { KEYS_MOST = 2 }; /* a rename has two ends */
@@ -24,6 +25,8 @@ void keylocks_init(struct keylocks *l);
 void keylocks_destroy(struct keylocks *l);
 /* Waits until nobody holds one of h->keys, and takes all of them at once. */
 void keys_take(struct keylocks *l, struct keyhold *h);
+/* The same, or false where that would mean to wait. */
+bool keys_try(struct keylocks *l, struct keyhold *h);
 void keys_give(struct keylocks *l, struct keyhold *h);
 
 #endif

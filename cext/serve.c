@@ -570,6 +570,8 @@ size_t serve(struct server *s, const struct request *r, char *out)
         n = opcode == FUSE_FORGET ? SILENT : -ESTALE;
     else if (opcode < WIRE_OPCODES && handlers[opcode].handler)
         n = is_whole(r) ? with_faces(&a, handlers[opcode].handler) : -EINVAL;
+    if (opcode == FUSE_OPEN && n > 0)
+        give_ahead(&a);
     if (n == SILENT)
         return 0;
     *head = (struct fuse_out_header){

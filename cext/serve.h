@@ -32,6 +32,9 @@ void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct 
 /* serve_faces.c: runs a handler; its answer says how the kernel is to get a file's data, and by
  * which numbers and for how long it may know what it is told of. */
 ssize_t with_faces(struct answer *a, handler *handler);
+/* ahead.c: after an open that succeeded. What is small is mostly read at once and whole: of a lower
+ * file the kernel gets the pages now, before it asks. */
+void give_ahead(struct answer *a);
 /* serve_changes.c */
 handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_link, on_unlink, on_rmdir;
 handler on_rename, on_rename2, on_fsync;

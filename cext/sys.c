@@ -53,6 +53,23 @@ bool is_in_fuse(int fd)
     return fstatfs(fd, &st) == 0 && st.f_type == FUSE_SUPER_MAGIC;
 }
 
+bool is_near(int fd)
+{
+    struct statfs st;
+
+    if (fstatfs(fd, &st) < 0)
+        return false;
+    switch (st.f_type) {
+    case TMPFS_MAGIC:
+    case SQUASHFS_MAGIC:
+    case EROFS_SUPER_MAGIC_V1:
+    case ISOFS_SUPER_MAGIC:
+        return true;
+    default:
+        return false;
+    }
+}
+
 bool keeps_order(int fd)
 {
     struct statfs st;

@@ -24,6 +24,10 @@ errint_t stat_fd(int fd, struct stat *ret_st);
 
 bool is_in_fuse(int fd);
 
+/* Whether a read waits for nothing but a disk of this machine, on a file system that cannot be
+ * asked for what is in memory alone (RWF_NOWAIT). */
+bool is_near(int fd);
+
 /* Whether a change that is on disk has all earlier ones on disk with it: xfs has one log, in which
  * every change of metadata has its place. Not so where a single file or directory can be logged
  * ahead of others: the log tree of btrfs, the fast commits of ext4. */

@@ -100,6 +100,7 @@ struct node {
     struct file *files;
     struct face *faces; /* face.h */
     bool pages_old;     /* the kernel's own pages are older than the data */
+    bool given;         /* its pages have been given to the kernel at an open: ahead.h */
     bool mapped;        /* perhaps mapped for writing, which changes times unseen by the kernel */
 };
 

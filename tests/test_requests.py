@@ -30,7 +30,7 @@ SIZES = Sizes(60, 30, 40, 40, MIB, MIB, 0, 4 * MIB, 100, 1, 1, 20)
 BOUNDS = {
     "walk, fresh": 0.1,
     "walk, again": 0.1,
-    "open-read-close, first": 4.1,
+    "open-read-close, first": 3.2,
     "open-read-close, again": 2.1,
     "open-read-close, again, 4 at once": 2.1,
     "missing names": 1.1,
