@@ -83,17 +83,30 @@ static errint_t write_marks(struct tree *t, struct node *n, const struct copying
     return err == 0 && c->metacopy ? set_mark(t, c->fd, "metacopy", "", 0) : err;
 }
 
-/* Mode and times, and what is wanted of them and of the owner. What is refused may be so for a
- * reason that is not ours to judge. */
-static errint_t settle_metadata(const struct copying *c, mode_t mode)
+static bool sets_owner(const struct change *w)
+{
+    return w && (w->uid >= 0 || w->gid >= 0);
+}
+
+/* The mode that the copy is to have, where that of its source has become `mode`, before another
+ * owner is set. */
+static mode_t wanted_mode(const struct copying *c, mode_t mode)
+{
+    const struct change *w = c->change;
+
+    return w && w->set_mode && !sets_owner(w) ? w->mode & 07777 : mode;
+}
+
+/* Mode and times, and what is wanted of them and of the owner; `now`: the mode that the copy has.
+ * What is refused may be so for a reason that is not ours to judge. */
+static errint_t settle_metadata(const struct copying *c, mode_t mode, mode_t now)
 {
     struct timespec times[2] = {c->st.st_atim, c->st.st_mtim};
     const struct change *w = c->change;
-    bool owner = w && (w->uid >= 0 || w->gid >= 0);
+    bool owner = sets_owner(w);
 
-    if (w && w->set_mode && !owner)
-        mode = w->mode & 07777;
-    if (fchmod(c->fd, mode) < 0)
+    mode = wanted_mode(c, mode);
+    if (mode != now && fchmod(c->fd, mode) < 0)
         return w ? NOT_PLAIN : errno_or_eio();
     /* As of the file itself: set-ID bits and capabilities go. */
     if (owner && fchown(c->fd, (uid_t)w->uid, (gid_t)w->gid) < 0)
@@ -112,21 +125,23 @@ static errint_t copy_metadata(struct tree *t, struct node *n, const struct copyi
 {
     char src_path[PROC_BYTES], path[PROC_BYTES];
     mode_t mode = c->st.st_mode & 07777;
-    struct stat now;
+    struct stat now = {0};
     errint_t err = stat_fd(c->fd, &now);
 
     proc_path(src_path, c->src, NULL);
     proc_path(path, c->fd, NULL);
+    bool foreign = now.st_uid != c->st.st_uid || now.st_gid != c->st.st_gid;
+    bool xattrs = flistxattr(c->src, NULL, 0) != 0; /* an ACL sets the mode too */
     /* The owner first: chown clears set-ID bits and capabilities. */
-    if (err == 0 && (now.st_uid != c->st.st_uid || now.st_gid != c->st.st_gid))
+    if (err == 0 && foreign)
         err = give_owner(path, c->st.st_uid, c->st.st_gid, &mode);
-    if (err == 0 && flistxattr(c->src, NULL, 0) != 0)
+    if (err == 0 && xattrs)
         err = copy_xattrs(src_path, path, t->prefix, NULL);
     if (err == 0 && S_ISREG(c->st.st_mode))
         err = write_marks(t, n, c);
     if (err != 0)
         return err;
-    err = settle_metadata(c, mode);
+    err = settle_metadata(c, mode, foreign || xattrs ? (mode_t)-1 : now.st_mode & 07777);
     if (err != 0)
         return err;
     bool data = S_ISREG(c->st.st_mode) && !c->metacopy && !c->settled;
@@ -160,8 +175,7 @@ static errint_t rename_at(struct tree *t, struct copying *c, int dirfd, const ch
     if (err == 0) {
         struct timespec times[2] = {st.st_atim, st.st_mtim};
 
-        proc_path(path, dirfd, NULL);
-        (void)utimensat(AT_FDCWD, path, times, 0);
+        (void)set_times(dirfd, times);
         if (t->sync_names)
             c->unsynced = sync_dir(dirfd);
     }
@@ -229,8 +243,10 @@ static int make_temp(struct tree *t, struct copying *c)
 {
     temp_name(t, c->temp);
     if (!S_ISDIR(c->st.st_mode)) {
-        c->fd =
-            openat(t->work_fd, c->temp, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, S_IRUSR | S_IWUSR);
+        /* Mostly with its last mode already; until then we may need to read and write it. */
+        mode_t mode = (wanted_mode(c, c->st.st_mode) & 0777) | S_IRUSR | S_IWUSR;
+
+        c->fd = openat(t->work_fd, c->temp, O_CREAT | O_EXCL | O_RDWR | O_CLOEXEC, mode);
         return c->fd < 0 ? errno_or_eio() : 0;
     }
     if (mkdirat(t->work_fd, c->temp, S_IRWXU) < 0)

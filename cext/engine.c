@@ -38,6 +38,9 @@ enum {
     NUDGE_NS = 10000000, /* while stopping: between signals */
     CLOSE_NS = 50000,    /* requests that follow one another closely */
     EAGER_MOST = 4,
+    LOST_NS = 10000, /* a sched_yield(2) that took longer: somebody else needed the processor */
+    UNEAGER_NS = 5000000,     /* how long nothing is looked for then, at first, */
+    UNEAGER_MOST = 640000000, /* and at most */
 };
 
 struct engine {
@@ -74,6 +77,8 @@ struct worker {
     struct chute chute;
     int64_t answered_at; /* CLOCK_MONOTONIC */
     int eager;           /* how many of the last requests came soon, at most EAGER_MOST */
+    int64_t looks_from;  /* not before */
+    int64_t uneager;     /* how long it was not looked for the last time */
 };
 
 static void *buffer_new(void)
@@ -178,14 +183,44 @@ static bool requests_wait(const struct engine *e)
     return poll(&p, 1, 0) > 0 && (p.revents & POLLIN);
 }
 
+/* Whoever else wants this processor comes first. He may keep it for long, and have been the asker:
+ * so where there is somebody it is not looked at all, for a while that doubles each time. */
+static bool yields_in_vain(struct worker *w, int64_t before)
+{
+    int64_t now;
+
+    (void)sched_yield();
+    now = now_ns();
+    if (now - before < LOST_NS)
+        return false;
+    w->uneager = now - w->looks_from > 4 * w->uneager ? UNEAGER_NS : 2 * w->uneager;
+    if (w->uneager > UNEAGER_MOST)
+        w->uneager = UNEAGER_MOST;
+    w->looks_from = now + w->uneager;
+    return true;
+}
+
+/* For as long as the next request may come soon. */
+static void look_for_request(struct worker *w)
+{
+    int64_t now = w->answered_at;
+
+    if (w->eager == 0 || now < w->looks_from)
+        return;
+    while (!requests_wait(w->e) && now - w->answered_at < CLOSE_NS) {
+        now = now_ns();
+        if (yields_in_vain(w, now))
+            return;
+    }
+}
+
 /* The next request; looked for before it is waited for, if the last ones came soon. */
 static ssize_t next_request(struct worker *w)
 {
     const struct engine *e = w->e;
     ssize_t n;
 
-    while (w->eager > 0 && !requests_wait(e) && now_ns() - w->answered_at < CLOSE_NS)
-        (void)sched_yield(); /* whoever else wants this processor comes first */
+    look_for_request(w);
     n = read(e->server.options.device, w->in, WIRE_HEADER + WIRE_DATA);
     if (e->processors == 1 || now_ns() - w->answered_at >= CLOSE_NS)
         w->eager = w->eager > 1 ? w->eager - 2 : 0;

@@ -18,7 +18,7 @@ static errint_t change_at(int fd, const struct change *c)
         err = errno_or_eio();
     if (err == 0 && c->set_mode)
         err = loan_set_mode(path, c->mode & MODE_BITS);
-    if (err == 0 && c->set_times && utimensat(AT_FDCWD, path, c->times, 0) < 0)
+    if (err == 0 && c->set_times && set_times(fd, c->times) < 0)
         err = errno_or_eio();
     return err;
 }

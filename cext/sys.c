@@ -46,6 +46,17 @@ errint_t stat_fd(int fd, struct stat *ret_st)
     return fstat(fd, ret_st) < 0 ? errno_or_eio() : 0;
 }
 
+int set_times(int fd, const struct timespec times[static 2])
+{
+    char path[PROC_BYTES];
+    int r = utimensat(fd, "", times, AT_EMPTY_PATH);
+
+    if (r == 0 || errno != EINVAL)
+        return r;
+    proc_path(path, fd, NULL); /* a kernel before 5.8 */
+    return utimensat(AT_FDCWD, path, times, 0);
+}
+
 bool is_in_fuse(int fd)
 {
     struct statfs st;

@@ -22,6 +22,9 @@ int open_beneath(int dirfd, const char *name, int flags, bool careful);
 
 errint_t stat_fd(int fd, struct stat *ret_st);
 
+/* futimens of a descriptor that may be O_PATH. */
+int set_times(int fd, const struct timespec times[static 2]);
+
 bool is_in_fuse(int fd);
 
 /* Whether a read waits for nothing but a disk of this machine, on a file system that cannot be
