@@ -31,7 +31,6 @@ from unionfs.stores import (
     gocryptfs,
     references,
     unlocking,
-    userspace,
 )
 from unionfs.stores.checking import Code, Problem, Report, check_filesystem, refuse_used
 from unionfs.stores.inspect import read_record, uppers_of
@@ -79,8 +78,7 @@ def examine(text: str, report: Report, wish: Wish) -> None:
         refuse_used(contents)
         with guarded(where, contents, when=wish.repair and not wish.take, write=True):
             pass  # nothing is repaired under another machine that uses it
-        with _locked(path, write=wish.repair):
-            check_filesystem(contents, report, repair=wish.repair)
+        check_filesystem(contents, report, repair=wish.repair)
         if report.code & (Code.UNCORRECTED | Code.TROUBLE):
             return
     volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair)
@@ -214,21 +212,6 @@ def _opened_lowers(texts: Sequence[str]) -> Iterator[_Below | None]:
         stores.open(mounts, readonly=True)
         layers = open_lowers(stores.options.lowers, stores.opened(), mounts, stack)
         yield _Below(options, layers, stores.base)
-
-
-@contextlib.contextmanager
-def _locked(path: str, *, write: bool) -> Iterator[None]:
-    """An image, so that nobody mounts it; a device is held by the file system's own fsck."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        yield
-        return
-    # The loop device of a look at it may not be released yet.
-    patience = userspace.LOCK_SECONDS if write else 0.0
-    lock = userspace.lock_image(path, readonly=not write, patience=patience)
-    try:
-        yield
-    finally:
-        os.close(lock)
 
 
 def _lock(upper: int, directory: str, *, exclusive: bool) -> None:
