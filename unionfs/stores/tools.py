@@ -20,6 +20,16 @@ _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ENDING_SECONDS: Final = 30
 
 
+class Progress:
+    """How far long work is, for whoever looks on; here for nobody."""
+
+    def __call__(self, count: int) -> None:
+        """So many bytes more are done, or things of the phase."""
+
+    def phase(self, what: str, things: str = "") -> None:
+        """From now on something else is done, whose end is not known; of what it counts."""
+
+
 def find(name: str) -> str | None:
     """The path of a program that may lie where users do not look."""
     return shutil.which(name) or shutil.which(name, path=_SBIN)
