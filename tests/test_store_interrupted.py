@@ -18,7 +18,7 @@ from tests.rig.mounted import program
 from tests.test_store_changes import hidden
 from tests.test_store_commands import done, shim, store
 from tests.test_stores import ARCH, _await, base, change, check, need, union
-from unionfs.stores.tools import uninterrupted
+from unionfs.stores.tools import delayed, interruptible, uninterrupted
 
 __all__ = ["base", "shim"]
 
@@ -112,6 +112,17 @@ def test_it_is_too_late_to_interrupt() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), number)
     assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_an_interruption_waits_until_a_program_has_been_started() -> None:
+    """Before that nobody would end it."""
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interruptible():  # noqa: PT012
+        with delayed():
+            os.kill(os.getpid(), signal.SIGHUP)
+            reached.append("started")
+        reached.append("gone on")
+    assert reached == ["started"]
 
 
 def test_a_restore_that_moved_the_old_one_aside(changed: Path) -> None:
