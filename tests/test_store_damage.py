@@ -7,6 +7,7 @@ the attempt; and its bytes are what they were.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -143,6 +144,62 @@ def test_thing_as_upper_and_lower(spot: Path, what: str, capsys: Capture) -> Non
         refused(capsys, path, "--ro", path, spot / "mnt")
         looked_at(capsys, path)
     assert state(path) == before
+
+
+@pytest.mark.parametrize("kind", damage.FOREIGN)
+def test_foreign(spot: Path, kind: str, capsys: Capture) -> None:
+    """A whole file system, of which nothing is known here."""
+    if _ROOT and kind in Path("/proc/filesystems").read_text().split():
+        pytest.skip(f"the kernel has {kind}")
+    path = spot / "bad.img"
+    damage.FOREIGN[kind](path)
+    before = state(path)
+    told = f"this kernel has no {kind}" if _ROOT else f"an ordinary user cannot mount {kind}"
+    assert told in refused(capsys, path, spot / "tree", path, spot / "mnt")
+    assert told in refused(capsys, path, "--ro", path, spot / "mnt")
+    looked_at(capsys, path)
+    assert state(path) == before
+
+
+@pytest.mark.parametrize("kind", ["squashfs", "erofs"])
+def test_for_reading_only(whole: dict[str, Path], spot: Path, kind: str, capsys: Capture) -> None:
+    """Whole, and no place for changes."""
+    path = spot / "bad.img"
+    shutil.copy(whole[kind], path)
+    before = state(path)
+    told = refused(capsys, path, spot / "tree", path, spot / "mnt")
+    if _ROOT or kind == "squashfs":
+        assert "cannot be written to; use ext4" in told
+    assert state(path) == before
+
+
+def test_a_wrong_label(whole: dict[str, Path], spot: Path, capsys: Capture) -> None:
+    """What has another one is not taken for it."""
+    need("ext4")
+    path = spot / "s.img"
+    ground.run("cp", "--sparse=always", whole["ext4"], path)
+    ground.run("tune2fs", "-L", "another", path)
+    before = state(path)
+    with images.attached(path) if _ROOT else contextlib.nullcontext():
+        words = ("-o", "search=images", spot / "tree", "LABEL=persist-", spot / "mnt")
+        code, _, err = said(capsys, "mount", *words)
+        assert code == 32
+        assert "no device or image has LABEL=persist-; plug it in, wait for it with" in line(err)
+        words = ("-o", "search=images,fallback=tmpfs", *words[2:])
+        code, _, err = said(capsys, "mount", *words)
+        assert (code, "LABEL=persist-" in line(err)) == (0, True)
+        change(spot / "mnt")
+        assert said(capsys, "umount", spot / "mnt")[0] == 0
+    assert state(path) == before
+
+
+def test_there_are_enough_of_them() -> None:
+    """For root and for a user, not counting what a user could not mount if it were whole."""
+    things = [*damage.THINGS, *damage.FOREIGN]
+    if _ROOT:
+        assert len(cases(*damage.EDITS)) + len(things) >= 60
+    else:
+        assert len(cases("ext4", "squashfs")) + len([*things, *damage.LOCKED]) >= 45
 
 
 @pytest.mark.parametrize(("kind", "what"), cases("squashfs", "erofs", "ext4"))

@@ -18,7 +18,7 @@ from tests.rig.mounted import program
 from tests.test_store_changes import hidden
 from tests.test_store_commands import done, shim, store
 from tests.test_stores import ARCH, _await, base, change, check, need, union
-from unionfs.stores.tools import uninterrupted
+from unionfs.stores.tools import delayed, interruptible, uninterrupted
 
 __all__ = ["base", "shim"]
 
@@ -72,13 +72,22 @@ def interrupted(folder: Path, number: signal.Signals, *words: object) -> None:
         (signal.SIGTERM, "resize2fs", "grow s.img --size 64M"),
         (signal.SIGINT, "resize2fs", "shrink s.img --size 16M"),
         (signal.SIGTERM, "e2fsck", "check --repair s.img"),
+        pytest.param(
+            signal.SIGINT,
+            "e2fsck",
+            "compact s.img",
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="as root the kernel does it"),
+        ),
+        (signal.SIGINT, "xfs_repair", "check --repair x.img"),
     ],
 )
 def test_interrupted(
     changed: Path, shim: Callable[[str], Path], number: signal.Signals, at: str, words: str
 ) -> None:
     (changed / "other").mkdir()
-    names = {"new", "new.img", "other", "s.img", "saved", "up"}
+    names = {"new", "new.img", "other", "s.img", "saved", "up", "x.img"}
+    if "x.img" in words:
+        images.make(changed / "x.img", "xfs")
     arguments = [
         f"{changed}/{word}" if word.partition(":")[0] in names else word for word in words.split()
     ]
@@ -103,6 +112,17 @@ def test_it_is_too_late_to_interrupt() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), number)
     assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_an_interruption_waits_until_a_program_has_been_started() -> None:
+    """Before that nobody would end it."""
+    reached = []
+    with pytest.raises(KeyboardInterrupt), interruptible():  # noqa: PT012
+        with delayed():
+            os.kill(os.getpid(), signal.SIGHUP)
+            reached.append("started")
+        reached.append("gone on")
+    assert reached == ["started"]
 
 
 def test_a_restore_that_moved_the_old_one_aside(changed: Path) -> None:
@@ -285,11 +305,16 @@ def test_grow_of_a_mounted_store_killed_at_each_step(base: Path, kind: str) -> N
         assert store("check", image).returncode == 0
 
 
-def test_progress_is_shown_on_a_terminal(base: Path) -> None:
+def on_terminal(*words: object) -> str:
+    """What a verb shows there; it must succeed."""
     ours, theirs = os.openpty()
     with os.fdopen(ours, "rb", buffering=0) as terminal:
-        words = ["create", str(base / "s.img"), "--size", "256M", "--full"]
-        process = subprocess.Popen([*program(), "store", *words], stderr=theirs)
+        process = subprocess.Popen(
+            [*program(), "store", *map(str, words)],
+            stdout=subprocess.DEVNULL,
+            stderr=theirs,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
+        )
         os.close(theirs)
         shown = b""
         try:
@@ -297,6 +322,111 @@ def test_progress_is_shown_on_a_terminal(base: Path) -> None:
                 shown += data
         except OSError:  # EIO: the other end is closed
             pass
-        assert process.wait() == 0
-    assert b"s.img" in shown
-    assert b"256" in shown, "of how many"
+        assert process.wait() == 0, shown
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("create {}/new.img --size 256M --full", ["new.img", "/256.0 MiB"]),
+        ("backup {}/up {}/new", ["/new", " KiB"]),
+        ("restore {}/saved {}/up", ["/saved", " KiB"]),
+        ("restore --verify {}/saved", ["/saved", " KiB"]),
+        ("clone {}/up {}/new:/work --size 16M", ["/new:/work", " KiB"]),
+        ("grow {}/s.img --size 64M", ["s.img", "/32.0 MiB", "checking the copy", ": resizing"]),
+        ("shrink {}/s.img --size 16M", ["s.img", "/32.0 MiB", ": resizing"]),
+        ("check {}/s.img", ["s.img: checking the ext4", ": looking at the changes", "directories"]),
+        ("check {}/up --repair", ["/up: looking at the changes", "directories"]),
+        ("compact {}/s.img", ["s.img: giving space back"]),
+        ("reset {}/up --discard", ["/up: removing"]),
+        ("reset {}/up /made --discard", ["/up: removing"]),
+    ],
+)
+def test_progress_is_shown_on_a_terminal(changed: Path, words: str, told: list[str]) -> None:
+    given = words.replace("{}", str(changed)).split()
+    shown = on_terminal(*given)
+    for word in told:
+        assert word in shown
+
+
+def test_progress_of_btrfs(base: Path) -> None:
+    need("btrfs")
+    image = images.make(base / "s.img", "btrfs", megabytes=640)
+    assert "moving what lies further back" in on_terminal("shrink", image, "--size", "512M")
+
+
+def test_no_progress(changed: Path) -> None:
+    """Neither if it is not wanted, nor where nobody looks."""
+    assert on_terminal("check", changed / "s.img", "-q") == ""
+    assert store("check", changed / "s.img").stderr == ""
+
+
+def interrupted_at(call: str, number: int, *words: object, code: int = 8) -> None:
+    """SIGINT comes with a system call of the verb's, as ^C might."""
+    if why := traced.why_not():
+        pytest.skip(why)
+    options = ["-qq", "-o", "/dev/null", "-e", f"trace={call}"]
+    inject = f"inject={call}:signal=INT:when={number}"
+    done = subprocess.run(
+        ["strace", *options, "-e", inject, *program(), "store", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    said = "unionfs: interrupted\n" if code else ""
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
+def test_interrupted_among_the_marks(changed: Path) -> None:
+    """Nothing is changed, and it is let go."""
+    up = changed / "up"
+    before = snapshot.take(up)
+    for number in (1, 4):
+        interrupted_at("flistxattr,listxattr,llistxattr", number, "check", up)
+        assert snapshot.take(up) == before
+    assert store("check", up).returncode == 0
+
+
+def test_interrupted_while_it_is_discarded(changed: Path) -> None:
+    """That is too late: it has taken effect, and is brought to its end."""
+    up = changed / "up"
+    interrupted_at("unlinkat,unlink,rmdir", 2, "reset", up, "--discard", code=0)
+    assert hidden(changed) == []
+    with union(changed, changed / "tree", up):
+        assert (changed / "mnt/file").read_text() == "lower\n"
+        assert not (changed / "mnt/made").exists()
+
+
+def test_interrupted_while_paths_are_discarded(changed: Path) -> None:
+    """They are taken away by then; what is left of them is kept where it would be without."""
+    up = changed / "up"
+    interrupted_at("unlinkat,unlink,rmdir", 1, "reset", up, "/file", "/made", "--discard")
+    with union(changed, changed / "tree", up):
+        assert (changed / "mnt/file").read_text() == "lower\n"
+        assert not (changed / "mnt/made").exists()
+        assert not (changed / "mnt/gone").exists()
+    assert len(list(up.glob(".unionfs/reset-*"))) == 1
+    assert store("check", up).returncode == 0
+
+
+def test_interrupted_while_space_is_given_back(base: Path) -> None:
+    """Between two pieces, of which a large image has many."""
+    need("ext4")
+    if os.geteuid() != 0:
+        pytest.skip("for a user e2fsck does it")
+    image = images.make(base / "s.img", megabytes=6144)
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+    trace = base / "trace"
+    assert _traced(["compact", image], ["-e", "trace=ioctl", "-o", str(trace)])
+    pieces = [n for n, line in enumerate(trace.read_text().splitlines(), 1) if "FITRIM" in line]
+    assert len(pieces) > 4
+    interrupted_at("ioctl", pieces[2], "compact", image)
+    assert images.loops_of(image) == []
+    done("compact", image)
+    assert store("check", image).returncode == 0
+    with union(base, base / "tree", image):
+        check(base / "mnt")

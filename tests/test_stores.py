@@ -269,6 +269,43 @@ def _use_partition(base: Path, part: str, name: str) -> None:
     ground.run(*program(), "umount", base / "mnt")
 
 
+def test_a_timeout_of_another_kind(base: Path) -> None:
+    """timeout= is fuse-overlayfs's; who wants to wait for a device is told how."""
+    place = ("tree", "LABEL=nobody-has-it", "mnt")
+    tree, store, mnt = base / place[0], place[1], base / place[2]
+    waits = "; device-timeout=SECONDS waits for it; timeout= is for cached names"
+    assert waits in refused("-o", "timeout=2", tree, store, mnt)
+    assert waits in refused("-o", "timeout=2", "LABEL=nobody-has-it", mnt)
+    assert waits not in refused(tree, store, mnt)
+    said = refused("-o", "timeout=2,device-timeout=0.1", tree, store, mnt)
+    assert "has LABEL=nobody-has-it after 0.1 s" in said
+    assert waits not in said
+
+
+def test_lower_on_an_iso(base: Path) -> None:
+    """By the kernel, where it has iso9660; names and modes are those of Rock Ridge."""
+    if (genisoimage := find("genisoimage")) is None:
+        pytest.skip("there is no genisoimage")
+    image, name = base / "lower.iso", f"T{uuid.uuid4().hex[:8]}".upper()
+    ground.run(genisoimage, "-quiet", "-R", "-V", name, "-o", image, base / "tree")
+    if os.geteuid() != 0:
+        said = refused(image, base / "mnt")
+        assert "an ordinary user cannot mount iso9660; mount as root, or" in said
+        return
+    if "iso9660" not in Path("/proc/filesystems").read_text():
+        said = refused(image, base / "mnt")
+        assert "this kernel has no iso9660" in said
+        assert images.loops_of(image) == []
+        pytest.skip("the kernel has no iso9660")
+    (base / "up").mkdir()
+    with union(base, image, base / "up"):
+        change(base / "mnt")
+    with union(base, image, base / "up"):
+        check(base / "mnt")
+    with images.attached(image), union(base, f"LABEL={name}", base / "up"):
+        check(base / "mnt")
+
+
 def test_a_slow_device_is_waited_for(base: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("devices are root's")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -299,6 +301,30 @@ def test_install_and_remove(tmp_path: Path) -> None:
     assert install("--destdir", tmp_path, "--remove").returncode == 0
     assert files_below(tmp_path) == {"usr/share/own"}
     assert install("--destdir", tmp_path, "--remove").returncode == 1
+
+
+def test_manual_pages(tmp_path: Path) -> None:
+    """All that units and pages refer to are installed, and groff has nothing against them."""
+    if missing := [name for name in ("lowdown", "groff") if shutil.which(name) is None]:
+        pytest.skip(f"there is no {missing[0]}")
+    done = install("--destdir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    pages = tmp_path / "usr/share/man"
+    names = {f"{page.stem}({page.suffix[1:]})": page for page in pages.rglob("man*/*")}
+    assert {"unionfs(8)", "unionfs-profile(5)", "umount.fuse.unionfs(8)"} <= names.keys()
+    for page in names.values():
+        command = ["groff", "-ww", "-t", "-man", "-Tutf8", "-P-cbou", str(page)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (found.returncode, found.stderr) == (0, "")
+        assert "NAME" in found.stdout
+        for word in re.findall(r"\b((?:[a-z]+\.)*unionfs[a-z-]*\([58]\))", page.read_text()):
+            assert word in names
+    system = INSTALL.parents[1] / "system"
+    for service in system.rglob("*.service"):
+        for word in re.findall(r"man:(\S+)", service.read_text()):
+            assert word in names, service
+    assert install("--destdir", tmp_path, "--remove").returncode == 0
+    assert files_below(tmp_path) == set()
 
 
 def test_install_overwrites_nothing_of_others(tmp_path: Path) -> None:

@@ -237,6 +237,30 @@ def _self(path: Path) -> None:
 # iso9660's descriptor, in its sector 16, and no more.
 _ISO = b"\x01CD001\x01" + bytes(33) + b"LABEL".ljust(32)
 
+
+def _made_by(mkfs: str) -> Edit:
+    def make(path: Path) -> None:
+        _zeros(MIB)(path)
+        program = find(mkfs)
+        assert program is not None
+        ground.run(program, path)
+
+    return make
+
+
+def _vfat(path: Path) -> None:
+    """The smallest there is: a boot sector and the beginnings of its two tables."""
+    boot = struct.pack(
+        "<3s8sHBHBHHBHHHIIBBBI11s8s",
+        *(b"\xeb\x3c\x90", b"MSDOS5.0", 512, 1, 1, 2, 512, 2048, 0xF8, 6, 32, 64, 0, 0),
+        *(0x80, 0, 0x29, 0x1234, b"LABEL".ljust(11), b"FAT12".ljust(8)),
+    )
+    _zeros(MIB)(path)
+    write(path, 0, boot.ljust(510, b"\0") + b"\x55\xaa")
+    for table in (1, 7):
+        write(path, table * 512, b"\xf8\xff\xff")
+
+
 THINGS: dict[str, Edit] = {
     "empty": _zeros(0),
     "one byte": lambda path: path.write_bytes(b"x"),
@@ -256,6 +280,12 @@ THINGS: dict[str, Edit] = {
     "a socket": _socket,
     "a dangling link": lambda path: path.symlink_to("nowhere"),
     "a link to itself": _self,
+}
+# File systems of others, by their names; where the kernel has one it is an upper like any other.
+FOREIGN: dict[str, Edit] = {
+    "bfs": _made_by("mkfs.bfs"),
+    "minix": _made_by("mkfs.minix"),
+    "vfat": _vfat,
 }
 # For a user only: root reads and writes them.
 LOCKED: dict[str, Edit] = {"unreadable": _unreadable, "read-only": _locked}

@@ -7,12 +7,15 @@ Owns the choice of when: a table always, a bar on a terminal only.  Called by th
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Final
 
 from unionfs.errors import printable, usage_error
+from unionfs.stores.tools import Progress
 
-Advance = Callable[[int], None]
+if TYPE_CHECKING:
+    import rich.progress
+
 _NAME: Final = 24  # characters
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
@@ -63,34 +66,78 @@ def fields(pairs: Sequence[tuple[str, str]]) -> None:
         print(f"{name:<{width}}{printable(value)}")
 
 
-@contextlib.contextmanager
-def progress(what: str, total: int | None, *, quiet: bool = False) -> Iterator[Advance]:
-    """A bar on a terminal's stderr; what is yielded takes how many bytes more are done."""
-    if quiet or not sys.stderr.isatty():
-        yield lambda _count: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+class _Bar(Progress):
+    """On a terminal: a bar for bytes, or what is done with how much of it and since when."""
 
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
+    def __init__(self, what: str) -> None:
         name = printable(what)
         # A long path would leave no room for the bar.
-        short = name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
-        task = bar.add_task(short, total=total)
-        yield lambda count: bar.advance(task, count)
+        self._name = name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
+        self._shown: rich.progress.Progress | None = None
+        self._things = ""
+
+    def start(self, total: int | None) -> None:
+        """With a bar."""
+        from rich import progress as p
+
+        self._show(
+            p.BarColumn(),
+            p.DownloadColumn(binary_units=True),
+            p.TransferSpeedColumn(),
+            p.TimeRemainingColumn(),
+        ).add_task(self._name, total=total)
+
+    def phase(self, what: str, things: str = "") -> None:
+        from rich import progress as p
+
+        self._things = things
+        self._show(
+            p.TextColumn("{task.fields[count]}", markup=False),
+            p.TimeElapsedColumn(),
+            p.SpinnerColumn(),
+        ).add_task(f"{self._name}: {what}", total=None, count="")
+
+    def __call__(self, count: int) -> None:
+        if self._shown is None:
+            return
+        (task,) = self._shown.tasks
+        self._shown.advance(task.id, count)
+        if self._things:
+            self._shown.update(task.id, count=f"{task.completed:.0f} {self._things}")
+
+    def stop(self) -> None:
+        if self._shown is not None:
+            self._shown.stop()
+            self._shown = None
+
+    def _show(self, *columns: "rich.progress.ProgressColumn") -> "rich.progress.Progress":
+        from rich import progress as p
+        from rich.console import Console
+
+        self.stop()
+        name = p.TextColumn("{task.description}", markup=False)
+        self._shown = p.Progress(name, *columns, console=Console(stderr=True), transient=True)
+        self._shown.start()
+        return self._shown
+
+
+@contextlib.contextmanager
+def progress(what: str, total: int | None, *, quiet: bool = False) -> Iterator[Progress]:
+    """A bar on a terminal's stderr; what is yielded takes how many bytes more are done."""
+    with working(what, quiet=quiet) as bar:
+        if isinstance(bar, _Bar):
+            bar.start(total)
+        yield bar
+
+
+@contextlib.contextmanager
+def working(what: str, *, quiet: bool = False) -> Iterator[Progress]:
+    """The same for what has phases; nothing is shown before the first."""
+    if quiet or not sys.stderr.isatty():
+        yield Progress()
+        return
+    bar = _Bar(what)
+    try:
+        yield bar
+    finally:
+        bar.stop()

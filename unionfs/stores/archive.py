@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Final
 
 from unionfs.errors import UnionfsError
-from unionfs.stores.tools import environment, tool
+from unionfs.stores.tools import delayed, environment, tool
 
 VERSION: Final = 1
 _MAGIC: Final = 0x184D2A5E  # one of the sixteen of skippable frames (RFC 8878)
@@ -91,19 +91,21 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
     target.flush()
     digest, count = hashlib.sha256(), 0
     errors = os.memfd_create("tar")
-    with open(errors, "w+b") as said:
-        tar = subprocess.Popen(
-            tar_creating(directory),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            env=environment(),
-        )
-        pack = subprocess.Popen(
-            [tool("zstd", "zstd"), "-q", "-c", "-3", "-T0", "--check"],
-            stdin=subprocess.PIPE,
-            stdout=target,
-        )
+    with open(errors, "w+b") as said, contextlib.ExitStack() as started:
+        with delayed():
+            tar = subprocess.Popen(
+                tar_creating(directory),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                env=environment(),
+            )
+            pack = subprocess.Popen(
+                [tool("zstd", "zstd"), "-q", "-c", "-3", "-T0", "--check"],
+                stdin=subprocess.PIPE,
+                stdout=target,
+            )
+            started.callback(_end, tar, pack)
         assert tar.stdout is not None
         assert pack.stdin is not None
         try:
@@ -120,8 +122,6 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
         except BrokenPipeError:
             pack.wait()
             raise UnionfsError("the backup failed: zstd ended early; is the disk full?") from None
-        finally:
-            _end(tar, pack)
     trailer = Trailer(count, digest.hexdigest())
     tail = json.dumps({"kind": _WHOLE, **_asdict(trailer)}).encode().ljust(_TRAILER)
     target.write(_frame(tail))
@@ -205,20 +205,24 @@ def extract(
 ) -> None:
     """Unpack into an empty directory, or (None) only read; an error if a byte is wrong."""
     digest, count = hashlib.sha256(), 0
-    with open(os.memfd_create("tar"), "w+b") as said:
-        unpack = subprocess.Popen(
-            [tool("zstd", "zstd"), "-q", "-d", "-c"],
-            stdin=source,
-            stdout=subprocess.PIPE,
-            stderr=said,
-        )
-        tar = subprocess.Popen(
-            [tool("tar", "tar"), "-tf", "-"] if directory is None else tar_extracting(directory),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            env=environment(),
-        )
+    with open(os.memfd_create("tar"), "w+b") as said, contextlib.ExitStack() as started:
+        with delayed():
+            unpack = subprocess.Popen(
+                [tool("zstd", "zstd"), "-q", "-d", "-c"],
+                stdin=source,
+                stdout=subprocess.PIPE,
+                stderr=said,
+            )
+            tar = subprocess.Popen(
+                [tool("tar", "tar"), "-tf", "-"]
+                if directory is None
+                else tar_extracting(directory),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                env=environment(),
+            )
+            started.callback(_end, unpack, tar)
         assert unpack.stdout is not None
         assert tar.stdin is not None
         try:
@@ -237,27 +241,27 @@ def extract(
             tar.wait()
             reason = _last(said, "tar ended early")
             raise UnionfsError(f"{path} cannot be restored: {reason}") from None
-        finally:
-            _end(unpack, tar)
 
 
 def copy(source: str, target: str, advance: Advance) -> None:
     """From one directory to another, all that an upper has."""
-    with open(os.memfd_create("tar"), "w+b") as said:
-        reader = subprocess.Popen(
-            tar_creating(source),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            env=environment(),
-        )
-        writer = subprocess.Popen(
-            tar_extracting(target),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-            env=environment(),
-        )
+    with open(os.memfd_create("tar"), "w+b") as said, contextlib.ExitStack() as started:
+        with delayed():
+            reader = subprocess.Popen(
+                tar_creating(source),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                env=environment(),
+            )
+            writer = subprocess.Popen(
+                tar_extracting(target),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+                env=environment(),
+            )
+            started.callback(_end, reader, writer)
         assert reader.stdout is not None
         assert writer.stdin is not None
         try:
@@ -270,5 +274,3 @@ def copy(source: str, target: str, advance: Advance) -> None:
         except BrokenPipeError:
             writer.wait()
             raise UnionfsError(f"the copy failed: {_last(said, 'tar ended early')}") from None
-        finally:
-            _end(reader, writer)

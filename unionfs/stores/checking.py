@@ -2,19 +2,24 @@
 """Checking the file system of a store by its own fsck, and what was found in a store.
 
 Owns the calls of fsck programs and what they mean, as exit codes of fsck(8), and the report.  A
-file system that is in use is not checked.  Called by examination.py, for `unionfs store check`.
+file system that is in use is not checked; one that was not unmounted is, once its journal has been
+replayed.  Called by examination.py, for `unionfs store check`.
 """
 
+import contextlib
 import enum
 import errno
 import os
+import re
 import stat
+import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from unionfs.errors import UnionfsError
-from unionfs.stores import loop
+from unionfs.stores import ext, kernel, loop, userspace
 from unionfs.stores.probe import Contents
 from unionfs.stores.tools import lines_of, run, tool
 
@@ -27,6 +32,22 @@ class Code(enum.IntFlag):
     UNCORRECTED = 4
     TROUBLE = 8
     USAGE = 16
+
+
+_GOOD: Final = (Code.OK, Code.CORRECTED)
+_PENDING: Final = "it was not unmounted; mounting it replays its journal"
+# What xfs_repair says of a log with changes in it, and of one whose ends it does not find.
+_XFS_PENDING: Final = re.compile(rb"valuable metadata changes|log head and/or tail cannot be")
+_BTRFS_LOG_ROOT: Final = 65536 + 96  # struct btrfs_super_block: there is a tree of logs
+# How what is in a journal is given up.
+_DISCARD: Final = {"xfs": "xfs_repair -L", "btrfs": "btrfs rescue zero-log"}
+# Lines of fsck programs that tell of no fault: versions, phases, advice.
+_PATTER: Final = re.compile(
+    r"$|e2fsck [0-9]|Pass [0-9]|Could this be|Phase [0-9]|- |Cannot get host|Repair may fail"
+    r"|the image and the host|No modify flag|\[[0-9]/[0-9]\]|Opening filesystem|Checking filesystem"
+    r"|UUID:|Metadata CRC error detected at"
+)
+_ANSWER: Final = re.compile(r"\s+[A-Z][a-z ]*\? (?:no|yes)$")
 
 
 class Problem(NamedTuple):
@@ -53,26 +74,99 @@ class Report:
 
 
 def check_filesystem(contents: Contents, report: Report, *, repair: bool) -> None:
-    """Run the fsck of an image or device that nobody uses."""
+    """Run the fsck of an image or device that nobody uses.
+
+    One that was not unmounted has its last changes in its journal.  Until that is replayed fsck
+    sees what is no more, so nothing it says is told; with `repair` it is replayed first.
+    """
     path, fstype = contents.path, contents.fstype
     command = _fsck(path, fstype, repair=repair)
     if command is None:
         report.filesystem = f"{fstype} has no fsck"
         return
-    done = run(command)
-    lines = lines_of(done.stdout + done.stderr)
+    if fstype in ext.TYPES:
+        try:
+            ext.check_whole(path)  # e2fsck calls it clean
+        except UnionfsError as exc:
+            _say(report, fstype, Code.UNCORRECTED, exc.message)
+            return
+    with _locked(path, write=repair):
+        pending = _pending(path, fstype)
+        done = None if pending and (fstype == "btrfs" or not repair) else run(command)
+    if fstype == "xfs" and done is not None:
+        pending = bool(_XFS_PENDING.search(done.stdout + done.stderr))
+    if pending and not repair:
+        report.code |= Code.TROUBLE
+        report.filesystem = f"{fstype}: {_PENDING}; to check it, mount it first or use --repair"
+        return
+    if pending and fstype not in ext.TYPES:  # e2fsck has done it itself
+        if not _replay(contents, report):
+            return
+        with _locked(path, write=repair):
+            done = run(command)
+    assert done is not None
     code = _meaning(fstype, done.returncode, repair=repair)
+    _say(report, fstype, code, "" if code in _GOOD else _complaint(fstype, done))
+    if pending:
+        report.code |= Code.CORRECTED
+        report.filesystem += "; it was not unmounted, and its journal has been replayed"
+
+
+def _say(report: Report, fstype: str, code: Code, why: str) -> None:
     report.code |= code
     said = {Code.OK: "clean", Code.CORRECTED: "repaired", Code.UNCORRECTED: "damaged"}
     report.filesystem = f"{fstype}: {said.get(code, 'could not be checked')}"
-    if code & (Code.UNCORRECTED | Code.TROUBLE) and lines:
-        report.filesystem += f" ({lines[-1]})"
+    if why:
+        report.filesystem += f" ({why})"
+
+
+def _pending(path: str, fstype: str) -> bool:
+    """Whether a journal waits to be replayed; of xfs only xfs_repair can tell."""
+    if fstype in ext.TYPES:
+        return ext.has_journal_to_replay(path)
+    if fstype == "btrfs":
+        with open(path, "rb") as file:
+            file.seek(_BTRFS_LOG_ROOT)
+            return any(file.read(8))
+    return False
+
+
+def _replay(contents: Contents, report: Report) -> bool:
+    """Mount it once, where nobody sees it; the kernel replays the journal."""
+    path, fstype = contents.path, contents.fstype
+    if not kernel.may_mount():
+        report.code |= Code.TROUBLE
+        report.filesystem = f"{fstype}: {_PENDING}, which only root can do: ask root to check it"
+        return False
+    try:
+        root, _ = kernel.mount(contents, readonly=False)
+    except UnionfsError as exc:
+        report.code |= Code.UNCORRECTED | Code.TROUBLE
+        report.filesystem = f"{fstype}: it was not unmounted, and its journal cannot be replayed"
+        report.filesystem += f" ({exc.message})"
+        if command := _DISCARD.get(fstype):
+            report.filesystem += f"; {command} {path} gives up what is in it"
+        return False
+    os.close(root)
+    # The kernel may take a moment to release it.
+    refuse_used(contents, patience=userspace.LOCK_SECONDS)
+    return True
+
+
+def _complaint(fstype: str, done: "subprocess.CompletedProcess[bytes]") -> str:
+    """The line that says most of what fsck has found."""
+    # e2fsck tells in its output what it finds, the others where errors belong.
+    first, second = done.stdout, done.stderr
+    if fstype not in ext.TYPES:
+        first, second = second, first
+    lines = [line for line in lines_of(first) + lines_of(second) if not _PATTER.match(line)]
+    said = next((line for line in lines if line.startswith("ERROR")), lines[0] if lines else "")
+    return _ANSWER.sub("", said) or f"its fsck ended with {done.returncode}"
 
 
 def _fsck(path: str, fstype: str, *, repair: bool) -> list[str] | None:
-    if fstype in ("ext2", "ext3", "ext4"):
+    if fstype in ext.TYPES:
         return [tool("e2fsck", "e2fsprogs"), "-f", "-y" if repair else "-n", path]
-    # xfs_repair of a dirty log would lose what is in it: mounting replays it.
     if fstype == "xfs":
         return [tool("xfs_repair", "xfsprogs"), *([] if repair else ["-n"]), "-f", path]
     # btrfs has no repair that its makers advise.
@@ -89,6 +183,21 @@ def _meaning(fstype: str, code: int, *, repair: bool) -> Code:
         corrected = code & 3 and repair
         return Code(code & (4 | 8)) or (Code.CORRECTED if corrected else Code.UNCORRECTED)
     return Code.UNCORRECTED if code in (1, 2) else Code.TROUBLE
+
+
+@contextlib.contextmanager
+def _locked(path: str, *, write: bool) -> Iterator[None]:
+    """An image, so that nobody mounts it; a device is held by the file system's own fsck."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        yield
+        return
+    # The loop device of a look at it may not be released yet.
+    patience = userspace.LOCK_SECONDS if write else 0.0
+    lock = userspace.lock_image(path, readonly=not write, patience=patience)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def refuse_used(contents: Contents, *, patience: float = 0) -> None:

@@ -31,13 +31,13 @@ from unionfs.stores import (
     gocryptfs,
     references,
     unlocking,
-    userspace,
 )
 from unionfs.stores.checking import Code, Problem, Report, check_filesystem, refuse_used
 from unionfs.stores.inspect import read_record, uppers_of
 from unionfs.stores.opening import Stores
 from unionfs.stores.probe import probe, require_filesystem
 from unionfs.stores.references import Lowers
+from unionfs.stores.tools import Progress
 from unionfs.stores.uppers import UpperCheck
 from unionfs.stores.volume import Volume, guarded, open_volume, walk
 from unionfs.union import Union
@@ -66,7 +66,7 @@ class _Below:
     base: Base | None
 
 
-def examine(text: str, report: Report, wish: Wish) -> None:
+def examine(text: str, report: Report, wish: Wish, progress: Progress) -> None:
     """Check everything; raises UnionfsError if it cannot be looked at at all."""
     fscrypt_keys.tidy()  # before anything is open where a daemon was killed
     where = locator.parse(text)
@@ -79,8 +79,8 @@ def examine(text: str, report: Report, wish: Wish) -> None:
         refuse_used(contents)
         with guarded(where, contents, when=wish.repair and not wish.take, write=True):
             pass  # nothing is repaired under another machine that uses it
-        with _locked(path, write=wish.repair):
-            check_filesystem(contents, report, repair=wish.repair)
+        progress.phase(f"checking the {contents.fstype}")
+        check_filesystem(contents, report, repair=wish.repair)
         if report.code & (Code.UNCORRECTED | Code.TROUBLE):
             return
     volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair)
@@ -93,13 +93,18 @@ def examine(text: str, report: Report, wish: Wish) -> None:
         found = [inside] if inside is not None else uppers_of(volume)
         with _opened_lowers(wish.lowers) as below:
             for directory in found:
-                _examine_upper(volume, directory, report, wish, below)
+                _examine_upper(volume, directory, report, wish, below, progress)
     finally:
         volume.close()
 
 
 def _examine_upper(
-    volume: Volume, directory: str, report: Report, wish: Wish, below: _Below | None
+    volume: Volume,
+    directory: str,
+    report: Report,
+    wish: Wish,
+    below: _Below | None,
+    progress: Progress,
 ) -> None:
     try:
         fd = walk(volume, directory)
@@ -112,16 +117,22 @@ def _examine_upper(
         if kind != gocryptfs.KIND:
             _lock(upper, directory, exclusive=wish.repair)
         if kind:
-            _check_encrypted(volume, directory, upper, report, wish, below)
+            _check_encrypted(volume, directory, upper, report, wish, below, progress)
             return
         fscrypt.refuse_locked(upper, unlocking.name_of(volume, directory))
-        _check_upper(upper, "" if directory == "/" else directory, report, wish, below)
+        _check_upper(upper, "" if directory == "/" else directory, report, wish, below, progress)
     finally:
         os.close(upper)
 
 
 def _check_encrypted(
-    volume: Volume, directory: str, cipher: int, report: Report, wish: Wish, below: _Below | None
+    volume: Volume,
+    directory: str,
+    cipher: int,
+    report: Report,
+    wish: Wish,
+    below: _Below | None,
+    progress: Progress,
 ) -> None:
     how = unlocking.hides(cipher)
     if how and wish.ask is None:
@@ -129,7 +140,7 @@ def _check_encrypted(
         _not_looked_at(report, directory, what)
         return
     with unlocking.shown(volume, directory, cipher, wish.ask, readonly=volume.readonly) as upper:
-        _check_upper(upper, "" if directory == "/" else directory, report, wish, below)
+        _check_upper(upper, "" if directory == "/" else directory, report, wish, below, progress)
 
 
 def _is_hidden(volume: Volume) -> bool:
@@ -145,11 +156,28 @@ def _not_looked_at(report: Report, directory: str, why: str) -> None:
     report.code |= Code.TROUBLE
 
 
-def _check_upper(upper: int, where: str, report: Report, wish: Wish, below: _Below | None) -> None:
+def _check_upper(
+    upper: int,
+    where: str,
+    report: Report,
+    wish: Wish,
+    below: _Below | None,
+    progress: Progress,
+) -> None:
     owner = holder.read_owner_at(upper)
     if owner is not None and owner.elsewhere(holder.here()) and not wish.take:
         wish = replace(wish, repair=False)  # it may be at work
     check = UpperCheck(upper, where, report)
+    told = 0
+
+    def step() -> bool:
+        nonlocal told
+        progress(check.directories - told)
+        told = check.directories
+        return False
+
+    check.step = step
+    progress.phase("looking at the changes", "directories")
     record = check.area(repair=wish.repair)
     with contextlib.ExitStack() as stack:
         if below is not None and _is_base(upper, where, report, below):
@@ -214,21 +242,6 @@ def _opened_lowers(texts: Sequence[str]) -> Iterator[_Below | None]:
         stores.open(mounts, readonly=True)
         layers = open_lowers(stores.options.lowers, stores.opened(), mounts, stack)
         yield _Below(options, layers, stores.base)
-
-
-@contextlib.contextmanager
-def _locked(path: str, *, write: bool) -> Iterator[None]:
-    """An image, so that nobody mounts it; a device is held by the file system's own fsck."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        yield
-        return
-    # The loop device of a look at it may not be released yet.
-    patience = userspace.LOCK_SECONDS if write else 0.0
-    lock = userspace.lock_image(path, readonly=not write, patience=patience)
-    try:
-        yield
-    finally:
-        os.close(lock)
 
 
 def _lock(upper: int, directory: str, *, exclusive: bool) -> None:

@@ -61,6 +61,12 @@ def was_unmounted(path: str) -> bool:
     )
 
 
+def has_journal_to_replay(path: str) -> bool:
+    """Whether the last changes are in the journal only."""
+    block = _super_block(path)
+    return len(block) == 1024 and bool(struct.unpack_from("<I", block, 0x60)[0] & _RECOVER)
+
+
 def may_be_encrypted(path: str) -> bool:
     """Whether there may be directories that the kernel encrypts: fuse2fs writes plain text there,
     and does not say which they are."""

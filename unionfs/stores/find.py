@@ -143,6 +143,10 @@ def look(tag: Tag, value: str, search: Search) -> str | None:
     return found[0] if found else None
 
 
+class NotFound(UnionfsError):
+    """Nothing has the tag."""
+
+
 def find(locator: Locator, *, search: Search = "devices", timeout: float = 0) -> str:
     """The path of what a locator names, waiting up to `timeout` seconds for it."""
     tag = locator.tag
@@ -158,7 +162,7 @@ def find(locator: Locator, *, search: Search = "devices", timeout: float = 0) ->
         waited = f" after {timeout:g} s" if timeout else ""
         where = "device or image" if search == "images" else "device"
         hint = "plug it in, wait for it with device-timeout=SECONDS, or see what blkid lists"
-        raise UnionfsError(f"no {where} has {tag}={locator.value}{waited}", hint=hint)
+        raise NotFound(f"no {where} has {tag}={locator.value}{waited}", hint=hint)
     return path
 
 

@@ -36,6 +36,7 @@ _NO_REPLAY: Final = {
     "xfs": "norecovery",
     "btrfs": "norecovery",
 }
+_READ_ONLY: Final = ("squashfs", "erofs", "iso9660")
 # What file systems answer when they do not understand what is on the device.
 _DAMAGED: Final = (errno.EINVAL, errno.EUCLEAN, errno.EIO, errno.EBADMSG, errno.EFBIG, errno.ENOENT)
 
@@ -92,6 +93,9 @@ def mount(
     Else it is not replayed into an image, since that is opened for reading only.
     """
     path = contents.path
+    if not readonly and contents.fstype in _READ_ONLY:
+        what = f"{path}: {contents.fstype} cannot be written to"
+        raise UnionfsError(what, hint="use ext4 for the upper")
     if stat.S_ISBLK(os.stat(path).st_mode):
         return _mount(contents, path, readonly=readonly, untouched=untouched, text=flags), path
     writable = not readonly or (replay and os.access(path, os.W_OK))

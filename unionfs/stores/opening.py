@@ -22,6 +22,7 @@ from unionfs.mounts import MountEntry, Position, locate
 from unionfs.options import MountOptions
 from unionfs.passphrase import Ask
 from unionfs.stores import base, fscrypt, gocryptfs, unlocking, userspace
+from unionfs.stores.find import NotFound
 from unionfs.stores.volume import Volume, make_directory, open_volume, put_back, walk
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -214,6 +215,10 @@ class Stores:
                 flags=flags,
                 guard=guard,
             )
+        except NotFound as exc:
+            if options.timeout is not None and options.device_timeout is None:
+                exc.hint = "device-timeout=SECONDS waits for it; timeout= is for cached names"
+            raise
         except OSError as exc:
             reason = os.strerror(exc.errno or errno.EIO)
             raise UnionfsError(f"cannot open {text}: {reason}") from exc

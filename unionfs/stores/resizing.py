@@ -23,7 +23,7 @@ from unionfs.errors import UnionfsError, usage_error
 from unionfs.stores import kernel, loop, userspace
 from unionfs.stores.making import new_file
 from unionfs.stores.probe import Contents, probe, require_filesystem
-from unionfs.stores.tools import lines_of, run, tool
+from unionfs.stores.tools import Progress, lines_of, run, tool
 
 _BLKGETSIZE64: Final = 0x80081272
 # fs/ext4/ext4.h: _IOW('f', 16, __u64); xfs_fs.h: _IOW('X', 110, struct xfs_growfs_data) and
@@ -37,11 +37,12 @@ _EVERYTHING: Final = (1 << 64) - 1
 _XFS_GEOMETRY_SIZE: Final = 112
 _BTRFS_SMALLEST: Final = 256 << 20  # fs/btrfs/ioctl.c
 _STEP: Final = 8 << 20
+_TRIM: Final = 1 << 30
 
 Advance = Callable[[int], None]
 
 
-def grow(path: str, size: int | None, advance: Advance) -> int:
+def grow(path: str, size: int | None, advance: Progress) -> int:
     """Grow the store at `path` to `size` bytes (a device: to its end); its size then."""
     contents = probe(path)
     require_filesystem(contents)
@@ -203,7 +204,7 @@ def promised_by_btrfs(uuid: str) -> Callable[[], int]:
     return promised
 
 
-def shrink(path: str, size: int, advance: Advance) -> None:
+def shrink(path: str, size: int, advance: Progress) -> None:
     """Make an image smaller: an ext4 as a copy, a btrfs mounted; the file is cut last."""
     contents = probe(path)
     require_filesystem(contents)
@@ -220,6 +221,7 @@ def shrink(path: str, size: int, advance: Advance) -> None:
         if size < _BTRFS_SMALLEST:
             hint = "write --size 256M or more"
             raise usage_error(f"btrfs cannot be resized to {size} bytes", hint)
+        advance.phase("moving what lies further back")
         _shrink_btrfs(contents, size)
     else:
         hint = "make a smaller store, and clone it"
@@ -241,7 +243,7 @@ def _shrink_btrfs(contents: Contents, size: int) -> None:
         os.close(held.fd)
 
 
-def compact(path: str) -> None:
+def compact(path: str, advance: Progress) -> None:
     """Give the space of an image that its file system does not use back to its disk."""
     contents = probe(path)
     require_filesystem(contents)
@@ -255,7 +257,7 @@ def compact(path: str) -> None:
             device = held.path
         try:
             with _opened(contents, device) as fd:
-                fcntl.ioctl(fd, _FITRIM, struct.pack("=QQQ", 0, _EVERYTHING, 0))
+                _trim(fd, contents.fstype, advance)
         except OSError as exc:
             reason = os.strerror(exc.errno or errno.EIO)
             hint = "its disk takes no space back" if exc.errno == errno.EOPNOTSUPP else None
@@ -267,11 +269,24 @@ def compact(path: str) -> None:
     if contents.fstype != "ext4":
         raise UnionfsError(f"{path}: an ordinary user cannot compact {contents.fstype}")
     lock = userspace.lock_image(path, readonly=False)
+    advance.phase("giving space back")
     try:
         command = [tool("e2fsck", "e2fsprogs"), "-f", "-p", "-E", "discard", path]
         _run(command, path, good=1, what="compacted")
     finally:
         os.close(lock)
+
+
+def _trim(fd: int, fstype: str, advance: Progress) -> None:
+    """In pieces, between which it can be interrupted; btrfs counts addresses of its own."""
+    space = os.fstatvfs(fd)
+    end = 0 if fstype == "btrfs" else space.f_blocks * space.f_frsize
+    advance.phase("giving space back", "GiB" if end else "")
+    for start in range(0, end, _TRIM):
+        fcntl.ioctl(fd, _FITRIM, struct.pack("=QQQ", start, _TRIM, 0))
+        advance(1)
+    # What statfs(2) does not count, such as the journal's surroundings, is at the end.
+    fcntl.ioctl(fd, _FITRIM, struct.pack("=QQQ", end, _EVERYTHING - end, 0))
 
 
 @contextlib.contextmanager
@@ -288,7 +303,7 @@ def _opened(contents: Contents, device: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _resize_copy(path: str, size: int, advance: Advance) -> None:
+def _resize_copy(path: str, size: int, advance: Progress) -> None:
     """resize2fs on a copy that then replaces the image."""
     real = os.path.realpath(path)
     lock = userspace.lock_image(real, readonly=False)
@@ -302,7 +317,9 @@ def _resize_copy(path: str, size: int, advance: Advance) -> None:
             os.fchmod(fd, stat.S_IMODE(status.st_mode))
             with contextlib.suppress(PermissionError):
                 os.fchown(fd, status.st_uid, status.st_gid)
+            advance.phase("checking the copy")
             _run([tool("e2fsck", "e2fsprogs"), "-f", "-p", temporary], path, good=1)
+            advance.phase("resizing")
             blocks = f"{size // 512}s"  # in sectors
             _run([tool("resize2fs", "e2fsprogs"), temporary, blocks], path, good=0)
             os.ftruncate(fd, size)

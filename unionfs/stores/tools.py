@@ -20,6 +20,16 @@ _INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ENDING_SECONDS: Final = 30
 
 
+class Progress:
+    """How far long work is, for whoever looks on; here for nobody."""
+
+    def __call__(self, count: int) -> None:
+        """So many bytes more are done, or things of the phase."""
+
+    def phase(self, what: str, things: str = "") -> None:
+        """From now on something else is done, whose end is not known; of what it counts."""
+
+
 def find(name: str) -> str | None:
     """The path of a program that may lie where users do not look."""
     return shutil.which(name) or shutil.which(name, path=_SBIN)
@@ -44,23 +54,39 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[bytes]:
 
     If we are interrupted it is asked to end: a fsck then leaves what it has repaired so far whole.
     """
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    ) as process:
-        try:
-            out, err = process.communicate()
-        except BaseException:
-            process.terminate()
-            try:
-                process.wait(_ENDING_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            raise
+    with contextlib.ExitStack() as stack:
+        with delayed():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment(),
+            )
+            stack.enter_context(process)
+            stack.callback(_ask_to_end, process)
+        out, err = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _ask_to_end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(_ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+@contextlib.contextmanager
+def delayed() -> Iterator[None]:
+    """For the start of programs: what interrupts it comes at the end, when they can be ended."""
+    came: list[int] = []
+    with _handlers(lambda number, _frame: came.append(number)):
+        yield
+    if came:
+        signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

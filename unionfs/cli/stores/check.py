@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
 unionfs store check STORE [--lower LOWER[:LOWER...]] [--repair [--take]] [--json]
-       [--key-file FILE | --credential NAME]"""
+       [-q] [--key-file FILE | --credential NAME]"""
 
 DESCRIPTION = """\
 Checks a store that is not mounted: its file system by its own fsck, then, in each
@@ -51,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
         "--take", action="store_true", help="also of another machine that did not unmount it"
     )
     parser.add_argument("--json", action="store_true", help="as an object")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress")
     key.add_arguments(parser)
     from unionfs.stores.checking import Code
     from unionfs.stores.examination import Wish
@@ -63,18 +64,20 @@ def run(argv: Sequence[str]) -> int:
         source = key.source(given)
         ask = functools.partial(obtain, source) if any(source) else None
         wish = Wish(given.repair, given.take, tuple(lowers), ask)
-        return _check(given.store, wish, as_json=given.json)
+        return _check(given.store, wish, as_json=given.json, quiet=given.quiet)
     except UnionfsError as exc:
         say("unionfs", exc)
         return Code.USAGE if exc.code == ExitCode.USAGE else Code.TROUBLE
 
 
-def _check(store: str, wish: "Wish", *, as_json: bool) -> int:
+def _check(store: str, wish: "Wish", *, as_json: bool, quiet: bool) -> int:
+    from unionfs.cli import show
     from unionfs.stores.checking import Report
     from unionfs.stores.examination import examine
 
     found = Report()
-    examine(store, found, wish)
+    with show.working(store, quiet=quiet) as progress:
+        examine(store, found, wish, progress)
     if as_json:
         told = {
             "filesystem": found.filesystem or None,

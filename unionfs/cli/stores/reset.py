@@ -4,13 +4,13 @@
 import functools
 from collections.abc import Sequence
 
-from unionfs.cli import key
+from unionfs.cli import key, show
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, printable
 
 USAGE = """\
 unionfs store reset STORE [PATH...] [--key-file FILE | --credential NAME]
-       [-n] [--discard]"""
+       [-n] [--discard] [-q]"""
 
 DESCRIPTION = """\
 Takes the changes in STORE away, all of them or those at each PATH of the union, so that the
@@ -35,6 +35,7 @@ def run(argv: Sequence[str]) -> int:
     add("paths", nargs="*", metavar="PATH", help="in the union")
     add("-n", "--dry-run", action="store_true", help="only tell what would be taken away")
     add("--discard", action="store_true", help="do not keep what is taken away")
+    add("-q", "--quiet", action="store_true", help="no progress")
     key.add_arguments(parser)
     given = parser.read(argv)
     source = key.source(given)
@@ -49,12 +50,15 @@ def run(argv: Sequence[str]) -> int:
             for relative in found:
                 print(printable(f"{upper.name}: {relative}"))
             return ExitCode.OK
-        if given.paths:
-            kept = changing.reset_paths(upper, found, keep=not given.discard)
-            place = f"{upper.name}/{kept}"
-        else:
-            kept = changing.reset(upper, ask, keep=not given.discard)
-            place = "" if kept is None else upper.beside(kept)
+        with show.working(upper.name, quiet=given.quiet) as progress:
+            if given.discard and not upper.encrypted:  # else it may ask for the passphrase
+                progress.phase("removing")
+            if given.paths:
+                kept = changing.reset_paths(upper, found, keep=not given.discard)
+                place = f"{upper.name}/{kept}"
+            else:
+                kept = changing.reset(upper, ask, keep=not given.discard)
+                place = "" if kept is None else upper.beside(kept)
         if kept is not None:
             print(printable(f"what was taken away is kept in {place}"))
     return ExitCode.OK
