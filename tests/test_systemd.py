@@ -30,6 +30,7 @@ FSTAB = """\
 t /srv/tree fuse.unionfs lowerdir=/srv/base,upperdir=/data/up,{needs}
 gone /srv/gone unionfs lowerdir=/srv/base,upperdir=/srv/nowhere,nofail
 auto /srv/auto unionfs upperdir=/data/up2,lowerdir=/srv/base,{needs},noauto,x-systemd.automount
+lost /srv/lost unionfs lowerdir=/srv/base,upperdir=/data/later,fallback=tmpfs,{needs}
 last /srv/last unionfs lowerdir=/srv/base,upperdir=/data/store.img:/changes,{needs}
 """
 PROFILE = """\
@@ -127,7 +128,17 @@ def _script(machine: Machine, name: str) -> None:
 
 def _prepare(machine: Machine) -> None:
     install(machine.root)
-    for path in ("base", "tree", "gone", "auto", "last", "disk/up", "disk/up2", "system/etc"):
+    for path in (
+        "base",
+        "tree",
+        "gone",
+        "auto",
+        "lost",
+        "last",
+        "disk/up",
+        "disk/up2",
+        "system/etc",
+    ):
         machine.below(f"/srv/{path}").mkdir(parents=True)
     for path in ("/srv/system/var/cache", "/srv/degraded/etc", "/data"):
         machine.below(path).mkdir(parents=True)
@@ -156,6 +167,8 @@ def _prepare(machine: Machine) -> None:
 
 def install(root: Path) -> None:
     """What this interpreter runs, where a system looks for it."""
+    for name in ("bin/unionfs", "sbin/mount.unionfs"):  # of unionfs-fuse, which is to be removed
+        (root / "usr" / name).unlink(missing_ok=True)
     words = ("env", f"UNIONFS_VENV={sys.prefix}", HERE.parent / "tools/install")
     ground.run(*words, "--destdir", root)
 

@@ -348,13 +348,19 @@ class _Daemon:
         from unionfs import runtime
 
         name = self.options.name or runtime.name_of(opened.point)
+        # Of a profile's union its profile tells.
+        told = ":" not in (self.options.name or "")
         if not opened.warning:
             runtime.clear(name)
+            if told:
+                notify.has_store(name, degraded=False)
             return
         log.warning("%s", opened.warning)
         self._warning = opened.warning
         runtime.tell_degraded(name, opened.warning)
         stack.callback(runtime.clear, name)
+        if told:
+            notify.has_store(name, degraded=True)
 
     def _describe(self, point: str, plan: "Plan") -> dict[str, object]:
         options = self.options
