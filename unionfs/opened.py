@@ -56,6 +56,7 @@ class Opened:
     work: Work | None
     facts: dict[str, object] = field(default_factory=dict)
     helpers: "list[Helper]" = field(default_factory=list)
+    store_root: int = -1  # of the upper's own file system
     watch: Watch | None = None
     recovery: "Recovery | None" = None
     warning: str = ""  # for whoever mounts
@@ -150,6 +151,7 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
     if stores is not None:
         opened.facts["store"] = stores.facts()
         opened.helpers = stores.helpers
+        opened.store_root = stores.own_root
     base = None if stores is None else stores.base
     if base is None and (upper is not None or covered):
         base = _base_seen(options.lowers[-1], mounts)

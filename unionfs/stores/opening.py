@@ -77,6 +77,13 @@ class Stores:
         return self._upper is not None and self._upper.contents is not None
 
     @property
+    def own_root(self) -> int:
+        """The root of the file system that only the upper lies in, if the kernel mounts it; -1."""
+        volume = self._upper
+        own = volume is not None and volume.contents is not None and volume.helper is None
+        return volume.root if volume is not None and own else -1
+
+    @property
     def helpers(self) -> list[userspace.Helper]:
         """The programs that run for us."""
         return [volume.helper for volume in self._volumes if volume.helper is not None]
