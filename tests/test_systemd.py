@@ -254,3 +254,51 @@ def test_device_is_clean(on_devices: Machine) -> None:
     ground.run("e2fsck", "-fn", store)
     for path, text in (("/persistent_labelled/etc/kept", "kept"), ("/two/new", "new")):
         assert ground.run("debugfs", "-R", f"cat {path}", store) == f"{text}\n"
+
+
+SYSROOT = """\
+[Unit]
+DefaultDependencies=no
+[Mount]
+What=/srv/system.squashfs
+Where=/sysroot
+Type=squashfs
+Options=loop,ro
+"""
+
+
+def test_the_root_by_a_unit(tmp_path: Path) -> None:
+    """As in an initrd of units: between the mount of the root and what needs it.
+
+    The container's systemd itself is none of an initrd, whose target would end in a new root.
+    """
+    settings = ["SYSTEMD_IN_INITRD=0"]
+    if why := container.why_not():
+        pytest.skip(why)
+    with Ground("unionfs-container-") as base, container.machine(base.base) as machine:
+        install(machine.root)
+        for path in ("/sysroot", "/srv"):
+            machine.below(path).mkdir(exist_ok=True)
+        (tmp_path / "tree/etc").mkdir(parents=True)
+        (tmp_path / "tree/etc/name").write_text("lower\n")
+        images.squash(machine.below("/srv/system.squashfs"), tmp_path / "tree")
+        store = images.make(machine.below("/srv/store.img"), "ext4", megabytes=64)
+        machine.write("/etc/initrd-release", "ID=test\n")
+        machine.write("/etc/systemd/system/sysroot.mount", SYSROOT)
+        words = ["unionfs.store=/srv/store.img", "unionfs.dir=/here"]
+        machine.write("/srv/cmdline", " ".join(words) + "\n")
+        _script(machine, "initrd")
+        # The generator reads what the container was started with.
+        machine.boot(*words, settings=settings)
+        said = machine.said("initrd")
+        assert said.status == 0, said.text
+        ground.run("e2fsck", "-fn", store)
+        assert ground.run("debugfs", "-R", "cat /here/etc/name", store) == "changed\n"
+        # The emergency, which in the container is its end, is reached only where that is asked for.
+        words = ["unionfs.store=/srv/nothing.img", "unionfs.fallback=fail"]
+        machine.write("/srv/cmdline", " ".join(words) + "\n")
+        machine.write("/etc/systemd/system/sysroot.mount", SYSROOT)
+        machine.boot(*words, settings=settings, ends=9)
+        said_then = next(machine.out.glob("*-initrd.log")).read_text()
+        assert "systemctl start initrd-root-fs.target" in said_then
+        assert "findmnt" not in said_then, "what comes after the root's target was reached"
