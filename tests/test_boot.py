@@ -278,6 +278,88 @@ def test_base_in_memory(root: Path, image: Path, place: Path) -> None:
     assert "toram has no effect" in told
 
 
+def test_base_named_on_the_command_line(root: Path, image: Path, place: Path) -> None:
+    """It is shown in place of what is mounted, and copied as that is asked for."""
+    need("squashfs")
+    lower = images.squash(place / "base.squashfs", root)
+    point = place / "point"
+    point.mkdir()
+    line = f"unionfs.store={image} unionfs.lower={lower}"
+    boot(point, line)
+    change(point)
+    end(point)
+    assert f"unionfs.lower={lower}" in boot(point, line, "-n")
+    assert f"{lower} is copied to memory" in boot(point, f"{line} unionfs.toram")
+    lower.write_bytes(b"")
+    assert is_changed(point)
+    assert sorted(os.listdir(point)) == ["etc"]
+    end(point)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("squashfs", "toram"),
+        ("squashfs", "copytoram=y"),
+        ("ext4", "rd.live.ram=1"),
+        ("squashfs on a partition", "copy2ram"),
+    ],
+)
+def test_root_in_memory(root: Path, image: Path, place: Path, kind: str, word: str) -> None:
+    """What the root is mounted from is copied; the medium may be taken out then."""
+    need("squashfs")
+    base = place / "base.img"
+    unread = os.urandom(1 << 20)
+    (root / "unread").write_bytes(unread)
+    if kind == "ext4":
+        images.make(base)
+        (place / "fill").mkdir()
+        ground.run("mount", "-o", "loop", base, place / "fill")
+        ground.run("cp", "-a", f"{root}/.", place / "fill")
+        ground.run("umount", place / "fill")
+    else:
+        images.squash(base, root)
+    if "partition" in kind:
+        with open(base, "r+b") as file:
+            file.truncate(64 << 30)  # more than there is memory
+    ground.run("mount", "-o", "loop,ro", base, root)
+    line = f"unionfs.store={image}"
+    boot(root, line)
+    (root / "etc/name").write_text("changed\n")
+    (root / "gone").unlink()
+    end(root)
+    ground.run("mount", "-o", "loop,ro", base, root)
+    assert "is copied to memory" in boot(root, f"{line} {word}"), "and is the same base"
+    assert not (RUN / "toram").exists()
+    (below,) = [entry for entry in read_mounts() if entry.point == str(root)][:1]
+    os.truncate(base, 0)
+    assert below.fstype in ("squashfs", "ext4")
+    assert is_changed(root)
+    assert (root / "unread").read_bytes() == unread
+    (root / "etc/name").unlink()
+    assert not (root / "etc/name").exists()
+    end(root)
+
+
+def test_root_that_is_in_memory_already(root: Path, place: Path) -> None:
+    need("squashfs")
+    (place / "memory").mkdir()
+    ground.run("mount", "-t", "tmpfs", "tmpfs", place / "memory")
+    base = images.squash(place / "memory/base.squashfs", root)
+    ground.run("mount", "-o", "loop,ro", base, root)
+    assert "is in memory already" in boot(root, "overlayroot=tmpfs toram")
+    change(root)
+    end(root)
+    ground.run("umount", place / "memory")
+
+
+def test_root_that_may_change_is_not_copied(root: Path, place: Path) -> None:
+    need("ext4")
+    ground.run("mount", "-o", "loop", images.make(place / "base.img"), root)
+    assert "is mounted writable" in boot(root, "overlayroot=tmpfs toram")
+    end(root)
+
+
 def test_manual_knows_every_word() -> None:
     text = (Path(__file__).parents[1] / "docs/man/unionfs-boot.8.md").read_text()
     told = set(re.findall(r"\*\*([\w.-]+)", text))

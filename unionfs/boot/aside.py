@@ -25,7 +25,7 @@ log = logging.getLogger("unionfs")
 
 _KEPT: Final = ("/proc", "/dev", "/run", "/sys")
 _PLACE: Final = "/run/unionfs"
-_IN_MEMORY: Final = (0x858458F6, 0x01021994)  # ramfs and tmpfs: linux/magic.h
+IN_MEMORY: Final = (0x858458F6, 0x01021994)  # ramfs and tmpfs: linux/magic.h
 # sysvinit's killall spares the processes whose numbers are in files here.
 _OMITTED: Final = "/run/sendsigs.omit.d"
 _PATIENCE: Final = 2.0  # seconds
@@ -34,7 +34,7 @@ _PAUSE: Final = 0.05
 
 def in_initramfs() -> bool:
     """Whether the system is still to come: its root is in memory for the time being."""
-    return os.path.exists("/etc/initrd-release") or syscalls.filesystem_type("/") in _IN_MEMORY
+    return os.path.exists("/etc/initrd-release") or syscalls.filesystem_type("/") in IN_MEMORY
 
 
 def step_aside() -> None:

@@ -33,12 +33,18 @@ def describe(where: Locator, directory: str, mounts: Sequence[MountEntry]) -> Ba
     return base.describe(where, None)
 
 
-def contents_at(directory: str, mounts: Sequence[MountEntry]) -> Contents | None:
-    """What is on the device that is mounted there; None where there is none, or it is not known."""
+def device_at(directory: str, mounts: Sequence[MountEntry]) -> tuple[str, MountEntry] | None:
+    """The device whose file system a directory is the root of, and its mount."""
     entry = filesystem_at(directory, mounts)
     node = None if entry is None else _node(entry)
-    if entry is None or node is None:
+    return None if entry is None or node is None else (node, entry)
+
+
+def contents_at(directory: str, mounts: Sequence[MountEntry]) -> Contents | None:
+    """What is on the device that is mounted there; None where there is none, or it is not known."""
+    if (found := device_at(directory, mounts)) is None:
         return None
+    node, entry = found
     try:
         contents = probe(node)
     except UnionfsError:  # an ordinary user may not read it; udev has
