@@ -7,8 +7,10 @@ boots with it is prepared before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -302,3 +304,39 @@ def test_the_root_by_a_unit(tmp_path: Path) -> None:
         said_then = next(machine.out.glob("*-initrd.log")).read_text()
         assert "systemctl start initrd-root-fs.target" in said_then
         assert "findmnt" not in said_then, "what comes after the root's target was reached"
+
+
+ASKS = """\
+[Service]
+ExecStart=
+ExecStart=/usr/bin/unionfs boot --root /sysroot --cmdline unionfs.store=/out/changes
+"""
+
+
+def test_systemd_changes_to_a_root_that_is_a_union() -> None:
+    """A systemd in an initrd hands over to the one on the union, and spares its daemon."""
+    if why := container.why_not():
+        pytest.skip(why)
+    with Ground("unionfs-container-") as base, contextlib.ExitStack() as stack:
+        for name in ("initrd", "system"):
+            (base.base / name).mkdir()
+        initrd = stack.enter_context(container.machine(base.base / "initrd"))
+        system = stack.enter_context(container.machine(base.base / "system"))
+        for machine in (initrd, system):
+            install(machine.root)
+        initrd.write("/etc/initrd-release", "ID=test\n")
+        initrd.below("/sysroot").mkdir(exist_ok=True)
+        units = initrd.below("/etc/systemd/system")
+        (units / "initrd-root-fs.target.requires").mkdir()
+        link = units / "initrd-root-fs.target.requires/unionfs-boot.service"
+        link.symlink_to("/usr/lib/systemd/system/unionfs-boot.service")
+        initrd.write("/etc/systemd/system/unionfs-boot.service.d/asks.conf", ASKS)
+        (initrd.out / "changes").mkdir()
+        # What is run lies in the system, and what that says in the changes to it.
+        _script(system, "root")
+        shutil.copytree(system.out, system.below("/out"), dirs_exist_ok=True)
+        initrd.boot(binds=[f"{system.root}:/sysroot"])
+        found = initrd.out / "changes/out"
+        assert (found / "01-root.status").read_text() == "0\n", (found / "01-root.log").read_text()
+        assert (initrd.out / "changes/etc/by-the-system").exists()
+        assert not system.below("/etc/by-the-system").exists()

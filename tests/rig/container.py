@@ -174,7 +174,7 @@ class Machine:
             words = (*words, *(f"systemd.mask={unit}" for unit in masked))
         loops = [str(node) for node in Path("/dev").glob("loop[0-9]*")]
         nodes = ["/dev/fuse", "/dev/autofs", "/dev/loop-control", *loops, *binds]
-        command += [f"--bind={node}" for node in nodes if os.path.exists(node)]
+        command += [f"--bind={node}" for node in nodes if os.path.exists(node.partition(":")[0])]
         command += [f"--setenv={setting}" for setting in settings]
         command += [f"--bind-ro={place}" for place in self._hidden()]
         command += ["--", "systemd.unit=test.target", *words]
