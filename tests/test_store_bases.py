@@ -13,9 +13,9 @@ import pytest
 
 from tests.rig import ground, images
 from tests.rig.mounted import program
-from tests.test_boot import RUN, boot, end, is_changed, root, status
+from tests.test_boot import RUN, boot, end, is_changed, root, status, write_in
 from tests.test_profile_mounts import System
-from tests.test_stores import ARCH, base, change, check, need, refused, union
+from tests.test_stores import ARCH, base, change, check, label, need, refused, union
 
 __all__ = ["base", "root"]
 
@@ -298,6 +298,27 @@ def test_boot_does_not_reset_another_base_s_store(root: Path, place: Path) -> No
     end(root)
     assert (place / "changes/etc/name").read_text() == "changed\n"
     slot.empty()
+
+
+def test_boot_with_persistence_over_another_base(root: Path, place: Path) -> None:
+    first = system(place / "a.img", root)
+    second = system(place / "b.img", root)
+    slot = Slot(root)
+    name = label()
+    store = images.make(place / "store.img", "ext4", name)
+    write_in(store, place, "persistence.conf", "/ union\n")
+    line = f"persistence persistence-label={name}"
+    with images.attached(store):
+        slot.holds(first)
+        boot(root, line)
+        (root / "etc/name").write_text("changed\n")
+        end(root)
+        for more, code in (("", 64), (" unionfs.on-mismatch=ignore", 0)):
+            slot.holds(second)
+            told = boot(root, line + more, code=code)
+            assert ("was made over SYSTEM" in told) == bool(code)
+            assert (root / "etc/name").read_text() == ("lower\n" if code else "changed\n")
+            end(root)
 
 
 # By a profile
