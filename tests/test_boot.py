@@ -278,30 +278,183 @@ def test_base_in_memory(root: Path, image: Path, place: Path) -> None:
     assert "toram has no effect" in told
 
 
+def test_base_named_on_the_command_line(root: Path, image: Path, place: Path) -> None:
+    """It is shown in place of what is mounted, and copied as that is asked for."""
+    need("squashfs")
+    lower = images.squash(place / "base.squashfs", root)
+    point = place / "point"
+    point.mkdir()
+    line = f"unionfs.store={image} unionfs.lower={lower}"
+    boot(point, line)
+    change(point)
+    end(point)
+    assert f"unionfs.lower={lower}" in boot(point, line, "-n")
+    assert f"{lower} is copied to memory" in boot(point, f"{line} unionfs.toram")
+    lower.write_bytes(b"")
+    assert is_changed(point)
+    assert sorted(os.listdir(point)) == ["etc"]
+    end(point)
+
+
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("squashfs", "toram"),
+        ("squashfs", "copytoram=y"),
+        ("ext4", "rd.live.ram=1"),
+        ("squashfs on a partition", "copy2ram"),
+    ],
+)
+def test_root_in_memory(root: Path, image: Path, place: Path, kind: str, word: str) -> None:
+    """What the root is mounted from is copied; the medium may be taken out then."""
+    need("squashfs")
+    base = place / "base.img"
+    unread = os.urandom(1 << 20)
+    (root / "unread").write_bytes(unread)
+    if kind == "ext4":
+        images.make(base)
+        (place / "fill").mkdir()
+        ground.run("mount", "-o", "loop", base, place / "fill")
+        ground.run("cp", "-a", f"{root}/.", place / "fill")
+        ground.run("umount", place / "fill")
+    else:
+        images.squash(base, root)
+    if "partition" in kind:
+        with open(base, "r+b") as file:
+            file.truncate(64 << 30)  # more than there is memory
+    ground.run("mount", "-o", "loop,ro", base, root)
+    line = f"unionfs.store={image}"
+    boot(root, line)
+    (root / "etc/name").write_text("changed\n")
+    (root / "gone").unlink()
+    end(root)
+    ground.run("mount", "-o", "loop,ro", base, root)
+    assert "is copied to memory" in boot(root, f"{line} {word}"), "and is the same base"
+    assert not (RUN / "toram").exists()
+    (below,) = [entry for entry in read_mounts() if entry.point == str(root)][:1]
+    os.truncate(base, 0)
+    assert below.fstype in ("squashfs", "ext4")
+    assert is_changed(root)
+    assert (root / "unread").read_bytes() == unread
+    (root / "etc/name").unlink()
+    assert not (root / "etc/name").exists()
+    end(root)
+
+
+def test_root_that_is_in_memory_already(root: Path, place: Path) -> None:
+    need("squashfs")
+    (place / "memory").mkdir()
+    ground.run("mount", "-t", "tmpfs", "tmpfs", place / "memory")
+    base = images.squash(place / "memory/base.squashfs", root)
+    ground.run("mount", "-o", "loop,ro", base, root)
+    assert "is in memory already" in boot(root, "overlayroot=tmpfs toram")
+    change(root)
+    end(root)
+    ground.run("umount", place / "memory")
+
+
+def test_root_that_may_change_is_not_copied(root: Path, place: Path) -> None:
+    need("ext4")
+    ground.run("mount", "-o", "loop", images.make(place / "base.img"), root)
+    assert "is mounted writable" in boot(root, "overlayroot=tmpfs toram")
+    end(root)
+
+
 def test_manual_knows_every_word() -> None:
     text = (Path(__file__).parents[1] / "docs/man/unionfs-boot.8.md").read_text()
     told = set(re.findall(r"\*\*([\w.-]+)", text))
     assert sorted(set(WORDS) - told) == []
 
 
-def test_encrypted_store(root: Path, place: Path, image: Path) -> None:
-    """device-mapper is not everywhere: what is asked of cryptsetup, and what if it cannot."""
-    locked = place / "locked.img"
+def luks(image: Path) -> Path:
+    """What blkid takes for a LUKS device."""
     header = b"LUKS\xba\xbe\x00\x01" + b"aes".ljust(32, b"\0") + b"\0" * 128
     uuid = b"0" * 8 + b"-0000-0000-0000-" + b"0" * 12
-    locked.write_bytes((header + uuid).ljust(1 << 20, b"\0"))
-    assert "is not encrypted" in boot(root, f"unionfs.crypt={image}", code=64)
-    end(root)
+    image.write_bytes((header + uuid).ljust(1 << 20, b"\0"))
+    return image
+
+
+def stand_ins(place: Path, cryptsetup: str, typed: str) -> str:
+    """A PATH with a cryptsetup, and somebody who types a passphrase."""
     programs = place / "programs"
-    programs.mkdir()
-    stands_for = {
-        "cryptsetup": f'echo "$@" >{place}/asked; cat >{place}/phrase; exit 5',
-        "systemd-ask-password": "printf secret",
-    }
-    for name, text in stands_for.items():
+    programs.mkdir(exist_ok=True)
+    for name, text in (("cryptsetup", cryptsetup), ("systemd-ask-password", f"printf '{typed}'")):
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
-    path = f"{programs}:{os.environ['PATH']}"
+    return f"{programs}:{os.environ['PATH']}"
+
+
+@pytest.fixture
+def agents() -> Iterator[None]:
+    """Where systemd's agents are asked, and where an unlocked device appears: for us alone."""
+    made = [path for path in ("/dev/mapper", "/run/systemd") if not os.path.isdir(path)]
+    for path in made:
+        os.mkdir(path)
+    mounted = []
+    try:
+        for path in ("/dev/mapper", "/run/systemd"):
+            ground.run("mount", "-t", "tmpfs", "tmpfs", path)
+            mounted.append(path)
+        os.mkdir("/run/systemd/ask-password")
+        yield
+    finally:
+        for path in mounted:
+            ground.run("umount", path)
+        for path in made:
+            os.rmdir(path)
+
+
+# Unlocks what a loop device stands for: `open ... --key-file=- DEVICE NAME`.
+UNLOCKING = """\
+echo "$@" >>{place}/asked
+for word; do device=$name name=$word; done
+[ "$1 $device" = "open {locked}" ] || exit 1
+[ "$(cat)" = "correct horse" ] || {{ echo "No key available with this passphrase." >&2; exit 2; }}
+ln -s {unlocked} /dev/mapper/"$name"
+"""
+
+
+@pytest.mark.usefixtures("agents")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "unionfs.store=luks:{locked}:/here",
+        "overlayroot=crypt:dev={locked},dir=/here",
+        "unionfs.store={locked}:/here unionfs.crypt={locked}",
+    ],
+)
+def test_encrypted_store_is_unlocked(root: Path, place: Path, image: Path, words: str) -> None:
+    """A wrong passphrase costs the changes of this boot; the right one is asked for once."""
+    locked = luks(place / "locked.img")
+    line = words.format(locked=locked)
+    with images.attached(image) as unlocked:
+        text = UNLOCKING.format(place=place, locked=locked, unlocked=unlocked)
+        told = boot(root, line, code=64, path=stand_ins(place, text, "wrong"))
+        assert f"{locked} stays locked: cryptsetup ended with exit code 2" in told
+        assert not os.path.lexists("/dev/mapper/unionfs-store")
+        change(root)
+        end(root)
+
+        path = stand_ins(place, text, "correct horse")
+        for changed in (False, True):
+            told = boot(root, line, path=path)
+            assert "is a union, with changes in /dev/mapper/unionfs-store:/here" in told
+            assert not (RUN / "root/degraded").exists()
+            assert is_changed(root) == changed
+            if not changed:
+                change(root)
+            end(root)
+    asked = (place / "asked").read_text().splitlines()
+    assert len(asked) == 2, "it is unlocked already at the third boot"
+    assert all("--key-file=-" in words and "horse" not in words for words in asked)
+
+
+def test_encrypted_store(root: Path, place: Path, image: Path) -> None:
+    """device-mapper is not everywhere: what is asked of cryptsetup, and what if it cannot."""
+    locked = luks(place / "locked.img")
+    assert "is not encrypted" in boot(root, f"unionfs.crypt={image}", code=64)
+    end(root)
+    path = stand_ins(place, f'echo "$@" >{place}/asked; cat >{place}/phrase; exit 5', "secret")
     told = boot(root, f"rd.overlay.crypt=dev={locked},timeout=0", code=64, path=path)
     assert f"{locked} stays locked: cryptsetup ended with exit code 5" in told
     words = (place / "asked").read_text().split()

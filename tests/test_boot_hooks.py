@@ -147,6 +147,27 @@ def test_dracut(debian: Path, base: Path, place: Path) -> None:
     boot_twice(debian / "d", base, place, root="/sysroot", hook=hook, leave="switch_root")
 
 
+@pytest.mark.slow
+@needs_root
+def test_dracut_with_systemd(debian: Path) -> None:
+    """There it is a unit, which is there once the root is mounted and before fstab's mounts."""
+    module = debian / "usr/lib/dracut/modules.d/90unionfs"
+    shutil.copytree(SYSTEM / "dracut/90unionfs", module, dirs_exist_ok=True)
+    units = "lib/systemd/system"
+    text = (SYSTEM / "unionfs-boot.service").read_text().replace("@UNIONFS@", "/usr/bin/unionfs")
+    (debian / units / "unionfs-boot.service").write_text(text)
+    words = f"--no-kernel --force --kver {VERSION} -m 'systemd-initrd dracut-systemd base unionfs'"
+    done = inside(debian, f"dracut {words} /s.img && mkdir /s && cd /s && lsinitrd --unpack /s.img")
+    assert done.returncode == 0, done.stdout
+    made = debian / "s"
+    link = made / units / "initrd-root-fs.target.requires/unionfs-boot.service"
+    assert link.readlink() == Path("../unionfs-boot.service")
+    assert (link.parent / link.readlink()).read_text() == text
+    assert not (made / "lib/dracut/hooks/pre-pivot/10-unionfs-mount.sh").exists()
+    script = (made / "usr/bin/unionfs").readlink()
+    assert (made / str(script).lstrip("/")).exists()
+
+
 def sh(text: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", textwrap.dedent(text), "bash", *words]
     return subprocess.run(
@@ -158,10 +179,17 @@ def sh(text: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_mkinitcpio_install() -> None:
-    """Each file is added once, programs as such."""
+@pytest.mark.parametrize("systemd", [False, True])
+def test_mkinitcpio_install(tmp_path: Path, systemd: bool) -> None:
+    """Each file is added once, programs as such; where units run, ours is one of them."""
+    units = tmp_path / "usr/lib/systemd/system"
+    units.mkdir(parents=True)
+    if systemd:
+        (units / "initrd-root-fs.target").touch()
     done = sh(
         """\
+        export BUILDROOT=$2 UNIONFS_UNITS=$3
+        error() { echo "error $*"; }
         add_file() { echo "file $*"; }
         add_binary() { echo "binary $*"; }
         add_symlink() { echo "link $*"; }
@@ -171,15 +199,23 @@ def test_mkinitcpio_install() -> None:
         . "$1" && build && help >/dev/null
         """,
         str(SYSTEM / "mkinitcpio/install/unionfs"),
+        str(tmp_path),
+        str(SYSTEM),
     )
     assert done.returncode == 0, done
     listed = subprocess.run(
         [*program(), "boot", "--files"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     lines = done.stdout.splitlines()
+    last = lines.pop()
+    if systemd:
+        link = "/usr/lib/systemd/system/initrd-root-fs.target.requires/unionfs-boot.service"
+        assert last == f"link {link} ../unionfs-boot.service"
+        assert lines.pop().startswith(f"file {SYSTEM}/unionfs-boot.service /usr/lib/systemd/")
+    else:
+        assert last == "script"
     assert [line.split(" ")[1] for line in lines if line.startswith(("file", "binary"))] == listed
     assert "module fuse" in lines
-    assert lines[-1] == "script"
     text = (".py", ".pyc", ".pth", ".cfg")
     assert all(
         line.endswith(text) == line.startswith("file")

@@ -137,3 +137,69 @@ def test_store_is_missing(tree: initramfs.Tree, base: Path) -> None:
     assert "\n64\n" in first
     assert first.count("its changes are in memory and will be lost") == 2, "told, and kept in /run"
     assert first.endswith("end of the first start\n"), first
+
+
+# As systemd ends a system: what it has not unmounted is read-only, and then the hook is run.
+ENDING = """\
+#!/bin/sh
+exec 2>&1
+echo changed >/etc/name
+{before}
+mount -i -o remount,ro /
+sh /hook poweroff
+set -- /run/sendsigs.omit.d/unionfs-*
+[ -e "$1" ] && echo not told || echo told
+cat /etc/name
+[ {device} = memory ] || od -A n -t x4 -j 1120 -N 4 {device}
+"""
+HOOK = Path(__file__).parents[1] / "system/system-shutdown/unionfs"
+NEEDS_RECOVERY = 0x4
+
+
+def ended(tree: initramfs.Tree, place: Path, store: str, device: str, before: str) -> list[str]:
+    """What a system has said at its end, which is a power cut."""
+    made = initramfs.Tree(place / "system")
+    made.make()
+    made.programs("sh", "cat", "mount", "od", "sleep")
+    made.script("/sbin/init", ENDING.format(device=device, before=before))
+    made.script("/hook", HOOK.read_text())
+    (made.top / "etc/name").write_text("lower\n")
+    base = images.squash(place / "base.squashfs", made.top)
+    boot = f"{' '.join(program())} boot --cmdline 'unionfs.store={store} cow_directory=here'"
+    with images.attached(base) as lower:
+        return start(tree, lower, boot).splitlines()
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "btrfs"])
+def test_the_end_is_clean(tree: initramfs.Tree, place: Path, kind: str) -> None:
+    need(kind)
+    store = images.make(place / "store.img", kind)
+    with images.attached(store) as device:
+        said = ended(tree, place, device, device, "")
+        told = said.index("told")
+        assert said[told + 1] == "changed", "the root can be read to the very end"
+        if kind == "ext4":
+            assert not int(said[told + 2], 16) & NEEDS_RECOVERY
+        look = place / "look"
+        look.mkdir()
+        ground.run("mount", "-o", "ro", device, look)
+        try:
+            assert (look / "here/etc/name").read_text() == "changed\n"
+            assert (look / "here/.unionfs/format").exists()
+            assert not (look / "here/.unionfs/owner").exists()
+        finally:
+            ground.run("umount", look)
+
+
+def test_the_end_of_what_is_still_written(tree: initramfs.Tree, place: Path) -> None:
+    """Somebody has a file open, so that the root stays writable: it is a power cut, and is so."""
+    store = images.make(place / "store.img")
+    with images.attached(store) as device:
+        said = ended(tree, place, device, device, "exec 3>/etc/open")
+        told = said.index("not told")
+        assert int(said[told + 2], 16) & NEEDS_RECOVERY
+    assert "owner" in ground.run("debugfs", "-R", "ls -p /here/.unionfs", store)
+
+
+def test_the_end_without_a_store(tree: initramfs.Tree, place: Path) -> None:
+    assert "told" in ended(tree, place, "tmpfs", "memory", "")

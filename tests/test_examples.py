@@ -101,7 +101,7 @@ def test_appliance(example: Example) -> None:
 
 
 def test_appliance_without_its_data_partition(example: Example) -> None:
-    example.take("appliance.toml", {"LABEL=data": "LABEL=not-there", ",device-timeout=10": ""})
+    example.take("appliance.toml", {"LABEL=data": "LABEL=not-there"})
     a = example.system("a", "A")
     told = example.up("--root", str(a))
     assert "runs without its store" in told
@@ -113,7 +113,7 @@ def test_appliance_without_its_data_partition(example: Example) -> None:
 def test_live(example: Example) -> None:
     need("ext4")
     image = images.make(example.place / "persistence.img", "ext4")
-    example.take("live.toml", {"/run/live/medium/persistence.img": str(image), ",autogrow=8G": ""})
+    example.take("live.toml", {"/run/live/medium/persistence.img": str(image)})
     root = example.system("sysroot", "1")
     example.up("--root", str(root))
     (root / "etc/settings").write_text("mine")

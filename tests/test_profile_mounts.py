@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import ground, images, snapshot, traced
+from tests.rig import ground, images, secret, snapshot, traced
 from tests.rig.mounted import PATIENCE, program, user_mount_possible
 from tests.test_stores import need
 
@@ -361,6 +361,39 @@ def test_busy(system: System) -> None:
         system.down("--lazy")
     assert "late" in (system.data / "etc/file").read_text()
     assert system.call("down", system.name).returncode == 32
+
+
+# What is said of the store, for all paths at once
+
+
+@pytest.mark.skipif(bool(secret.why_not()), reason=secret.why_not() or "-")
+def test_an_encrypted_store_beside_memory(system: System) -> None:
+    key = secret.key_file(system.place)
+    for path in ("etc", "root"):
+        (system.data / path).mkdir()
+        done = system.call("store", "encrypt", str(system.data / path), "--key-file", str(key))
+        assert done.returncode == 0, done
+    store = f'store = "{system.data}"\noptions = "key-file={key},fallback=tmpfs,low-water=1M"'
+    rules = '"/etc" = "persist"\n"/root" = "persist"\n"/var/cache" = "tmpfs"\n'
+    system.write(store, rules + '"/home" = "tmpfs"\n')
+    for before in ("base", "mine"):
+        assert "without its store" not in system.up()
+        assert before in (system.top / "etc/file").read_text()
+        (system.top / "etc/file").write_text("mine\n")
+        for path in ("var/cache/new", "home/new", "root/new"):
+            (system.top / path).write_text("new\n")
+        system.down()
+        system.unchanged()
+    assert "new" not in os.listdir(system.data / "root"), "it is encrypted"
+
+
+def test_what_a_rule_in_memory_says_itself_is_not_dropped(system: System) -> None:
+    system.write(
+        f'store = "{system.data}"', '"/var" = { kind = "tmpfs", options = "autogrow=1G" }\n'
+    )
+    done = system.call("up", str(system.file))
+    assert done.returncode == 1, done
+    assert "/var: autogrow= is for an upper in an image" in done.stderr
 
 
 # In the foreground, as a service

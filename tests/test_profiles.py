@@ -367,6 +367,28 @@ def test_policy(places: list[Path], tmp_path: Path, capsys: Capture) -> None:
         assert cli.main(words) in (1, 32)
 
 
+@pytest.mark.root
+def test_policy_of_a_system_that_is_mounted_elsewhere(tmp_path: Path, capsys: Capture) -> None:
+    for name, folder in (("there", "etc"), ("shipped", "usr/lib")):
+        (tmp_path / folder / "unionfs").mkdir(parents=True)
+        text = f'store = "LABEL=d"\n[paths]\n"/{name}" = "persist"\n'
+        (tmp_path / folder / f"unionfs/{name}.toml").write_text(text)
+    root = ["--root", str(tmp_path)]
+    assert cli.main(["policy", "test", "/there/x", "/shipped", *root]) == 0
+    told = capsys.readouterr().out
+    assert "/there/x persists: changes are kept in LABEL=d:/persistent_there/there" in told
+    assert "(shipped: /shipped)" in told
+    assert cli.main(["policy", "test", "/there", "--profile", "shipped", *root]) == 0
+    assert "is left as it is" in capsys.readouterr().out
+    assert cli.main(["policy", "show", *root]) == 0
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]} == {
+        "there",
+        "shipped",
+    }
+    assert cli.main(["policy", "show", "there", *root]) == 0
+    assert f"{tmp_path}/etc/unionfs/there.toml" in capsys.readouterr().out
+
+
 def test_an_ordinary_user_s_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

@@ -7,8 +7,10 @@ boots with it is prepared before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,7 @@ FSTAB = """\
 t /srv/tree fuse.unionfs lowerdir=/srv/base,upperdir=/data/up,{needs}
 gone /srv/gone unionfs lowerdir=/srv/base,upperdir=/srv/nowhere,nofail
 auto /srv/auto unionfs upperdir=/data/up2,lowerdir=/srv/base,{needs},noauto,x-systemd.automount
+lost /srv/lost unionfs lowerdir=/srv/base,upperdir=/data/later,fallback=tmpfs,{needs}
 last /srv/last unionfs lowerdir=/srv/base,upperdir=/data/store.img:/changes,{needs}
 """
 PROFILE = """\
@@ -127,7 +130,17 @@ def _script(machine: Machine, name: str) -> None:
 
 def _prepare(machine: Machine) -> None:
     install(machine.root)
-    for path in ("base", "tree", "gone", "auto", "last", "disk/up", "disk/up2", "system/etc"):
+    for path in (
+        "base",
+        "tree",
+        "gone",
+        "auto",
+        "lost",
+        "last",
+        "disk/up",
+        "disk/up2",
+        "system/etc",
+    ):
         machine.below(f"/srv/{path}").mkdir(parents=True)
     for path in ("/srv/system/var/cache", "/srv/degraded/etc", "/data"):
         machine.below(path).mkdir(parents=True)
@@ -156,6 +169,8 @@ def _prepare(machine: Machine) -> None:
 
 def install(root: Path) -> None:
     """What this interpreter runs, where a system looks for it."""
+    for name in ("bin/unionfs", "sbin/mount.unionfs"):  # of unionfs-fuse, which is to be removed
+        (root / "usr" / name).unlink(missing_ok=True)
     words = ("env", f"UNIONFS_VENV={sys.prefix}", HERE.parent / "tools/install")
     ground.run(*words, "--destdir", root)
 
@@ -241,3 +256,87 @@ def test_device_is_clean(on_devices: Machine) -> None:
     ground.run("e2fsck", "-fn", store)
     for path, text in (("/persistent_labelled/etc/kept", "kept"), ("/two/new", "new")):
         assert ground.run("debugfs", "-R", f"cat {path}", store) == f"{text}\n"
+
+
+SYSROOT = """\
+[Unit]
+DefaultDependencies=no
+[Mount]
+What=/srv/system.squashfs
+Where=/sysroot
+Type=squashfs
+Options=loop,ro
+"""
+
+
+def test_the_root_by_a_unit(tmp_path: Path) -> None:
+    """As in an initrd of units: between the mount of the root and what needs it.
+
+    The container's systemd itself is none of an initrd, whose target would end in a new root.
+    """
+    settings = ["SYSTEMD_IN_INITRD=0"]
+    if why := container.why_not():
+        pytest.skip(why)
+    with Ground("unionfs-container-") as base, container.machine(base.base) as machine:
+        install(machine.root)
+        for path in ("/sysroot", "/srv"):
+            machine.below(path).mkdir(exist_ok=True)
+        (tmp_path / "tree/etc").mkdir(parents=True)
+        (tmp_path / "tree/etc/name").write_text("lower\n")
+        images.squash(machine.below("/srv/system.squashfs"), tmp_path / "tree")
+        store = images.make(machine.below("/srv/store.img"), "ext4", megabytes=64)
+        machine.write("/etc/initrd-release", "ID=test\n")
+        machine.write("/etc/systemd/system/sysroot.mount", SYSROOT)
+        words = ["unionfs.store=/srv/store.img", "unionfs.dir=/here"]
+        machine.write("/srv/cmdline", " ".join(words) + "\n")
+        _script(machine, "initrd")
+        # The generator reads what the container was started with.
+        machine.boot(*words, settings=settings)
+        said = machine.said("initrd")
+        assert said.status == 0, said.text
+        ground.run("e2fsck", "-fn", store)
+        assert ground.run("debugfs", "-R", "cat /here/etc/name", store) == "changed\n"
+        # The emergency, which in the container is its end, is reached only where that is asked for.
+        words = ["unionfs.store=/srv/nothing.img", "unionfs.fallback=fail"]
+        machine.write("/srv/cmdline", " ".join(words) + "\n")
+        machine.write("/etc/systemd/system/sysroot.mount", SYSROOT)
+        machine.boot(*words, settings=settings, ends=9)
+        said_then = next(machine.out.glob("*-initrd.log")).read_text()
+        assert "systemctl start initrd-root-fs.target" in said_then
+        assert "findmnt" not in said_then, "what comes after the root's target was reached"
+
+
+ASKS = """\
+[Service]
+ExecStart=
+ExecStart=/usr/bin/unionfs boot --root /sysroot --cmdline unionfs.store=/out/changes
+"""
+
+
+def test_systemd_changes_to_a_root_that_is_a_union() -> None:
+    """A systemd in an initrd hands over to the one on the union, and spares its daemon."""
+    if why := container.why_not():
+        pytest.skip(why)
+    with Ground("unionfs-container-") as base, contextlib.ExitStack() as stack:
+        for name in ("initrd", "system"):
+            (base.base / name).mkdir()
+        initrd = stack.enter_context(container.machine(base.base / "initrd"))
+        system = stack.enter_context(container.machine(base.base / "system"))
+        for machine in (initrd, system):
+            install(machine.root)
+        initrd.write("/etc/initrd-release", "ID=test\n")
+        initrd.below("/sysroot").mkdir(exist_ok=True)
+        units = initrd.below("/etc/systemd/system")
+        (units / "initrd-root-fs.target.requires").mkdir()
+        link = units / "initrd-root-fs.target.requires/unionfs-boot.service"
+        link.symlink_to("/usr/lib/systemd/system/unionfs-boot.service")
+        initrd.write("/etc/systemd/system/unionfs-boot.service.d/asks.conf", ASKS)
+        (initrd.out / "changes").mkdir()
+        # What is run lies in the system, and what that says in the changes to it.
+        _script(system, "root")
+        shutil.copytree(system.out, system.below("/out"), dirs_exist_ok=True)
+        initrd.boot(binds=[f"{system.root}:/sysroot"])
+        found = initrd.out / "changes/out"
+        assert (found / "01-root.status").read_text() == "0\n", (found / "01-root.log").read_text()
+        assert (initrd.out / "changes/etc/by-the-system").exists()
+        assert not system.below("/etc/by-the-system").exists()

@@ -222,6 +222,18 @@ def test_generator_in_an_initrd(tmp_path: Path) -> None:
     assert generated(tmp_path, "root=/dev/vda1 quiet")[0] == {}
 
 
+def test_generator_after_a_boot_without_the_store(tmp_path: Path) -> None:
+    for name in ("root", "live:-", "live", "fine"):
+        (tmp_path / f"run/unionfs/{name}").mkdir(parents=True)
+        if name != "fine":
+            (tmp_path / f"run/unionfs/{name}/degraded").write_text("no device\n")
+    made, problems = generated(tmp_path)
+    assert problems == []
+    wanted = [f"local-fs.target.wants/unionfs-degraded@{name}.service" for name in ("live", "root")]
+    assert sorted(made) == wanted
+    assert {os.path.basename(target) for target in made.values()} == {"unionfs-degraded@.service"}
+
+
 # What systemd is told
 
 

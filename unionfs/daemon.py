@@ -18,6 +18,9 @@ after the kernel has written what it holds: whoever has files open then gets ENO
 is whole.  A second signal does not wait for that.  If the loop ends by an error, the mount is
 taken away rather than left to hang.
 
+A daemon of the running system's root is ended by nobody.  At SIGPWR, when all is over, it leaves
+its store as if it had ended (boot/aside.py).
+
 Locks are taken and threads are started after the fork: neither survives it.
 """
 
@@ -280,6 +283,7 @@ class _Daemon:
     _facts: dict[str, object] = field(default_factory=dict, init=False)
     _watch: "Watch | None" = field(default=None, init=False)
     _helpers: "list[Helper]" = field(default_factory=list, init=False)
+    _opened: "Opened | None" = field(default=None, init=False)
     _recovery: "Recovery | None" = field(default=None, init=False)
 
     def run(self) -> int:
@@ -300,6 +304,7 @@ class _Daemon:
             opened, served = self._open(stack)
             point = opened.point
             self.options = opened.options  # another than asked for, with a fallback
+            self._opened = opened
             self._helpers = opened.helpers
             self._watch = opened.watch
             self._recovery = opened.recovery
@@ -348,13 +353,19 @@ class _Daemon:
         from unionfs import runtime
 
         name = self.options.name or runtime.name_of(opened.point)
+        # Of a profile's union its profile tells.
+        told = ":" not in (self.options.name or "")
         if not opened.warning:
             runtime.clear(name)
+            if told:
+                notify.has_store(name, degraded=False)
             return
         log.warning("%s", opened.warning)
         self._warning = opened.warning
         runtime.tell_degraded(name, opened.warning)
         stack.callback(runtime.clear, name)
+        if told:
+            notify.has_store(name, degraded=True)
 
     def _describe(self, point: str, plan: "Plan") -> dict[str, object]:
         options = self.options
@@ -448,6 +459,8 @@ class _Daemon:
         import trio
 
         ending = [signal.SIGTERM, signal.SIGINT]
+        if self.options.holds_root:
+            ending.append(signal.SIGPWR)
         if self.options.foreground:
             ending.append(signal.SIGHUP)  # its terminal is gone
         with trio.open_signal_receiver(*ending) as signals:
@@ -455,6 +468,9 @@ class _Daemon:
             async with trio.open_nursery() as nursery:
                 stopping = False
                 async for number in signals:
+                    if number == signal.SIGPWR:
+                        nursery.start_soon(self._rest)
+                        continue
                     if self.options.holds_root:  # the system stands on what we would unmount
                         log.info("%s: ignored", signal.Signals(number).name)
                         continue
@@ -465,6 +481,17 @@ class _Daemon:
                         stopping = True
                         notify.send("STOPPING=1")
                         nursery.start_soon(self._stop, loop, mount)
+
+    async def _rest(self) -> None:
+        """The system is over, but for us."""
+        import trio
+
+        from unionfs.boot import aside
+
+        if self._recovery is not None:  # it begins anew at the next mount
+            await trio.to_thread.run_sync(self._recovery.stop)
+        if self._opened is not None:
+            await trio.to_thread.run_sync(aside.rest, self._opened)
 
     async def _stop(self, loop: "Loop | EngineLoop", mount: "Mount") -> None:
         """Unmount and let the loop end; see "Signals" above."""

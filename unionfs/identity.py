@@ -7,8 +7,9 @@ Owns the record and the rule by which a base is another one.  Does not read or w
     {"version": 1, "uuid": ..., "created": ..., "used": ..., "base": {...} or null}
 
 A base is told from another by the UUID of its file system; without one (squashfs) by a digest of
-its super block and tables, else by its label.  A plain directory has nothing that would tell it
-from another: it is recorded, and never another one.
+its super block and tables, else by its label.  A directory that is the root of a mounted file
+system is that file system.  Any other has nothing that would tell it from another: it is recorded,
+and never another one.
 """
 
 import dataclasses
@@ -46,6 +47,11 @@ class Base:
                 return mine == its
         return True
 
+    @property
+    def recognizable(self) -> bool:
+        """Whether another one can be told from it."""
+        return bool(self.uuid or self.content or self.label)
+
     def __str__(self) -> str:
         known = {"label": self.label, "UUID": self.uuid, "content": self.content[:12]}
         told = ", ".join(f"{name} {value}" for name, value in known.items() if value)
@@ -66,8 +72,9 @@ class StoreRecord:
         return json.dumps({"version": VERSION} | dataclasses.asdict(self), indent=1) + "\n"
 
     def used_now(self, base: Base | None) -> "StoreRecord":
-        """The same, used; the base is remembered if none was."""
-        return dataclasses.replace(self, used=_now(), base=self.base or base)
+        """The same, used; the base is remembered if none was that can be recognized."""
+        keeps = base is None or (self.base is not None and self.base.recognizable)
+        return dataclasses.replace(self, used=_now(), base=self.base if keeps else base)
 
 
 def _now() -> str:

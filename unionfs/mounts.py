@@ -2,7 +2,7 @@
 """What /proc/self/mountinfo says: which mounts there are, and where in its file system a file is.
 
 Owns the reading of mountinfo.  Changes nothing.  Called by layer and work (does one directory
-lie in the other?), session and daemon (what is mounted on the mount point?).
+lie in the other?), session and daemon (what is mounted on the mount point?), stores (which base?).
 """
 
 import os
@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+_SUBVOLUME = 256  # the inode number of its root: BTRFS_FIRST_FREE_OBJECTID
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -107,6 +108,26 @@ def locate(fd: int, mounts: Iterable[MountEntry]) -> Position | None:
             return None
         return Position(entry.device, os.path.normpath(os.path.join(entry.root, below)))
     return None
+
+
+def filesystem_at(directory: str, mounts: Iterable[MountEntry]) -> MountEntry | None:
+    """The mount whose file system's root is seen there; None if it is a directory within one.
+
+    The root of a subvolume of btrfs is one, too.
+    """
+    try:
+        fd = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        number = mount_number(fd)
+        entry = next((entry for entry in mounts if entry.number == number), None)
+        if entry is None or path_of(fd) != entry.point:
+            return None
+        subvolume = entry.fstype == "btrfs" and os.fstat(fd).st_ino == _SUBVOLUME
+        return entry if entry.root == "/" or subvolume else None
+    finally:
+        os.close(fd)
 
 
 def mounted_beneath(path: str, mounts: Iterable[MountEntry]) -> bool:

@@ -19,7 +19,7 @@ from unionfs.holder import Owner
 from unionfs.identity import Base, StoreRecord, parse_store
 from unionfs.layer import FULL, Layer
 from unionfs.marks import fd_path
-from unionfs.mounts import MountEntry, read_mounts
+from unionfs.mounts import MountEntry, filesystem_at, read_mounts
 from unionfs.option_words import size_in_bytes
 from unionfs.options import MountOptions
 from unionfs.session import is_readonly
@@ -56,6 +56,7 @@ class Opened:
     work: Work | None
     facts: dict[str, object] = field(default_factory=dict)
     helpers: "list[Helper]" = field(default_factory=list)
+    store_root: int = -1  # of the upper's own file system
     watch: Watch | None = None
     recovery: "Recovery | None" = None
     warning: str = ""  # for whoever mounts
@@ -127,7 +128,8 @@ def _tell(opened: Opened, mode: str, error: UnionfsError) -> None:
 
 
 def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) -> Opened:
-    if options.upper is not None and options.ephemeral:  # only read, beneath the memory
+    covered = options.upper is not None and options.ephemeral  # only read, beneath the memory
+    if options.upper is not None and covered:
         checks.refuse_cipher_directory(options.upper)
         beneath = (options.upper, *options.lowers)
         options = dataclasses.replace(options, lowers=beneath, upper=None)
@@ -149,10 +151,15 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
     if stores is not None:
         opened.facts["store"] = stores.facts()
         opened.helpers = stores.helpers
+        opened.store_root = stores.own_root
     base = None if stores is None else stores.base
+    if base is None and (upper is not None or covered):
+        base = _base_seen(options.lowers[-1], mounts)
+    if covered:
+        _recognize(opened, lowers[0].path, identity_of(lowers[0], options), base)
     if upper is not None and readonly:
         stack.callback(os.close, lock_shared(upper, options))
-        _recognize(opened, identity_of(upper, options), base)
+        _recognize(opened, upper.path, identity_of(upper, options), base)
     elif upper is not None:
         work = opened.work = Work.open(upper, options)
         # Not mounted after all: take away what was made.
@@ -165,6 +172,16 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
         opened.watch = _watch(opened, stores)
         opened.recovery = _recovery(opened, work)
     return opened
+
+
+def _base_seen(directory: str, mounts: list[MountEntry]) -> Base | None:
+    """The base that is a directory, if it is recognizable: the root of a mounted device."""
+    if filesystem_at(directory, mounts) is None:
+        return None
+    from unionfs.stores import mounted
+
+    base = mounted.describe(locator.parse(directory), directory, mounts)
+    return base if base.recognizable else None
 
 
 def open_lowers(
@@ -213,7 +230,8 @@ def _remember(opened: Opened, work: Work, base: Base | None) -> None:
     """Check the upper's record against the base, and write that it is used."""
     text = work.read(identity.FILE)
     record = None if text is None else parse_store(text, f"{work.path}/{identity.FILE}")
-    _recognize(opened, record, base)
+    assert opened.upper is not None
+    _recognize(opened, opened.upper.path, record, base)
     fresh = identity.new_record(base) if record is None else record.used_now(base)
     try:
         work.write(identity.FILE, fresh.text(), durable=record is None)
@@ -223,15 +241,16 @@ def _remember(opened: Opened, work: Work, base: Base | None) -> None:
     _show(opened, fresh)
 
 
-def _recognize(opened: Opened, record: StoreRecord | None, base: Base | None) -> None:
-    assert opened.upper is not None
-    error = identity.mismatch(record, base, opened.upper.path)
+def _recognize(opened: Opened, store: str, record: StoreRecord | None, base: Base | None) -> None:
+    """Raise Mismatch for the changes to another base, unless they may be seen all the same."""
+    error = identity.mismatch(record, base, store)
     if record is not None:
         _show(opened, record)
     if error is None:
         return
+    only_read = is_readonly(opened.options) or opened.options.ephemeral
     if opened.options.on_mismatch == "refuse" or not (
-        opened.options.on_mismatch == "ignore" or is_readonly(opened.options)
+        opened.options.on_mismatch == "ignore" or only_read
     ):
         raise Mismatch(error.message, hint=error.hint)
     opened.facts["mismatch"] = error.message

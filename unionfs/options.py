@@ -244,6 +244,12 @@ class OptionReader:
         """How that was written."""
         return self._spelled[setting]
 
+    def forget(self, settings: Iterable[str]) -> None:
+        """Whatever was said about these."""
+        for setting in settings:
+            self._values.pop(setting, None)
+            self._spelled.pop(setting, None)
+
     def set_word(self, word: str, text: str | None, spelled: str | None = None) -> None:
         """Say one word of -o, with what follows its `=`, in escapes; spelled: where not by -o."""
         known = WORDS.get(word)

@@ -167,6 +167,12 @@ class Work:
             os.close(fd)
         os.fsync(self.fd)
 
+    def rest(self) -> None:
+        """Leave the upper as close() does, though it stays open: nothing is written any more."""
+        self._tidy()
+        if self.reserve is not None:
+            self.reserve.close()
+
     def close(self) -> None:
         """Remove the temporaries and let the upper go; a second call does nothing."""
         self._tidy()

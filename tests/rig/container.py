@@ -150,11 +150,17 @@ class Machine:
         return ground.run("journalctl", "-q", "-D", place, "-o", "short-monotonic", *words)
 
     def boot(
-        self, *words: str, binds: Sequence[str] = (), devices: bool = False, ends: int = _ENDED
+        self,
+        *words: str,
+        binds: Sequence[str] = (),
+        devices: bool = False,
+        settings: Sequence[str] = (),
+        ends: int = _ENDED,
     ) -> None:
         """Boot, run the scripts, shut down.  `words` are for the kernel's command line.
 
-        devices: with udev, which needs a /sys that can be written.
+        devices: with udev, which needs a /sys that can be written.  settings: the environment of
+        the container's systemd.
         """
         environment = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_NSPAWN_TMPFS_TMP": "0"}
         command = ["systemd-nspawn", "-q", "-b", "-D", str(self.root), "--register=no"]
@@ -168,7 +174,8 @@ class Machine:
             words = (*words, *(f"systemd.mask={unit}" for unit in masked))
         loops = [str(node) for node in Path("/dev").glob("loop[0-9]*")]
         nodes = ["/dev/fuse", "/dev/autofs", "/dev/loop-control", *loops, *binds]
-        command += [f"--bind={node}" for node in nodes if os.path.exists(node)]
+        command += [f"--bind={node}" for node in nodes if os.path.exists(node.partition(":")[0])]
+        command += [f"--setenv={setting}" for setting in settings]
         command += [f"--bind-ro={place}" for place in self._hidden()]
         command += ["--", "systemd.unit=test.target", *words]
         with _cgroups(self.name) as enter, open(self.out / "console", "ab") as console:

@@ -8,23 +8,33 @@ it has open.  Called by daemon.py, before there are threads.
 """
 
 import contextlib
+import errno
+import logging
 import os
-from typing import Final
+import time
+from typing import TYPE_CHECKING, Final
 
 from unionfs import survive, syscalls
 from unionfs.mounts import read_mounts
 from unionfs.syscalls import MountFlag, UnmountFlag
 
+if TYPE_CHECKING:
+    from unionfs.opened import Opened
+
+log = logging.getLogger("unionfs")
+
 _KEPT: Final = ("/proc", "/dev", "/run", "/sys")
 _PLACE: Final = "/run/unionfs"
-_IN_MEMORY: Final = (0x858458F6, 0x01021994)  # ramfs and tmpfs: linux/magic.h
+IN_MEMORY: Final = (0x858458F6, 0x01021994)  # ramfs and tmpfs: linux/magic.h
 # sysvinit's killall spares the processes whose numbers are in files here.
 _OMITTED: Final = "/run/sendsigs.omit.d"
+_PATIENCE: Final = 2.0  # seconds
+_PAUSE: Final = 0.05
 
 
 def in_initramfs() -> bool:
     """Whether the system is still to come: its root is in memory for the time being."""
-    return os.path.exists("/etc/initrd-release") or syscalls.filesystem_type("/") in _IN_MEMORY
+    return os.path.exists("/etc/initrd-release") or syscalls.filesystem_type("/") in IN_MEMORY
 
 
 def step_aside() -> None:
@@ -33,13 +43,47 @@ def step_aside() -> None:
         survive.mark_as_root_storage(initrd="/")
         with contextlib.suppress(OSError):
             os.makedirs(_OMITTED, exist_ok=True)
-            with open(f"{_OMITTED}/unionfs-{os.getpid()}", "w") as file:
+            with open(_omitted(), "w") as file:
                 file.write(f"{os.getpid()}\n")
     os.makedirs(_PLACE, 0o755, exist_ok=True)
     syscalls.unshare_mounts()
     syscalls.mount("none", "/", "", MountFlag.REC | MountFlag.PRIVATE)
     _make_root()
     _leave()
+
+
+def _omitted() -> str:
+    return f"{_OMITTED}/unionfs-{os.getpid()}"
+
+
+def rest(opened: "Opened") -> None:
+    """The system is at its end, and its root read-only: leave the store as if we had ended.
+
+    We go on, since the machine is switched off by a program that lies on the root.  Called in a
+    thread.  Who has asked for it (system/system-shutdown) waits until we need not be spared.
+    """
+    if opened.work is not None and opened.upper is not None:
+        opened.work.rest()
+        with contextlib.suppress(OSError):
+            syscalls.syncfs(opened.upper.fd)
+        _make_readonly(opened.store_root)
+    log.info("%s: at rest", opened.point)
+    with contextlib.suppress(OSError):
+        os.unlink(_omitted())
+
+
+def _make_readonly(root: int) -> None:
+    """As unmounting would, so that no journal is left.  What was just closed is awaited."""
+    end = time.monotonic() + _PATIENCE
+    while root >= 0:
+        try:
+            syscalls.make_readonly(root)
+        except OSError as exc:
+            if exc.errno == errno.EBUSY and time.monotonic() < end:
+                time.sleep(_PAUSE)
+                continue
+            log.warning("the store stays writable: %s, ignoring", exc)
+        return
 
 
 def _make_root() -> None:

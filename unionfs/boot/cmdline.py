@@ -134,6 +134,7 @@ class _Reading:
             reset=bool(values.get("reset", False)),
             crypt=crypt,
             toram=bool(values.get("toram", False)),
+            lower=cast(str | None, values.get("lower")),
             timeout=cast(float | None, values.get("timeout")),
             fallback=cast(Fallback, values.get("fallback", "tmpfs")),
             on_mismatch=cast(OnMismatch, values.get("on_mismatch", "refuse")),

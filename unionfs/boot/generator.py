@@ -6,10 +6,12 @@ store and looks at no device: a generator holds up the whole boot (systemd.gener
 `unionfs generate`, which unionfs-generator starts.
 
     local-fs.target.requires/unionfs@NAME.service    (.wants/ with nofail)
+    local-fs.target.wants/unionfs-degraded@root.service    if the initramfs missed the store
     unionfs@NAME.service.d/50-profile.conf           what it stands on
     DEVICE.device.d/50-unionfs.conf                  how long the device is waited for
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from typing import Final
@@ -25,6 +27,7 @@ from unionfs.profiles.profile import Profile
 TARGET: Final = "local-fs.target"
 INITRD: Final = "/etc/initrd-release"
 BOOT_SERVICE: Final = "unionfs-boot.service"
+_DEGRADED: Final = "unionfs-degraded"
 _UNIT_PLACES: Final = ("etc/systemd/system", "run/systemd/system", "usr/local/lib/systemd/system")
 _LIBRARY: Final = ("usr/lib/systemd/system", "lib/systemd/system")
 
@@ -47,7 +50,21 @@ def generate(place: str, *, cmdline: str, root: str = "/") -> list[str]:
         except (UnionfsError, OSError) as exc:
             line = exc.line() if isinstance(exc, UnionfsError) else str(exc)
             problems.append(printable(f"profile {name}: {line}"))
+    for name in _degraded(root):
+        _link(place, f"{TARGET}.wants", f"{_DEGRADED}@{name}.service")
     return problems
+
+
+def _degraded(root: str) -> list[str]:
+    """What runs without its store already: the root, or the profile that covers it.
+
+    At a later reload also what is mounted since.  Its unit is started then or not, as it was.
+    """
+    place = os.path.join(root, "run/unionfs")
+    with contextlib.suppress(OSError):
+        names = sorted(os.listdir(place))
+        return [n for n in names if ":" not in n and os.path.exists(f"{place}/{n}/degraded")]
+    return []
 
 
 def _in_initrd(place: str, cmdline: str) -> list[str]:

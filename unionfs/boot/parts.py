@@ -28,7 +28,7 @@ def up_persistence(request: Request, root: str) -> list[str]:
     rules = profile.rules
     if profile.find("/") is None:
         rules = (Rule(path="/", kind="tmpfs", size=request.size, said_by="persistence"), *rules)
-    words = [_HOLDS_ROOT, f"fallback={request.fallback}"]
+    words = [_HOLDS_ROOT, f"fallback={request.fallback}", f"on-mismatch={request.on_mismatch}"]
     if request.options:
         words.append(request.options)
     return _up(dataclasses.replace(profile, rules=rules, options=tuple(words)), root)

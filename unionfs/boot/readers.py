@@ -152,6 +152,12 @@ def read_store(collector: Collector, value: str | None) -> None:
         _place(collector, *source_of(text))
 
 
+def read_lower(collector: Collector, value: str | None) -> None:
+    """The base, a locator too."""
+    source, inside = source_of(value)
+    collector.say("lower", source if inside is None else f"{source}:{inside}")
+
+
 def read_device(collector: Collector, value: str | None) -> None:
     """A locator of a device, nothing else."""
     _place(collector, *source_of(value))

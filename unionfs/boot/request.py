@@ -24,6 +24,7 @@ class Request:
     reset: bool = False
     crypt: str | None = None  # the store is encrypted, and lies on this device
     toram: bool = False
+    lower: str | None = None  # the base, a locator; None: what is mounted as the root
     timeout: float | None = None  # seconds to wait for the store's device
     fallback: Fallback = "tmpfs"
     on_mismatch: OnMismatch = "refuse"

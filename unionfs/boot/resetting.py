@@ -6,9 +6,10 @@ import os
 
 from unionfs import identity, locator
 from unionfs.errors import UnionfsError
+from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions
 from unionfs.passphrase import Source, obtain
-from unionfs.stores import backing, base, changing, find, inspect, probe
+from unionfs.stores import backing, base, changing, find, inspect, mounted, probe
 
 
 def reset(options: MountOptions) -> str | None:
@@ -37,8 +38,10 @@ def reset(options: MountOptions) -> str | None:
 def _refuse_another(upper: backing.Chosen, lower: str) -> None:
     where = locator.parse(lower)
     path = find.find(where)
-    contents = None if os.path.isdir(path) else probe.probe(path)
-    record = inspect.read_record(upper.fd)
-    error = identity.mismatch(record, base.describe(where, contents), upper.name)
+    if os.path.isdir(path):
+        own = mounted.describe(where, path, read_mounts())
+    else:
+        own = base.describe(where, probe.probe(path))
+    error = identity.mismatch(inspect.read_record(upper.fd), own, upper.name)
     if error is not None:
         raise error

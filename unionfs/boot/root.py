@@ -34,6 +34,7 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
     if not request.asked:
         teller.say("the kernel's command line asks for no union")
         return ExitCode.OK
+    lower = lower or request.lower
     mounts = read_mounts()
     point = os.path.realpath(root)
     if point == "/" and not dry:

@@ -10,8 +10,8 @@ from unionfs.profiles import files
 from unionfs.profiles.profile import Profile, Rule
 
 USAGE = """\
-unionfs policy test PATH... [--profile NAME] [--json]
-       unionfs policy show [NAME] [--json]"""
+unionfs policy test PATH... [--profile NAME] [--root DIR] [--json]
+       unionfs policy show [NAME] [--root DIR] [--json]"""
 
 DESCRIPTION = """\
 test tells what becomes of each PATH: by which profile and rule, and where its changes
@@ -38,18 +38,19 @@ def run(argv: Sequence[str]) -> int:
     add("verb", metavar="test|show", help="what to tell")
     add("words", nargs="*", metavar="PATH|NAME", help="in the union; a profile")
     add("--profile", metavar="NAME", help="only what this one says")
+    add("--root", default="/", metavar="DIR", help="those of the system that is mounted there")
     add("--json", action="store_true", help="for programs")
     given = parser.read(argv)
     if given.verb == "test" and given.words:
-        return _test(given.words, given.profile, as_json=given.json)
+        return _test(given.words, given.profile, given.root, as_json=given.json)
     if given.verb == "show" and len(given.words) < 2:
-        return _show(given.words, as_json=given.json)
+        return _show(given.words, given.root, as_json=given.json)
     raise usage_error("what to tell is not understood", "see unionfs policy --help")
 
 
-def _test(paths: Sequence[str], only: str | None, *, as_json: bool) -> int:
-    names = files.names() if only is None else [only]
-    profiles = [files.load(name) for name in names if only or not name.endswith("@")]
+def _test(paths: Sequence[str], only: str | None, root: str, *, as_json: bool) -> int:
+    names = files.names(root) if only is None else [only]
+    profiles = [files.load(name, root) for name in names if only or not name.endswith("@")]
     told = []
     for path in paths:
         if not path.startswith("/"):
@@ -95,11 +96,11 @@ def _object(path: str, profile: Profile, rule: Rule) -> dict[str, object]:
     }
 
 
-def _show(words: Sequence[str], *, as_json: bool) -> int:
+def _show(words: Sequence[str], root: str, *, as_json: bool) -> int:
     from unionfs.cli import show
 
     if words:
-        profile = files.load(words[0])
+        profile = files.load(words[0], root)
         rules = [_object(rule.path, profile, rule) for rule in profile.rules]
         if as_json:
             print(json.dumps(rules, indent=2))
@@ -107,21 +108,21 @@ def _show(words: Sequence[str], *, as_json: bool) -> int:
         rows = [(r.path, meaning(profile, r), r.said_by) for r in profile.rules]
         show.table(("path", "what becomes of it", "said by"), rows)
         return ExitCode.OK
-    told = [_profile(name) for name in files.names()]
+    told = [_profile(name, root) for name in files.names(root)]
     if as_json:
         print(json.dumps(told, indent=2))
     elif told:
         show.table(("profile", "", "file"), [(t["name"], t["about"], t["file"]) for t in told])
     else:
-        print(f"no profile; write one: {files.directories()[0]}/NAME.toml")
+        print(f"no profile; write one: {files.directories(root)[0]}/NAME.toml")
     return ExitCode.OK
 
 
-def _profile(name: str) -> dict[str, str]:
+def _profile(name: str, root: str) -> dict[str, str]:
     if name.endswith("@"):
         return {"name": name, "about": "(a template)", "file": ""}
     try:
-        profile = files.load(name)
+        profile = files.load(name, root)
     except UnionfsError as exc:
         return {"name": name, "about": f"wrong: {exc.line()}", "file": ""}
     return {"name": name, "about": profile.description, "file": profile.files[0]}

@@ -27,6 +27,11 @@ from unionfs.profiles.profile import Profile, Rule, below
 
 Action = Literal["union", "memory", "bind", "view", "links"]
 EMPTY: Final = "empty"
+# Settings that only say how a store is used: not for a path that has nothing in it.
+_OF_STORE: Final = (
+    *("work", "store_flags", "autogrow", "low_water", "key_file", "credential"),
+    *("on_mismatch", "other_machine"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +187,12 @@ class _Planner:
     ) -> MountOptions:
         """Those of a union, as if they were given on a command line."""
         name = f"{self.profile.name}:{runtime.name_of(rule.path)}"
-        reader = read_strings([*self.profile.options, *rule.options])
+        reader = read_strings(self.profile.options)
+        if upper is None or upper.startswith("tmpfs:"):
+            # Said once for all paths.  What the rule itself says stays, and is an error there.
+            reader.forget(_OF_STORE)
+        for text in rule.options:
+            reader.take(text)
         try:
             reader.lowers = list(lowers) or [f"{self.ground.directory}/{EMPTY}"]
             reader.mountpoint = point

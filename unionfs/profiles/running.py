@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from unionfs import daemon, runtime, syscalls
+from unionfs import daemon, notify, runtime, syscalls
 from unionfs.errors import ExitCode, UnionfsError
 from unionfs.mounts import MountEntry, read_mounts, topmost
 from unionfs.profiles import binding, plan
@@ -287,6 +287,7 @@ def _tell(profile: Profile, outcome: Outcome) -> None:
     else:
         with contextlib.suppress(OSError):
             os.unlink(f"{place}/degraded")
+    notify.has_store(profile.name, degraded=bool(lines))
 
 
 def _sweep(place: str) -> None:

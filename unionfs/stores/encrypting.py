@@ -5,16 +5,18 @@ Owns the order.  How one directory takes another's place is backing.py's, as for
 call, with the old one kept beside.  Called by `unionfs store encrypt`.
 """
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable
 
 from unionfs import locator
 from unionfs.errors import UnionfsError, usage_error
-from unionfs.stores import archive, backing, fscrypt, gocryptfs
+from unionfs.mounts import read_mounts
+from unionfs.stores import archive, backing, fscrypt, gocryptfs, mounted
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen
-from unionfs.stores.base import default_directory, describe
+from unionfs.stores.base import describe
 from unionfs.stores.volume import open_volume
 
 _NEW_MODE = 0o755
@@ -30,12 +32,17 @@ def place_of(store: str, lower: str | None) -> tuple[str, os.stat_result | None]
     where = locator.parse(store)
     if locator.is_directory(store) or where.directory is not None:
         raise usage_error("--base is for an image or a device", "leave it out")
-    base = open_volume(lower, readonly=True, untouched=True)
-    try:
-        name = describe(base.locator, base.contents).name
-        return f"{where.source}:{default_directory(name)}", os.stat(".", dir_fd=base.root)
-    finally:
-        base.close()
+    with contextlib.ExitStack() as stack:
+        base = open_volume(lower, readonly=True, untouched=True)
+        stack.callback(base.close)
+        if base.contents is not None:
+            own = describe(base.locator, base.contents)
+        else:
+            own = mounted.describe(base.locator, base.mountpoint, read_mounts())
+        volume = open_volume(store, readonly=True, untouched=True)
+        stack.callback(volume.close)
+        inside = mounted.default_directory(volume, own, base.locator)
+        return f"{where.source}:{inside}", os.stat(".", dir_fd=base.root)
 
 
 def refuse_encrypted(upper: Chosen) -> None:

@@ -18,10 +18,11 @@ from unionfs.checks import LOWER, UPPER
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.identity import Base
 from unionfs.layer import Layer, open_private
+from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, locate
 from unionfs.options import MountOptions
 from unionfs.passphrase import Ask
-from unionfs.stores import base, fscrypt, gocryptfs, unlocking, userspace
+from unionfs.stores import base, fscrypt, gocryptfs, mounted, unlocking, userspace
 from unionfs.stores.find import NotFound
 from unionfs.stores.volume import Volume, make_directory, open_volume, put_back, walk
 
@@ -45,6 +46,7 @@ class Stores:
         self._encrypted = ""  # how the upper is
         self._below = -1  # then, where autogrow is asked for: the file system that it lies in
         self.base: Base | None = None
+        self._called: Locator | None = None  # what names the base
 
     def close(self) -> None:
         """Release everything.  A second call does nothing."""
@@ -74,6 +76,13 @@ class Stores:
     def upper_in_volume(self) -> bool:
         """Whether the upper's file system is that of an image or a device."""
         return self._upper is not None and self._upper.contents is not None
+
+    @property
+    def own_root(self) -> int:
+        """The root of the file system that only the upper lies in, if the kernel mounts it; -1."""
+        volume = self._upper
+        own = volume is not None and volume.contents is not None and volume.helper is None
+        return volume.root if volume is not None and own else -1
 
     @property
     def helpers(self) -> list[userspace.Helper]:
@@ -129,9 +138,12 @@ class Stores:
             plain = locator.is_directory(text)
             volume = None if plain else self._mount(text, readonly=True)
             if number == len(names) - 1:
-                where = volume.locator if volume is not None else locator.parse(text)
-                contents = volume.contents if volume is not None else None
-                self.base = base.describe(where, contents)
+                self._called = volume.locator if volume is not None else locator.parse(text)
+                if volume is not None and volume.contents is not None:
+                    self.base = base.describe(volume.locator, volume.contents)
+                else:
+                    seen = text if volume is None else volume.mountpoint
+                    self.base = mounted.describe(self._called, seen, mounts)
             if volume is None:
                 continue
             inside = volume.locator.directory or "/"
@@ -153,7 +165,9 @@ class Stores:
         if inside is None:
             shared = volume.contents is not None or volume.device != volume.mountpoint
             assert self.base is not None
-            inside = base.default_directory(self.base.name) if shared else "/"
+            assert self._called is not None
+            default = mounted.default_directory
+            inside = default(volume, self.base, self._called) if shared else "/"
         try:
             fd = walk(volume, inside)
         except FileNotFoundError:

@@ -28,7 +28,15 @@ install() {
     )
     inst_multiple "${files[@]}" || return
     # shellcheck disable=SC2154  # dracut's own
-    [ -e "$initdir/usr/bin/unionfs" ] || ln -s "$unionfs" "$initdir/usr/bin/unionfs"
+    [ -e "$initdir/usr/bin/unionfs" ] ||
+        ln -s "$(grep -m 1 '/bin/unionfs$' <<<"$list")" "$initdir/usr/bin/unionfs"
     # shellcheck disable=SC2154
-    inst_hook pre-pivot 10 "$moddir/unionfs-mount.sh"
+    local units=$systemdsystemunitdir
+    if [ -e "$initdir$units/initrd-root-fs.target" ] && inst_simple "$units/unionfs-boot.service"; then
+        mkdir -p "$initdir$units/initrd-root-fs.target.requires"
+        ln -sfn ../unionfs-boot.service "$initdir$units/initrd-root-fs.target.requires/"
+    else
+        # shellcheck disable=SC2154
+        inst_hook pre-pivot 10 "$moddir/unionfs-mount.sh"
+    fi
 }
