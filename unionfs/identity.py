@@ -54,7 +54,11 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreRecord:
-    """Made at the first mount of an upper, or by `unionfs store create`."""
+    """Made at the first mount of an upper, and the same from then on, also after a reset.
+
+    Of a store that was only created there is none: in its file system there is no upper yet, which
+    is called after its base, and what identifies the file system is the UUID of its own.
+    """
 
     uuid: str
     created: str  # ISO 8601, UTC

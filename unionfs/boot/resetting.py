@@ -25,8 +25,9 @@ def reset(options: MountOptions) -> str | None:
                 return None
             if options.on_mismatch != "ignore":
                 _refuse_another(upper, options.lowers[-1])
-            ask = functools.partial(obtain, Source(options.key_file, options.credential))
-            kept = changing.reset(upper, ask, keep=True)
+            source = Source(options.key_file, options.credential)
+            ask = functools.partial(obtain, source)
+            kept = changing.reset(upper, ask, keep=True, known=any(source))
             return f"{upper.name.rpartition('/')[0]}/{kept}"
     except backing.NoUpper:
         return None

@@ -5,7 +5,8 @@ Owns the look: file systems are mounted privately and read-only, without replayi
 Called by `unionfs store list` and `info`.
 
 Uppers are looked for where unionfs makes them: the root of a file system, its directories, and
-/persistent_NAME/ARCH.
+/persistent_NAME/ARCH.  What is kept of one (kept.py) is none: it is told of with the one that it
+was kept of, and where only that is left, there is an upper without anything.
 """
 
 import contextlib
@@ -22,10 +23,35 @@ from unionfs.holder import Owner, here, read_owner_at
 from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
 from unionfs.stores import find, fscrypt, gocryptfs, unlocking
+from unionfs.stores import kept as names
 from unionfs.stores.volume import Volume, open_volume
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOUNTABLE = ("ext2", "ext3", "ext4", "xfs", "btrfs")
+
+
+@dataclass(slots=True)
+class Kept:
+    """What was taken away from an upper, and is kept."""
+
+    directory: str  # within the store; beside one that is a directory: ../NAME
+    date: str  # ISO 8601, local
+    encrypted: str = ""
+    size: int | None = None  # what it takes on the disk, if it was counted
+
+    def shown(self, store: str) -> str:
+        """For people, who are told of a store by its path already."""
+        beside = self.directory.startswith("../")
+        return os.path.normpath(f"{store}/{self.directory}") if beside else self.directory
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "directory": self.directory,
+            "date": self.date,
+            "size": self.size,
+            "encrypted": self.encrypted or None,
+        }
 
 
 @dataclass(slots=True)
@@ -37,6 +63,7 @@ class Upper:
     owner: Owner | None = None  # who holds it, or has not let it go
     mounted: str = ""  # the mount point of its union
     encrypted: str = ""  # how; then nothing else is known of it, unless it is unlocked
+    kept: list[Kept] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
@@ -51,6 +78,7 @@ class Upper:
             "mounted": self.mounted or None,
             "elsewhere": self.elsewhere() or None,
             "encrypted": self.encrypted or None,
+            "kept": [kept.facts() for kept in self.kept],
         }
 
     def elsewhere(self) -> str:
@@ -105,30 +133,73 @@ def read_record(upper: int) -> StoreRecord | None:
 
 def find_uppers(root: int) -> Iterator[Upper]:
     """The uppers on the file system of the open directory `root`."""
-    yield from _upper_at(root, "/")
-    for name in _directories(root):
-        with _opened(root, name) as fd:
-            if fd < 0:
-                continue
-            yield from _upper_at(fd, f"/{name}")
-            if name.startswith("persistent_"):
-                for inner in _directories(fd):
-                    with _opened(fd, inner) as below:
-                        if below >= 0:
-                            yield from _upper_at(below, f"/{name}/{inner}")
+    top = _upper_at(root, "/")
+    if top is not None:
+        yield top
+    # Below an upper, what is called as if it were kept is its own.
+    for name, upper in _uppers_in(root, "/", keeps=top is None):
+        if upper is not None:
+            yield upper
+        if name.startswith("persistent_"):
+            with _opened(root, name) as fd:
+                if fd >= 0:
+                    yield from (u for _, u in _uppers_in(fd, f"/{name}") if u is not None)
 
 
-def _upper_at(fd: int, directory: str) -> Iterator[Upper]:
+def _uppers_in(parent: int, path: str, *, keeps: bool = True) -> Iterator[tuple[str, Upper | None]]:
+    """Each directory in an open one, and the upper that it is."""
+    found = _directories(parent)
+    there = [name for name in found if not names.is_temporary(name)]
+    if keeps:
+        # Also what is not there: only what is kept of it, or itself moved aside by who was killed.
+        parts = (names.split(name) for name in there)
+        of_others = {part[0] for part in parts if part is not None}
+        there = [name for name in there if names.split(name) is None]
+        there += sorted(of_others - set(there))
+        there += sorted(names.all_moved_aside(found) - set(there))
+    for name in there:
+        directory = os.path.join(path, name)
+        place = name if name in found else names.moved_aside(found, name) or name
+        with _opened(parent, place) as fd:
+            upper = None if fd < 0 else _upper_at(fd, directory)
+        if keeps:
+            kept = list(_kept_beside(parent, found, directory, plain=upper is None))
+            if kept:
+                upper = upper or Upper(directory, None)
+                upper.kept = sorted([*kept, *upper.kept], key=lambda k: k.date)
+        yield name, upper
+
+
+def _kept_beside(parent: int, found: list[str], directory: str, *, plain: bool) -> Iterator[Kept]:
+    """What is kept of an upper; of what is `plain` only what was one."""
+    for name in names.of(found, os.path.basename(directory)):
+        with _opened(parent, name) as fd:
+            was = None if fd < 0 else _upper_at(fd, directory)
+        if was is None and plain:
+            continue
+        encrypted = "" if was is None else was.encrypted
+        parts = names.split(name)
+        assert parts is not None
+        where = os.path.join(os.path.dirname(directory), name)
+        yield Kept(where, names.told(parts[1]), encrypted)
+
+
+def _upper_at(fd: int, directory: str) -> Upper | None:
+    """The upper that an open directory is."""
     kind = unlocking.kind_of(fd)
     if kind == gocryptfs.KIND or (kind and fscrypt.is_locked(fd)):
-        yield Upper(directory, None, encrypted=kind)
-        return
+        return Upper(directory, None, encrypted=kind)
     try:
         status = os.stat(AREA_NAME, dir_fd=fd, follow_symlinks=False)
     except OSError:
-        return
-    if stat.S_ISDIR(status.st_mode):
-        yield Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind)
+        return None
+    if not stat.S_ISDIR(status.st_mode):
+        return None
+    with _opened(fd, AREA_NAME) as area:  # not everybody may
+        paths = [n for n in sorted(_directories(area)) if names.date_of_paths(n)]
+    inside = os.path.join(directory, AREA_NAME)
+    kept = [Kept(f"{inside}/{n}", names.told(names.date_of_paths(n))) for n in paths]
+    return Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind, kept=kept)
 
 
 def _directories(fd: int) -> list[str]:
@@ -142,7 +213,7 @@ def _directories(fd: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(parent: int, name: str) -> Iterator[int]:
+def _opened(parent: int | None, name: str) -> Iterator[int]:
     """A directory below; -1 if it cannot be opened."""
     try:
         fd = os.open(name, _DIRECTORY, dir_fd=parent)
@@ -188,8 +259,25 @@ def mounted_unions() -> dict[str, str]:
     return found
 
 
-def look(text: str, mounted: dict[str, str]) -> Store:
-    """One store, by its locator."""
+def disk_bytes(fd: int) -> int:
+    """How much an open directory and what is below it takes on the disk, as far as it is seen."""
+    total = os.fstat(fd).st_blocks * 512
+    seen = set()
+    with contextlib.suppress(OSError), os.scandir(fd) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                with _opened(fd, entry.name) as below:
+                    total += disk_bytes(below) if below >= 0 else 0
+                continue
+            status = entry.stat(follow_symlinks=False)
+            if status.st_nlink == 1 or status.st_ino not in seen:
+                total += status.st_blocks * 512
+            seen.add(status.st_ino)
+    return total
+
+
+def look(text: str, mounted: dict[str, str], *, sizes: bool = False) -> Store:
+    """One store, by its locator; `sizes`: also how much what is kept takes."""
     from unionfs import locator
 
     where = locator.parse(text)
@@ -202,6 +290,10 @@ def look(text: str, mounted: dict[str, str]) -> Store:
         return store
     try:
         _inside(store, volume)
+        if sizes:
+            for kept in (kept for upper in store.uppers for kept in upper.kept):
+                with _opened(volume.root, kept.directory.removeprefix("/")) as fd:
+                    kept.size = disk_bytes(fd) if fd >= 0 else None
     finally:
         volume.close()
     for upper in store.uppers:
@@ -236,6 +328,21 @@ def _inside(store: Store, volume: Volume) -> None:
         store.uppers = list(find_uppers(root))
     finally:
         os.close(root)
+    if store.kind == "directory":
+        _keep_in_sight(store, volume)
+
+
+def _keep_in_sight(store: Store, volume: Volume) -> None:
+    """What is kept of a directory that is an upper itself lies beside it."""
+    path = os.path.realpath(volume.mountpoint)
+    for upper in store.uppers:
+        if upper.directory != "/" or path == "/":
+            continue
+        with _opened(None, os.path.dirname(path)) as fd:
+            found = [] if fd < 0 else _directories(fd)
+            name = os.path.basename(path)
+            kept = list(_kept_beside(fd, found, f"../{name}", plain=False))
+        upper.kept = sorted([*kept, *upper.kept], key=lambda k: k.date)
 
 
 def candidates(places: Iterable[str]) -> Iterator[str]:

@@ -52,6 +52,9 @@ def run(argv: Sequence[str]) -> int:
             place = upper.mounted or upper.elsewhere() or "-"
             rows.append([*first, upper.directory, base, used, place])
             first = [""] * len(first)
+            for kept in upper.kept:
+                date = kept.date[:16].replace("T", " ")
+                rows.append([*first, kept.shown(store.path), "(kept)", date, "-"])
         if not store.uppers:
             rows.append([*first, store.problem or "-", "-", "-", "-"])
     if rows:

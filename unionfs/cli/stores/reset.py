@@ -53,7 +53,8 @@ def run(argv: Sequence[str]) -> int:
             kept = changing.reset_paths(upper, found, keep=not given.discard)
             place = f"{upper.name}/{kept}"
         else:
-            kept = changing.reset(upper, ask, keep=not given.discard)
+            keep = not given.discard
+            kept = changing.reset(upper, ask, keep=keep, known=any(source))
             place = "" if kept is None else upper.beside(kept)
         if kept is not None:
             print(printable(f"what was taken away is kept in {place}"))
