@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground, images, secret
-from tests.test_store_commands import done, facts, listing
+from tests.test_store_commands import done, facts, fails, listing
 from tests.test_stores import base, change, check, need, refused, union
 from unionfs.stores import kept
 
@@ -227,6 +227,90 @@ def test_a_reset_of_what_was_never_mounted(base: Path) -> None:
         store = made.status()["store"]
         assert isinstance(store, dict)
         assert store["id"] == number
+
+
+# Forgotten
+
+
+@pytest.mark.parametrize("kind", ["image", "device", "directory"])
+def test_forget(base: Path, kind: str) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "directory":
+            (base / "up").mkdir()
+            place = str(base / "up")
+            with union(base, base / "tree", place):
+                change(base / "mnt")
+                (base / "mnt/large").write_bytes(bytes(1 << 20))
+        else:
+            place = stack.enter_context(place_of(base, kind))
+        assert "nothing is kept" in done("reset", place, "--forget")
+        done("reset", place, "/file")
+        done("backup", place, base / "saved")
+        done("reset", place)
+        done("restore", "--keep", base / "saved", place)
+        found = only(place)["kept"]
+        assert isinstance(found, list)
+        assert len(found) == 3, "two, and the paths that came back with the backup"
+        if kind == "directory":
+            assert max(item["size"] for item in found) > 1 << 20
+        assert done("reset", place, "--forget", "-n").count("would be forgotten") == 3
+        assert "keeps nothing of 1999" in fails("reset", place, "--forget", "1999")
+        one = next(item for item in found if "before" in item["directory"])
+        said = done("reset", place, "--forget", one["date"])
+        assert one["directory"].removeprefix("..") in said
+        assert one["directory"] not in kept_in(place)
+        assert len(kept_in(place)) >= 1
+        done("reset", place, "--forget")
+        assert kept_in(place) == []
+        with union(base, base / "tree", place):
+            assert (base / "mnt/file").read_text() == "lower\n", "as it was reset"
+            assert not (base / "mnt/gone").exists()
+        for words in (["/file"], ["--discard"]):
+            assert "stands alone" in fails("reset", place, *words, "--forget", code=1)
+
+
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_forget_while_it_is_mounted(base: Path, kind: str) -> None:
+    """As what a kernel's command line keeps at each boot, of the root itself."""
+    with contextlib.ExitStack() as stack:
+        if kind == "directory":
+            (base / "up").mkdir()
+            place = str(base / "up")
+            with union(base, base / "tree", place):
+                change(base / "mnt")
+        else:
+            if os.geteuid() != 0:
+                pytest.skip("an image of a user's is that of fuse2fs alone")
+            place = stack.enter_context(place_of(base, kind))
+        done("reset", place, "/file")
+        done("reset", place)
+        name = kept_in(place)[0]
+        where = str(base / name[3:]) if kind == "directory" else f"{place}:{name}"
+        with union(base, base / "tree", where):
+            assert "in use by a union" in fails("reset", place, "--forget")
+        with union(base, base / "tree", place):
+            change(base / "mnt")
+            assert "is forgotten" in done("reset", place, "--forget")
+        assert kept_in(place) == []
+        with union(base, base / "tree", place):
+            check(base / "mnt")
+
+
+@pytest.mark.skipif(bool(secret.why_not()), reason=secret.why_not() or "-")
+def test_forget_of_an_encrypted_one(base: Path) -> None:
+    up = base / "up"
+    up.mkdir()
+    key = secret.key_file(base)
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+    done("encrypt", up, "--key-file", key)
+    done("reset", up, "/file", "--key-file", key)
+    assert "before" in done("reset", up, "--forget")
+    assert list(base.glob("up.before-*")) == []
+    assert "nothing is kept" in done("reset", up, "--forget"), "that can be seen"
+    assert "reset-" in done("reset", up, "--forget", "--key-file", key)
+    with union(base, base / "tree", up, f"key-file={key}"):
+        assert (base / "mnt/file").read_text() == "lower\n"
 
 
 def test_names() -> None:

@@ -72,13 +72,13 @@ class NoUpper(UnionfsError):
 
 @contextlib.contextmanager
 def chosen(
-    text: str, *, write: bool, make: bool = False, ask: Ask | None = None
+    text: str, *, write: bool, make: bool = False, ask: Ask | None = None, beside: bool = False
 ) -> Iterator[Chosen]:
     """The upper that a locator names; without `:/dir` the only one in the store.
 
-    With `write` it must not be in use, and is locked.  `make`: it need not be there.  `ask`: for
-    the passphrase of an encrypted one, so that it is seen as it is; without it its cipher directory
-    is.
+    With `write` it must not be in use, and is locked; but `beside`: what is written is not the
+    union's.  `make`: it need not be there.  `ask`: for the passphrase of an encrypted one, so that
+    it is seen as it is; without it its cipher directory is.
     """
     volume = open_volume(text, readonly=not write, replay=True, guard=True)
     try:
@@ -101,12 +101,13 @@ def chosen(
             found = unlocking.kind_of(upper)
             if not found:
                 fscrypt.refuse_locked(upper, unlocking.name_of(volume, directory))
+            alone = write and not beside
             if found and ask is not None:
-                in_use = found == fscrypt.KIND and _lock(upper, directory, write=write)
+                in_use = found == fscrypt.KIND and _lock(upper, directory, write=write, alone=alone)
                 with unlocking.shown(volume, directory, upper, ask, readonly=not write) as plain:
                     yield Chosen(volume, directory, plain, in_use)
             else:
-                in_use = _lock(upper, directory, write=write)
+                in_use = _lock(upper, directory, write=write, alone=alone)
                 yield Chosen(volume, directory, upper, in_use, found)
         finally:
             os.close(upper)
@@ -128,12 +129,12 @@ def _only(volume: Volume, *, make: bool) -> str:
     raise UnionfsError(f"{source} has no changes of a union in it", hint=hint)
 
 
-def _lock(upper: int, directory: str, *, write: bool) -> bool:
-    """Whether a union has it; an error if we want to write it then."""
+def _lock(upper: int, directory: str, *, write: bool, alone: bool) -> bool:
+    """Whether a union has it; an error if we want it `alone` then."""
     try:
         fcntl.flock(upper, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
-        if write:
+        if alone:
             hint = "unmount that union first"
             raise UnionfsError(f"{directory} is in use by a union", hint=hint) from None
         return True

@@ -39,6 +39,11 @@ class Kept:
     encrypted: str = ""
     size: int | None = None  # what it takes on the disk, if it was counted
 
+    @property
+    def in_area(self) -> bool:
+        """Whether it is some paths only."""
+        return os.path.basename(os.path.dirname(self.directory)) == AREA_NAME
+
     def shown(self, store: str) -> str:
         """For people, who are told of a store by its path already."""
         beside = self.directory.startswith("../")
@@ -133,7 +138,7 @@ def read_record(upper: int) -> StoreRecord | None:
 
 def find_uppers(root: int) -> Iterator[Upper]:
     """The uppers on the file system of the open directory `root`."""
-    top = _upper_at(root, "/")
+    top = upper_at(root, "/")
     if top is not None:
         yield top
     # Below an upper, what is called as if it were kept is its own.
@@ -148,7 +153,7 @@ def find_uppers(root: int) -> Iterator[Upper]:
 
 def _uppers_in(parent: int, path: str, *, keeps: bool = True) -> Iterator[tuple[str, Upper | None]]:
     """Each directory in an open one, and the upper that it is."""
-    found = _directories(parent)
+    found = directories(parent)
     there = [name for name in found if not names.is_temporary(name)]
     if keeps:
         # Also what is not there: only what is kept of it, or itself moved aside by who was killed.
@@ -161,20 +166,20 @@ def _uppers_in(parent: int, path: str, *, keeps: bool = True) -> Iterator[tuple[
         directory = os.path.join(path, name)
         place = name if name in found else names.moved_aside(found, name) or name
         with _opened(parent, place) as fd:
-            upper = None if fd < 0 else _upper_at(fd, directory)
+            upper = None if fd < 0 else upper_at(fd, directory)
         if keeps:
-            kept = list(_kept_beside(parent, found, directory, plain=upper is None))
+            kept = list(kept_beside(parent, found, directory, plain=upper is None))
             if kept:
                 upper = upper or Upper(directory, None)
                 upper.kept = sorted([*kept, *upper.kept], key=lambda k: k.date)
         yield name, upper
 
 
-def _kept_beside(parent: int, found: list[str], directory: str, *, plain: bool) -> Iterator[Kept]:
+def kept_beside(parent: int, found: list[str], directory: str, *, plain: bool) -> Iterator[Kept]:
     """What is kept of an upper; of what is `plain` only what was one."""
     for name in names.of(found, os.path.basename(directory)):
         with _opened(parent, name) as fd:
-            was = None if fd < 0 else _upper_at(fd, directory)
+            was = None if fd < 0 else upper_at(fd, directory)
         if was is None and plain:
             continue
         encrypted = "" if was is None else was.encrypted
@@ -184,7 +189,7 @@ def _kept_beside(parent: int, found: list[str], directory: str, *, plain: bool) 
         yield Kept(where, names.told(parts[1]), encrypted)
 
 
-def _upper_at(fd: int, directory: str) -> Upper | None:
+def upper_at(fd: int, directory: str) -> Upper | None:
     """The upper that an open directory is."""
     kind = unlocking.kind_of(fd)
     if kind == gocryptfs.KIND or (kind and fscrypt.is_locked(fd)):
@@ -196,13 +201,14 @@ def _upper_at(fd: int, directory: str) -> Upper | None:
     if not stat.S_ISDIR(status.st_mode):
         return None
     with _opened(fd, AREA_NAME) as area:  # not everybody may
-        paths = [n for n in sorted(_directories(area)) if names.date_of_paths(n)]
+        paths = [n for n in sorted(directories(area)) if names.date_of_paths(n)]
     inside = os.path.join(directory, AREA_NAME)
     kept = [Kept(f"{inside}/{n}", names.told(names.date_of_paths(n))) for n in paths]
     return Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind, kept=kept)
 
 
-def _directories(fd: int) -> list[str]:
+def directories(fd: int) -> list[str]:
+    """The names of the directories in an open one, but for an area."""
     try:
         with os.scandir(fd) as entries:
             return sorted(
@@ -339,9 +345,9 @@ def _keep_in_sight(store: Store, volume: Volume) -> None:
         if upper.directory != "/" or path == "/":
             continue
         with _opened(None, os.path.dirname(path)) as fd:
-            found = [] if fd < 0 else _directories(fd)
+            found = [] if fd < 0 else directories(fd)
             name = os.path.basename(path)
-            kept = list(_kept_beside(fd, found, f"../{name}", plain=False))
+            kept = list(kept_beside(fd, found, f"../{name}", plain=False))
         upper.kept = sorted([*kept, *upper.kept], key=lambda k: k.date)
 
 
