@@ -125,8 +125,11 @@ def test_clone_from_and_to_everything(base: Path) -> None:
     assert len(set(ids)) == 3
     assert "is not empty" in fails("clone", up, base / "back")
     assert "is not overwritten" in fails("clone", up, f"{base}/new.img:/x", "--size", "64M")
-    assert "which base" in fails("clone", up, base / "third.img", "--size", "64M", code=1)
-    assert not (base / "third.img").exists()
+    (base / "fresh").mkdir()
+    assert "which base" in fails("clone", base / "fresh", base / "c.img", "--size", "64M", code=1)
+    assert not (base / "c.img").exists()
+    done("clone", up, base / "c.img", "--size", "64M")
+    assert facts("info", base / "c.img")["uppers"][0]["directory"] == f"/persistent_tree/{ARCH}"
     assert hidden(base) == []
 
 

@@ -149,7 +149,7 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
     if stores is not None:
         opened.facts["store"] = stores.facts()
         opened.helpers = stores.helpers
-    base = None if stores is None else stores.base
+    base = _directory(options) if stores is None else stores.base
     if upper is not None and readonly:
         stack.callback(os.close, lock_shared(upper, options))
         _recognize(opened, identity_of(upper, options), base)
@@ -165,6 +165,13 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
         opened.watch = _watch(opened, stores)
         opened.recovery = _recovery(opened, work)
     return opened
+
+
+def _directory(options: MountOptions) -> Base:
+    """The base, which is a directory."""
+    from unionfs.stores.base import describe
+
+    return describe(locator.parse(os.path.abspath(options.lowers[-1])), None)
 
 
 def open_lowers(
@@ -240,11 +247,7 @@ def _recognize(opened: Opened, record: StoreRecord | None, base: Base | None) ->
 
 def _show(opened: Opened, record: StoreRecord) -> None:
     told = opened.facts.get("store")
-    opened.facts["store"] = (told if isinstance(told, dict) else {}) | {
-        "id": record.uuid,
-        "created": record.created,
-        "base": None if record.base is None else str(record.base),
-    }
+    opened.facts["store"] = (told if isinstance(told, dict) else {}) | identity.told(record)
 
 
 class Mismatch(UnionfsError):

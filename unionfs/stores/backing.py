@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from typing import IO, Final
 
 from unionfs import holder, syscalls
-from unionfs.errors import UnionfsError
+from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.passphrase import Ask
 from unionfs.stores import archive, fscrypt, unlocking
 from unionfs.stores.archive import Advance, Header
-from unionfs.stores.inspect import mounted_unions, read_record, uppers_of
+from unionfs.stores.inspect import read_record, uppers_of
+from unionfs.stores.mounted import mounted_unions
 from unionfs.stores.replacing import replace
 from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
 
@@ -57,6 +58,10 @@ class Chosen:
         source = self.volume.locator.source
         alone = self.volume.contents is None and self.directory == "/"
         return source if alone else f"{source}:{self.directory}"
+
+    def in_use_by_a_union(self) -> InUse:
+        """The error that it is."""
+        return unlocking.in_use(self.volume, self.directory, self.fd)
 
     def beside(self, name: str) -> str:
         """The name, for messages, of what is kept beside it."""
@@ -103,11 +108,15 @@ def chosen(
                 fscrypt.refuse_locked(upper, unlocking.name_of(volume, directory))
             alone = write and not beside
             if found and ask is not None:
-                in_use = found == fscrypt.KIND and _lock(upper, directory, write=write, alone=alone)
+                in_use = found == fscrypt.KIND and _lock(upper, write=write)
+                if in_use and alone:
+                    raise unlocking.in_use(volume, directory, upper)
                 with unlocking.shown(volume, directory, upper, ask, readonly=not write) as plain:
                     yield Chosen(volume, directory, plain, in_use)
             else:
-                in_use = _lock(upper, directory, write=write, alone=alone)
+                in_use = _lock(upper, write=write)
+                if in_use and alone:
+                    raise unlocking.in_use(volume, directory, upper)
                 yield Chosen(volume, directory, upper, in_use, found)
         finally:
             os.close(upper)
@@ -129,14 +138,11 @@ def _only(volume: Volume, *, make: bool) -> str:
     raise UnionfsError(f"{source} has no changes of a union in it", hint=hint)
 
 
-def _lock(upper: int, directory: str, *, write: bool, alone: bool) -> bool:
-    """Whether a union has it; an error if we want it `alone` then."""
+def _lock(upper: int, *, write: bool) -> bool:
+    """Lock it, or tell that a union has it."""
     try:
         fcntl.flock(upper, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
-        if alone:
-            hint = "unmount that union first"
-            raise UnionfsError(f"{directory} is in use by a union", hint=hint) from None
         return True
     return False
 
@@ -153,7 +159,7 @@ def refuse_target(upper: Chosen, target: int) -> None:
     """A backup in the store would be in itself, and must not wait for writers to be let go on."""
     place = os.fstat(target).st_dev
     own = upper.volume.contents is not None and place == os.fstat(upper.fd).st_dev
-    points = [point for point in mounted_unions().values() if os.stat(point).st_dev == place]
+    points = [m.point for m in mounted_unions() if os.stat(m.point).st_dev == place]
     if own or points:
         where = points[0] if points else upper.volume.locator.source
         hint = "write it to another file system"

@@ -34,8 +34,7 @@ def refuse_used(source: Chosen) -> None:
     """Raise an error if a union has it, or if no copy of it can be what it is."""
     refuse_bound(source)
     if source.in_use:
-        hint = "unmount that union first"
-        raise UnionfsError(f"{source.name} is in use by a union", hint=hint)
+        raise source.in_use_by_a_union()
 
 
 def clone(source: Chosen, target: Chosen, advance: Advance) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from unionfs.errors import UnionfsError
+from unionfs.errors import InUse, UnionfsError
 from unionfs.stores import kept as names
 from unionfs.stores import replacing
 from unionfs.stores.backing import Chosen
@@ -72,8 +72,8 @@ def _open(upper: Chosen, item: Kept) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        what = f"{place(upper, item)} is in use by a union"
-        raise UnionfsError(what, hint="unmount that union first") from None
+        where = os.path.normpath(item.directory), upper.volume.path
+        raise InUse(place(upper, item), where[1], directory=where[0]) from None
     return fd
 
 

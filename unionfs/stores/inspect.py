@@ -12,7 +12,7 @@ was kept of, and where only that is left, there is an upper without anything.
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,9 @@ from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
 from unionfs.stores import find, fscrypt, gocryptfs, unlocking
 from unionfs.stores import kept as names
+from unionfs.stores.mounted import Mounted, mounted_unions
 from unionfs.stores.volume import Volume, open_volume
+from unionfs.unions import integer
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOUNTABLE = ("ext2", "ext3", "ext4", "xfs", "btrfs")
@@ -68,6 +70,7 @@ class Upper:
     owner: Owner | None = None  # who holds it, or has not let it go
     mounted: str = ""  # the mount point of its union
     encrypted: str = ""  # how; then nothing else is known of it, unless it is unlocked
+    over: str = ""  # the base of a union that has it
     kept: list[Kept] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
@@ -79,12 +82,21 @@ class Upper:
             "id": record.uuid if record is not None else None,
             "created": record.created if record is not None else None,
             "used": record.used if record is not None else None,
-            "base": None if base is None else {"name": base.name, "told": str(base)},
+            "base": None
+            if base is None
+            else {"name": base.name, "told": str(base), "path": base.path},
             "mounted": self.mounted or None,
             "elsewhere": self.elsewhere() or None,
             "encrypted": self.encrypted or None,
             "kept": [kept.facts() for kept in self.kept],
         }
+
+    def base_shown(self) -> str:
+        """The base for people: of a directory its path, which is all that is known of it."""
+        base = self.record.base if self.record is not None else None
+        if base is None:
+            return self.over or "-"
+        return base.path if base.kind == "directory" else base.name
 
     def elsewhere(self) -> str:
         """The other machine that has it, or has not let it go."""
@@ -250,21 +262,6 @@ def owners(volume: Volume) -> list[tuple[str, Owner]]:
         os.close(root)
 
 
-def mounted_unions() -> dict[str, str]:
-    """The mount points of unions by their upper's id."""
-    from unionfs.unions import FSTYPE, ask
-
-    mounts = read_mounts()
-    found = {}
-    for entry in mounts:
-        if entry.fstype != FSTYPE:
-            continue
-        store = ask(entry, mounts, deadline=2).facts.get("store")
-        if isinstance(store, dict) and isinstance(store.get("id"), str):
-            found[store["id"]] = entry.point
-    return found
-
-
 def disk_bytes(fd: int) -> int:
     """How much an open directory and what is below it takes on the disk, as far as it is seen."""
     total = os.fstat(fd).st_blocks * 512
@@ -282,13 +279,16 @@ def disk_bytes(fd: int) -> int:
     return total
 
 
-def look(text: str, mounted: dict[str, str], *, sizes: bool = False) -> Store:
+def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
     """One store, by its locator; `sizes`: also how much what is kept takes."""
     from unionfs import locator
 
-    where = locator.parse(text)
-    path = find.find(where)
+    path = find.find(locator.parse(text))
     store = _outside(path)
+    holder = next((union for union in unions if union.alone and union.lies_in(path)), None)
+    if holder is not None:
+        _told(store, holder)
+        return store
     try:
         volume = open_volume(text, readonly=True, untouched=True)
     except UnionfsError as exc:
@@ -303,9 +303,25 @@ def look(text: str, mounted: dict[str, str], *, sizes: bool = False) -> Store:
     finally:
         volume.close()
     for upper in store.uppers:
-        if upper.record is not None:
-            upper.mounted = mounted.get(upper.record.uuid, "")
+        number = upper.record.uuid if upper.record is not None else None
+        for union in unions:
+            if union.has(path, upper.directory, number):
+                upper.mounted, upper.over = union.point, union.facts.get("lowers", [""])[-1]
     return store
+
+
+def _told(store: Store, union: Mounted) -> None:
+    """What a union tells of its store, which nobody else can look into meanwhile."""
+    told = union.store
+    store.fstype, store.label, store.uuid = (
+        str(told.get(name) or "") for name in ("fstype", "label", "uuid")
+    )
+    store.size, store.free = (integer(union.facts, name) for name in ("size", "free"))
+    record = identity.parse_told(told)
+    how = str(told.get("encrypted") or "")
+    over = union.facts.get("lowers", [""])[-1]
+    upper = Upper(union.directory or "/", record, None, union.point, how, over)
+    store.uppers = [upper]
 
 
 def _outside(path: str) -> Store:
@@ -351,44 +367,52 @@ def _keep_in_sight(store: Store, volume: Volume) -> None:
         upper.kept = sorted([*kept, *upper.kept], key=lambda k: k.date)
 
 
-def candidates(places: Iterable[str]) -> Iterator[str]:
-    """What may be a store: what was named, images in directories that were named, devices.
+def _images_in(place: str) -> list[str]:
+    with os.scandir(place) as entries:
+        return sorted(e.path for e in entries if e.name.endswith(".img") and e.is_file())
 
-    Without names: devices and the images at the top of mounted file systems.
+
+def _everywhere(unions: Iterable[Mounted]) -> Iterator[str]:
+    """What unions have as their store, and of all else images and devices that can be one.
+
+    A loop device on an image is that image.
     """
-    given = list(places)
-    for place in given:
-        if os.path.isdir(place):
-            yield place
-            with os.scandir(place) as entries:
-                yield from sorted(
-                    e.path for e in entries if e.name.endswith(".img") and e.is_file()
-                )
-        else:
-            yield place
-    if not given:
-        yield from find.block_devices()
-        yield from find.image_files(read_mounts())
+    places = [union.place for union in unions]
+    yield from (place for place in places if os.path.isdir(place))
+    nodes = [*(place for place in places if not os.path.isdir(place)), *find.block_devices()]
+    devices = (find.image_of(node) or node for node in nodes)
+    found = find.examine(_each([*devices, *find.image_files(read_mounts())]))
+    yield from (one.path for one in find.once_each(found) if one.fstype in _MOUNTABLE)
 
 
-def find_stores(places: Iterable[str]) -> Iterator[Store]:
-    """All that are found; without names only what has an upper in it or a problem to tell."""
-    mounted = mounted_unions()
-    given = list(places)
-    seen: set[str] = set()
-    backing = set()
-    for path in candidates(given):
+def _each(paths: Iterable[str]) -> Iterator[str]:
+    """Every path, but none twice, by whatever link."""
+    seen = set()
+    for path in paths:
         real = os.path.realpath(path)
-        if real in seen:
-            continue
-        seen.add(real)
-        if not given:
-            contents = next(find.examine([path]), None)
-            if contents is None or contents.fstype not in _MOUNTABLE:
-                continue
-            if contents.uuid in backing:  # an image, and the loop device on it
-                continue
-            backing.add(contents.uuid)
-        store = look(path, mounted)
-        if store.uppers or (given and store.kind != "directory"):
-            yield store
+        if real not in seen:
+            seen.add(real)
+            yield path
+
+
+def find_stores(places: Sequence[str]) -> Iterator[Store]:
+    """Those at the places, or in the images in them; without places all that have an upper."""
+    unions = mounted_unions()
+    if places:
+        named = (p for place in places for p in _with_images(place))
+        for path in _each(named):
+            store = look(path, unions)
+            if store.uppers or store.kind != "directory":
+                yield store
+        return
+    for path in _each(_everywhere(unions)):
+        with contextlib.suppress(UnionfsError):  # gone, or it cannot be reached from here
+            store = look(path, unions)
+            if store.uppers:
+                yield store
+
+
+def _with_images(place: str) -> Iterator[str]:
+    yield place
+    if os.path.isdir(place):
+        yield from _images_in(place)

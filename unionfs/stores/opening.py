@@ -42,6 +42,7 @@ class Stores:
         self._upper: Volume | None = None
         self._plain: Volume | None = None  # what gocryptfs shows of an encrypted upper
         self._encrypted = ""  # how the upper is
+        self._inside = "/"  # where it is in its file system
         self._below = -1  # then, where autogrow is asked for: the file system that it lies in
         self.base: Base | None = None
 
@@ -67,6 +68,8 @@ class Stores:
         if self._upper is None:
             return None
         how = {"encrypted": self._encrypted} if self._encrypted else {}
+        if self._upper.contents is not None:
+            how["directory"] = self._inside
         return self._upper.facts() | how
 
     @property
@@ -163,6 +166,7 @@ class Stores:
                 fd = walk(volume, inside)
             else:
                 fd = make_directory(volume, inside, self._like())
+        self._inside = inside
         self._encrypted = unlocking.kind_of(fd)
         if self._encrypted == gocryptfs.KIND:
             self._mount_cipher(volume, inside, fd, mounts)

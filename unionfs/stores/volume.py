@@ -41,6 +41,11 @@ class Volume:
     mountpoint: str = ""  # of a directory: where it is seen
     keys: list[Key] = field(default_factory=list)  # of what was unlocked in it
 
+    @property
+    def path(self) -> str:
+        """The image, device or directory that was found."""
+        return self.contents.path if self.contents is not None else self.device
+
     def path_of(self, inside: str) -> str:
         """A directory in a volume that is seen somewhere."""
         return (

@@ -26,7 +26,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("store", metavar="STORE", help="DIR, IMAGE, /dev/NAME, LABEL=... ")
     parser.add_argument("--json", action="store_true", help="as an object")
     given = parser.read(argv)
-    from unionfs.stores.inspect import look, mounted_unions
+    from unionfs.stores.inspect import look
+    from unionfs.stores.mounted import mounted_unions
 
     store = look(given.store, mounted_unions(), sizes=True)
     if store.problem:
@@ -53,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
         if record is not None:
             pairs.append(("  id", record.uuid))
             pairs.append(("  base", str(record.base) if record.base is not None else "-"))
+            if record.base is not None and record.base.kind == "directory":
+                pairs.append(("  path", record.base.path))
             pairs.append(("  created", record.created))
             pairs.append(("  last used", record.used))
         if not upper.encrypted or record is not None:

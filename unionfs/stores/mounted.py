@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The stores of mounted unions, as their daemons tell of them.
+
+Owns which union has which store: by where it lies, since a copy of a store has the same id.  Called
+by inspect.py, and by the verbs of `unionfs store` to say who has what they cannot have.
+"""
+
+import os
+import stat
+from dataclasses import dataclass, field
+from typing import Any
+
+from unionfs.errors import InUse, UnionfsError
+from unionfs.mounts import read_mounts
+from unionfs.stores import find
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A union with an upper, and what its status says of that."""
+
+    point: str
+    upper: str  # its name; the path of one that is a directory
+    store: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """The image or device that has the upper, or the directory that it is."""
+        source = self.store.get("source")
+        return source if isinstance(source, str) else self.upper
+
+    @property
+    def directory(self) -> str | None:
+        """Where in an image or on a device; None of a directory."""
+        found = self.store.get("directory")
+        return found if isinstance(found, str) else None
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else can look into its image: a program has it, not the kernel."""
+        return str(self.store.get("mounted_by", "kernel")) != "kernel"
+
+    def lies_in(self, path: str) -> bool:
+        """Whether a path is its image, the loop device on that, its device or its directory."""
+        ways = {self.place, str(self.store.get("device", self.place))}
+        ways |= {image for way in ways if (image := find.image_of(way)) is not None}
+        return any(_same(way, path) for way in ways)
+
+    def has(self, path: str, directory: str, identity: str | None) -> bool:
+        """Whether it is an upper: a directory in what is at a path, with this id."""
+        if self.directory is not None:
+            return self.directory == directory and self.lies_in(path)
+        below = os.path.join(path, directory.lstrip("/"))
+        if os.path.isdir(path):
+            return _same(self.upper, below)
+        # On a device that is mounted, it is known by the path there.
+        return identity is not None and str(self.store.get("id")) == identity
+
+
+def _same(one: str, other: str) -> bool:
+    try:
+        first, second = os.stat(one), os.stat(other)
+    except OSError:
+        return False
+    if stat.S_ISBLK(first.st_mode) and stat.S_ISBLK(second.st_mode):
+        return first.st_rdev == second.st_rdev
+    return os.path.samestat(first, second)
+
+
+def mounted_unions() -> list[Mounted]:
+    """Those that answer, and whose changes stay."""
+    from unionfs.unions import FSTYPE, ask
+
+    mounts = read_mounts()
+    found = []
+    for entry in mounts:
+        if entry.fstype != FSTYPE:
+            continue
+        facts = ask(entry, mounts, deadline=2).facts
+        store, upper = facts.get("store"), facts.get("upper")
+        if isinstance(upper, str) and not facts.get("ephemeral"):
+            told = store if isinstance(store, dict) else {}
+            found.append(Mounted(entry.point, upper, told, facts))
+    return found
+
+
+def named(error: UnionfsError) -> UnionfsError:
+    """An error, which says at which mount point a store is used, if it is that and it is known."""
+    if not isinstance(error, InUse):
+        return error
+    points = [m.point for m in mounted_unions() if _is_meant(m, error)]
+    if not points:
+        return error
+    what = f"{error.name} is in use by the union at {points[0]}"
+    return UnionfsError(what, hint=f"unmount it first: unionfs umount {points[0]}")
+
+
+def _is_meant(union: Mounted, error: InUse) -> bool:
+    if error.directory is None:
+        return union.lies_in(error.path)
+    return union.has(error.path, error.directory, error.identity)
