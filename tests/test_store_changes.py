@@ -110,7 +110,13 @@ def test_clone_from_and_to_everything(base: Path) -> None:
         fill(base / "mnt")
         before = tree_of(base / "mnt")
         assert "in use" in fails("clone", up, base / "other")
-    assert "--size" in fails("clone", up, base / "other")
+    for new in ("other.img", "other:/dir"):
+        assert "--size" in fails("clone", up, base / new)
+    done("clone", up, base / "made")
+    with union(base, base / "tree", base / "made"):
+        assert tree_of(base / "mnt") == before
+    assert "No such file" in fails("clone", up, base / "other/made")
+    assert not (base / "other").exists()
     done("clone", up, f"{base}/new.img:/work", "--size", "64M", "--label", "copy")
     assert facts("info", base / "new.img")["label"] == "copy"
     with union(base, base / "tree", f"{base}/new.img:/work"):
@@ -163,6 +169,11 @@ def test_clone_killed(base: Path, shim: Callable[[str], Path]) -> None:
     killed_at(shim("tar"), "clone", up, base / "other")
     assert list((base / "other").iterdir()) == []
     done("clone", up, base / "other")
+    bad = shim("tar")
+    (bad / "tar").write_text("#!/bin/sh\nexit 1\n")
+    found = store("clone", up, base / "made", path=bad)
+    assert found.returncode == 32
+    assert not (base / "made").exists()
     with union(base, base / "tree", base / "other"):
         check(base / "mnt")
     assert hidden(base) == []
