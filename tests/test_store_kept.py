@@ -287,7 +287,8 @@ def test_forget_while_it_is_mounted(base: Path, kind: str) -> None:
         name = kept_in(place)[0]
         where = str(base / name[3:]) if kind == "directory" else f"{place}:{name}"
         with union(base, base / "tree", where):
-            assert "in use by a union" in fails("reset", place, "--forget")
+            said = fails("reset", place, "--forget")
+            assert f"is in use by the union at {base / 'mnt'}" in said
         with union(base, base / "tree", place):
             change(base / "mnt")
             assert "is forgotten" in done("reset", place, "--forget")
