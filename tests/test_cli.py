@@ -335,16 +335,16 @@ def test_status_for_people(entries: list[MountEntry], monkeypatch: pytest.Monkey
     told = "\n".join(status._lines(entries[1], unions.Answer("ok", FACTS)))
     assert told == (
         "/mnt/a b: writable union of base\n"
-        "  lower    /low\n"
-        "           /low\\n2\n"
-        "  upper    /up\n"
-        "  work     /up/.unionfs\n"
-        "  free     1.0 GiB of 3.0 GiB\n"
-        "  since    1970-01-01 00:00:00 (2 h 5 min)\n"
-        "  daemon   pid 77 of root, unionfs 1.2, driver pyfuse3\n"
-        "  works    xattrs (trusted), device nodes\n"
-        "  lacks    reflink: ext4 shares no extents\n"
-        "           tmpfile"
+        "  lower      /low\n"
+        "             /low\\n2\n"
+        "  upper      /up\n"
+        "  work       /up/.unionfs\n"
+        "  free       1.0 GiB of 3.0 GiB\n"
+        "  since      1970-01-01 00:00:00 (2 h 5 min)\n"
+        "  daemon     pid 77 of root, unionfs 1.2, driver pyfuse3\n"
+        "  works      xattrs (trusted), device nodes\n"
+        "  lacks      reflink: ext4 shares no extents\n"
+        "             tmpfile"
     )
 
 
@@ -352,7 +352,7 @@ def test_status_of_a_dead_union(entries: list[MountEntry]) -> None:
     dead = unions.Answer("dead", {}, "the daemon is gone")
     assert list(status._lines(entries[1], dead)) == [
         "/mnt/a b: union of base, dead",
-        "  state    the daemon is gone",
+        "  state      the daemon is gone",
     ]
     assert status._object(entries[1], dead) == {
         "mountpoint": "/mnt/a b",

@@ -110,7 +110,13 @@ def test_clone_from_and_to_everything(base: Path) -> None:
         fill(base / "mnt")
         before = tree_of(base / "mnt")
         assert "in use" in fails("clone", up, base / "other")
-    assert "--size" in fails("clone", up, base / "other")
+    for new in ("other.img", "other:/dir"):
+        assert "--size" in fails("clone", up, base / new)
+    done("clone", up, base / "made")
+    with union(base, base / "tree", base / "made"):
+        assert tree_of(base / "mnt") == before
+    assert "No such file" in fails("clone", up, base / "other/made")
+    assert not (base / "other").exists()
     done("clone", up, f"{base}/new.img:/work", "--size", "64M", "--label", "copy")
     assert facts("info", base / "new.img")["label"] == "copy"
     with union(base, base / "tree", f"{base}/new.img:/work"):
@@ -125,8 +131,11 @@ def test_clone_from_and_to_everything(base: Path) -> None:
     assert len(set(ids)) == 3
     assert "is not empty" in fails("clone", up, base / "back")
     assert "is not overwritten" in fails("clone", up, f"{base}/new.img:/x", "--size", "64M")
-    assert "which base" in fails("clone", up, base / "third.img", "--size", "64M", code=1)
-    assert not (base / "third.img").exists()
+    (base / "fresh").mkdir()
+    assert "which base" in fails("clone", base / "fresh", base / "c.img", "--size", "64M", code=1)
+    assert not (base / "c.img").exists()
+    done("clone", up, base / "c.img", "--size", "64M")
+    assert facts("info", base / "c.img")["uppers"][0]["directory"] == f"/persistent_tree/{ARCH}"
     assert hidden(base) == []
 
 
@@ -160,6 +169,11 @@ def test_clone_killed(base: Path, shim: Callable[[str], Path]) -> None:
     killed_at(shim("tar"), "clone", up, base / "other")
     assert list((base / "other").iterdir()) == []
     done("clone", up, base / "other")
+    bad = shim("tar")
+    (bad / "tar").write_text("#!/bin/sh\nexit 1\n")
+    found = store("clone", up, base / "made", path=bad)
+    assert found.returncode == 32
+    assert not (base / "made").exists()
     with union(base, base / "tree", base / "other"):
         check(base / "mnt")
     assert hidden(base) == []
@@ -198,7 +212,8 @@ def test_reset_in_an_image(base: Path) -> None:
     done("reset", image)
     with union(base, base / "tree", image):
         assert (base / "mnt/gone").exists()
-    assert len(facts("info", image)["uppers"]) == 2
+    (upper,) = facts("info", image)["uppers"]
+    assert len(upper["kept"]) == 1
 
 
 def test_reset_paths(base: Path) -> None:

@@ -453,7 +453,8 @@ def test_killed_while_it_is_encrypted(base: Path, up: Path, key: Path, where: st
     if why:
         pytest.skip(why)
     spare = base / "spare"
-    command = [*program(), "store", "encrypt", str(up), "--key-file", str(key)]
+    # What is kept has its name at once; to remove it there are steps after the moment.
+    command = [*program(), "store", "encrypt", str(up), "--discard", "--key-file", str(key)]
 
     def again() -> None:
         for path in (up, *base.glob("up.before-*"), *base.glob(".up.*")):

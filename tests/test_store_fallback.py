@@ -232,7 +232,8 @@ def test_plain_directories_are_never_another_base(base: Path) -> None:
     with union(base, base / "tree2", base / "up"):
         pass
     record = identity.parse_store((base / "up/.unionfs/store").read_text(), "")
-    assert record.base is None
+    assert record.base is not None
+    assert record.base.path == str(base / "tree2"), "the last is remembered, to be told"
 
 
 def test_damaged_record_on_a_mount(base: Path) -> None:

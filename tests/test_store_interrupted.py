@@ -16,7 +16,7 @@ import pytest
 from tests.rig import ground, images, snapshot, traced
 from tests.rig.mounted import program
 from tests.test_store_changes import hidden
-from tests.test_store_commands import done, shim, store
+from tests.test_store_commands import done, facts, shim, store
 from tests.test_stores import ARCH, _await, base, change, check, need, union
 from unionfs.stores.tools import delayed, interruptible, uninterrupted
 
@@ -175,10 +175,11 @@ def _traced(words: list[object], options: list[str]) -> bool:
 
 
 def killed_at_each_step(
-    place: Path, words: list[object], look: Callable[[bool], None]
+    place: Path, words: list[object], look: Callable[[bool], None], *, most: int = 1000
 ) -> dict[str, int]:
     """Run a verb again and again, killed before each of its steps; how many of which it has.
 
+    `most`: so many of one call, from the first to the last; what is removed is many files.
     `look` is told whether it came to its end, and puts back what was before.
     """
     if why := traced.why_not():
@@ -189,7 +190,8 @@ def killed_at_each_step(
     counts = Counter(_NAME.findall(trace.read_text()))
     trace.unlink()
     for name, count in counts.items():
-        for number in range(1, count + 1):
+        chosen = min(count, most)
+        for number in sorted({1 + n * (count - 1) // max(1, chosen - 1) for n in range(chosen)}):
             inject = f"inject={name}:error=EIO:signal=KILL:when={number}"
             look(_traced(words, ["-e", f"trace={name}", "-e", inject, "-o", "/dev/null"]))
     return counts
@@ -236,6 +238,58 @@ def test_reset_of_paths_killed_at_each_step(changed: Path) -> None:
 
     words: list[object] = ["reset", up, "/gone", "/file", "/made"]
     assert sum(killed_at_each_step(changed, words, look).values()) >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("where", ["up", "s.img"])
+def test_restore_killed_at_each_step(changed: Path, where: str, keep: bool) -> None:
+    """The old or the new is there, the store is found, and with --keep the old one is too."""
+    upper = changed / where
+    with union(changed, changed / "tree", upper):
+        (changed / "mnt/file").write_text("newer\n")
+    done("backup", upper, changed / "newer")
+
+    def look(ended: bool) -> None:
+        with union(changed, changed / "tree", upper):
+            text = (changed / "mnt/file").read_text()
+        assert text == "changed\n" or (text == "newer\n" and not ended)
+        # Leftovers are in nobody's way, and gone after the next verb, which gives what it finds
+        # under no name yet (fuse2fs) that of what is kept.
+        done("restore", changed / "newer", upper)
+        assert hidden_of(upper) == []
+        kept = kept_of(upper)
+        assert len(kept) == 1 or not (keep and text == "changed\n")
+        for place in kept:
+            with union(changed, changed / "tree", place):
+                # Killed just before the moment, what is kept is the new one.
+                other = "newer\n" if text == "changed\n" else "changed\n"
+                assert (changed / "mnt/file").read_text() == other
+        if kept:
+            done("reset", upper, "--forget")
+
+    words: list[object] = ["restore", changed / "saved", upper, *(["--keep"] if keep else [])]
+    steps = killed_at_each_step(changed, words, look, most=3)
+    assert steps["renameat2"] == 1, "the moment"
+    assert steps["mkdirat"] == 1
+    assert steps["renameat"] >= keep
+    assert hidden(changed) == []
+
+
+def kept_of(upper: Path) -> list[str]:
+    """The locators of what is kept of a store's one upper."""
+    (found,) = facts("info", upper)["uppers"]
+    names = [item["directory"] for item in found["kept"]]
+    return [str(upper.parent / n[3:]) if upper.is_dir() else f"{upper}:{n}" for n in names]
+
+
+def hidden_of(upper: Path) -> list[str]:
+    """What is beside an upper and not for people to see."""
+    if upper.is_dir():
+        return hidden(upper.parent)
+    shown = ground.run("debugfs", "-R", "ls -p /persistent_tree", upper)
+    names = [line.split("/")[5] for line in shown.splitlines() if line.startswith("/")]
+    return [name for name in names if name.startswith(".") and name.strip(".")]
 
 
 @pytest.mark.slow

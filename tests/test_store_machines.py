@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.rig import ground, images
+from tests.rig.mounted import program
 from tests.test_store_commands import done, facts, fails, store
 from tests.test_stores import ARCH, base, change, check, mount, need, refused, union
 from unionfs import holder
@@ -128,6 +130,8 @@ def test_it_is_taken_if_one_says_so(left: Path) -> None:
     with made:
         check(left / "mnt")
         assert "the machine elsewhere since" in str(made.status()["recovered"])
+        shown = ground.run(*program(), "status", left / "mnt")
+        assert re.search(r"^  recovered +the daemon before", shown, re.MULTILINE)
         assert "the machine elsewhere" in made.words()
     with union(left, left / "tree", left / "up") as again:
         check(left / "mnt")

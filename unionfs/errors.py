@@ -39,6 +39,29 @@ class UnionfsError(Exception):
         return printable(text)
 
 
+class InUse(UnionfsError):
+    """Somebody has a store; by which mount he does, those find out who have the time to ask.
+
+    `directory`: which upper in it; None if all of it is meant.  `identity`: that upper's id.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        by: str = "by a union",
+        *,
+        directory: str | None = None,
+        identity: str | None = None,
+        hint: str = "unmount that union first",
+    ) -> None:
+        super().__init__(f"{name} is in use {by}".rstrip(), hint=hint)
+        self.name = name
+        self.path = path
+        self.directory = directory
+        self.identity = identity
+
+
 def printable(text: str) -> str:
     """The text with control characters spelled out; bytes that are not UTF-8 stay."""
     kept = (c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)

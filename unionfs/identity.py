@@ -36,6 +36,10 @@ class Base:
     uuid: str = ""
     content: str = ""
 
+    def is_known(self) -> bool:
+        """Whether it can be told from others."""
+        return bool(self.uuid or self.content or self.label)
+
     def same(self, other: "Base") -> bool:
         """Whether nothing says that they are two."""
         for mine, its in (
@@ -60,7 +64,11 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreRecord:
-    """Made at the first mount of an upper, or by `unionfs store create`."""
+    """Made at the first mount of an upper, and the same from then on, also after a reset.
+
+    Of a store that was only created there is none: in its file system there is no upper yet, which
+    is called after its base, and what identifies the file system is the UUID of its own.
+    """
 
     uuid: str
     created: str  # ISO 8601, UTC
@@ -105,6 +113,30 @@ def parse_store(text: str, path: str) -> StoreRecord:
         return StoreRecord(base=base, **words)
     except (ValueError, KeyError, TypeError) as exc:
         raise UnionfsError(f"{path} is damaged: it is not understood", hint=hint) from exc
+
+
+def told(record: StoreRecord) -> dict[str, object]:
+    """What a union tells of it in its status."""
+    base = None if record.base is None else dataclasses.asdict(record.base)
+    return {
+        "id": record.uuid,
+        "created": record.created,
+        "used": record.used,
+        "base": None if record.base is None else str(record.base),
+        "over": base,
+    }
+
+
+def parse_told(facts: dict[str, object]) -> StoreRecord | None:
+    """The same from a status; None if that does not say enough."""
+    words = [facts.get(name) for name in ("id", "created", "used")]
+    over = facts.get("over")
+    try:
+        base = None if over is None else _base(over) if isinstance(over, dict) else None
+    except (KeyError, TypeError):
+        base = None
+    number, created, used = (word if isinstance(word, str) else "" for word in words)
+    return StoreRecord(uuid=number, created=created, used=used, base=base) if number else None
 
 
 def _base(found: dict[str, object]) -> Base:

@@ -174,14 +174,16 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
     return opened
 
 
-def _base_seen(directory: str, mounts: list[MountEntry]) -> Base | None:
-    """The base that is a directory, if it is recognizable: the root of a mounted device."""
+def _base_seen(directory: str, mounts: list[MountEntry]) -> Base:
+    """The base that is a directory; recognizable if it is the root of a mounted device."""
+    where = locator.parse(os.path.abspath(directory))
     if filesystem_at(directory, mounts) is None:
-        return None
-    from unionfs.stores import mounted
+        from unionfs.stores.base import describe
 
-    base = mounted.describe(locator.parse(directory), directory, mounts)
-    return base if base.recognizable else None
+        return describe(where, None)
+    from unionfs.stores import mounted_base
+
+    return mounted_base.describe(where, directory, mounts)
 
 
 def open_lowers(
@@ -259,11 +261,7 @@ def _recognize(opened: Opened, store: str, record: StoreRecord | None, base: Bas
 
 def _show(opened: Opened, record: StoreRecord) -> None:
     told = opened.facts.get("store")
-    opened.facts["store"] = (told if isinstance(told, dict) else {}) | {
-        "id": record.uuid,
-        "created": record.created,
-        "base": None if record.base is None else str(record.base),
-    }
+    opened.facts["store"] = (told if isinstance(told, dict) else {}) | identity.told(record)
 
 
 class Mismatch(UnionfsError):

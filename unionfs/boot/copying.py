@@ -21,7 +21,7 @@ from unionfs.boot.telling import Teller
 from unionfs.errors import UnionfsError
 from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions
-from unionfs.stores import find, mounted, squash
+from unionfs.stores import find, mounted_base, squash
 from unionfs.syscalls import MountFlag, UnmountFlag
 
 _PLACE: Final = "/run/unionfs/toram"
@@ -55,7 +55,7 @@ def to_memory(
 
 def _device_of(root: str) -> str:
     """What the root is mounted from."""
-    found = mounted.device_at(os.path.realpath(root), read_mounts())
+    found = mounted_base.device_at(os.path.realpath(root), read_mounts())
     if found is None:
         hint = "name an image or a device by unionfs.lower="
         raise UnionfsError(f"toram has no effect: {root} is not mounted from a device", hint=hint)

@@ -9,7 +9,7 @@ from unionfs.errors import UnionfsError
 from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions
 from unionfs.passphrase import Source, obtain
-from unionfs.stores import backing, base, changing, find, inspect, mounted, probe
+from unionfs.stores import backing, base, changing, find, inspect, mounted_base, probe
 
 
 def reset(options: MountOptions) -> str | None:
@@ -26,8 +26,9 @@ def reset(options: MountOptions) -> str | None:
                 return None
             if options.on_mismatch != "ignore":
                 _refuse_another(upper, options.lowers[-1])
-            ask = functools.partial(obtain, Source(options.key_file, options.credential))
-            kept = changing.reset(upper, ask, keep=True)
+            source = Source(options.key_file, options.credential)
+            ask = functools.partial(obtain, source)
+            kept = changing.reset(upper, ask, keep=True, known=any(source))
             return f"{upper.name.rpartition('/')[0]}/{kept}"
     except backing.NoUpper:
         return None
@@ -39,7 +40,7 @@ def _refuse_another(upper: backing.Chosen, lower: str) -> None:
     where = locator.parse(lower)
     path = find.find(where)
     if os.path.isdir(path):
-        own = mounted.describe(where, path, read_mounts())
+        own = mounted_base.describe(where, path, read_mounts())
     else:
         own = base.describe(where, probe.probe(path))
     error = identity.mismatch(inspect.read_record(upper.fd), own, upper.name)

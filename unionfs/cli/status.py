@@ -28,7 +28,7 @@ exit codes:
 """
 
 WIDTH = 88
-COLUMN = 11
+COLUMN = 13
 
 
 def run(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from unionfs.cli.main import Verb
-from unionfs.errors import ExitCode, UnionfsError, usage_error
+from unionfs.errors import ExitCode, InUse, UnionfsError, usage_error
 
 VERBS = {
     "create": "make a store: an image, or a file system on a device",
@@ -56,6 +56,10 @@ def run(argv: Sequence[str]) -> int:
                 return verb.run(argv[1:])
         except BrokenPipeError:
             raise
+        except InUse as exc:
+            from unionfs.stores.mounted import named
+
+            raise named(exc) from exc
         except OSError as exc:  # a full disk, a file that nobody may read ...
             reason = os.strerror(exc.errno or errno.EIO)
             what = f"{exc.filename}: " if isinstance(exc.filename, str) else ""

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Backing up and restoring the changes of one upper, whole or not at all.
 
-Owns what is read, when it is consistent, and how a restored upper takes the place of the old.
+Owns which upper is meant, what is read of it, and when that is consistent.
 
 A backup of a mounted store is read while the union works, then everything is looked at again: if
 anything changed since the start it is read anew.  After a few attempts, on a file system of the
 store's own, writers are held up (FIFREEZE) while it is read once more.  A guard thaws it if we are
 killed.
 
-A restore unpacks beside the old upper, on its file system, and exchanges the two by one call.
+A restore unpacks beside the old upper; how it takes its place is for replacing.py.
 """
 
 import contextlib
@@ -16,31 +16,23 @@ import datetime
 import errno
 import fcntl
 import os
-import secrets
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Final
 
 from unionfs import holder, syscalls
-from unionfs.errors import UnionfsError
+from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.passphrase import Ask
 from unionfs.stores import archive, fscrypt, unlocking
 from unionfs.stores.archive import Advance, Header
-from unionfs.stores.inspect import mounted_unions, read_record, uppers_of
-from unionfs.stores.tools import uninterrupted
-from unionfs.stores.volume import (
-    MOVED_ASIDE,
-    Volume,
-    make_directory,
-    open_volume,
-    put_back,
-    walk,
-)
-from unionfs.syscalls import RenameFlag
+from unionfs.stores.inspect import read_record, uppers_of
+from unionfs.stores.mounted import mounted_unions
+from unionfs.stores.replacing import replace
+from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _FIFREEZE: Final = 0xC0045877
@@ -67,6 +59,10 @@ class Chosen:
         alone = self.volume.contents is None and self.directory == "/"
         return source if alone else f"{source}:{self.directory}"
 
+    def in_use_by_a_union(self) -> InUse:
+        """The error that it is."""
+        return unlocking.in_use(self.volume, self.directory, self.fd)
+
     def beside(self, name: str) -> str:
         """The name, for messages, of what is kept beside it."""
         parent = os.path.dirname(self.directory)
@@ -81,13 +77,13 @@ class NoUpper(UnionfsError):
 
 @contextlib.contextmanager
 def chosen(
-    text: str, *, write: bool, make: bool = False, ask: Ask | None = None
+    text: str, *, write: bool, make: bool = False, ask: Ask | None = None, beside: bool = False
 ) -> Iterator[Chosen]:
     """The upper that a locator names; without `:/dir` the only one in the store.
 
-    With `write` it must not be in use, and is locked.  `make`: it need not be there.  `ask`: for
-    the passphrase of an encrypted one, so that it is seen as it is; without it its cipher directory
-    is.
+    With `write` it must not be in use, and is locked; but `beside`: what is written is not the
+    union's.  `make`: it need not be there.  `ask`: for the passphrase of an encrypted one, so that
+    it is seen as it is; without it its cipher directory is.
     """
     volume = open_volume(text, readonly=not write, replay=True, guard=True)
     try:
@@ -97,6 +93,8 @@ def chosen(
         except FileNotFoundError:
             if write and put_back(volume, directory):
                 fd = walk(volume, directory)
+            elif not write and (aside := moved_aside(volume, directory)) is not None:
+                fd = walk(volume, aside)
             elif make:
                 fd = make_directory(volume, directory, None)
             else:
@@ -108,12 +106,17 @@ def chosen(
             found = unlocking.kind_of(upper)
             if not found:
                 fscrypt.refuse_locked(upper, unlocking.name_of(volume, directory))
+            alone = write and not beside
             if found and ask is not None:
-                in_use = found == fscrypt.KIND and _lock(upper, directory, write=write)
+                in_use = found == fscrypt.KIND and _lock(upper, write=write)
+                if in_use and alone:
+                    raise unlocking.in_use(volume, directory, upper)
                 with unlocking.shown(volume, directory, upper, ask, readonly=not write) as plain:
                     yield Chosen(volume, directory, plain, in_use)
             else:
-                in_use = _lock(upper, directory, write=write)
+                in_use = _lock(upper, write=write)
+                if in_use and alone:
+                    raise unlocking.in_use(volume, directory, upper)
                 yield Chosen(volume, directory, upper, in_use, found)
         finally:
             os.close(upper)
@@ -135,14 +138,11 @@ def _only(volume: Volume, *, make: bool) -> str:
     raise UnionfsError(f"{source} has no changes of a union in it", hint=hint)
 
 
-def _lock(upper: int, directory: str, *, write: bool) -> bool:
-    """Whether a union has it; an error if we want to write it then."""
+def _lock(upper: int, *, write: bool) -> bool:
+    """Lock it, or tell that a union has it."""
     try:
         fcntl.flock(upper, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
-        if write:
-            hint = "unmount that union first"
-            raise UnionfsError(f"{directory} is in use by a union", hint=hint) from None
         return True
     return False
 
@@ -159,7 +159,7 @@ def refuse_target(upper: Chosen, target: int) -> None:
     """A backup in the store would be in itself, and must not wait for writers to be let go on."""
     place = os.fstat(target).st_dev
     own = upper.volume.contents is not None and place == os.fstat(upper.fd).st_dev
-    points = [point for point in mounted_unions().values() if os.stat(point).st_dev == place]
+    points = [m.point for m in mounted_unions() if os.stat(m.point).st_dev == place]
     if own or points:
         where = points[0] if points else upper.volume.locator.source
         hint = "write it to another file system"
@@ -296,86 +296,8 @@ def restore(
         raise UnionfsError(f"{upper.name} is encrypted, but {path} is not", hint=hint)
     trailer = archive.read_trailer(source, path)
     return replace(
-        upper, lambda into: archive.extract(source, trailer, path, into, advance), keep=keep
+        upper.volume,
+        upper.directory,
+        lambda into: archive.extract(source, trailer, path, into, advance),
+        keep=keep,
     )
-
-
-def replace(upper: Chosen, fill: Callable[[str], None], *, keep: bool) -> str | None:
-    """Fill a new directory, then have it take an upper's place; where the old one is kept.
-
-    An upper that is the root of its file system has no place beside it.
-    """
-    parent, name = os.path.split(upper.directory)
-    if upper.volume.contents is None and not name:
-        parent, name = os.path.split(upper.volume.mountpoint)
-        top = os.open(parent or "/", _OPEN)
-    elif not name:
-        raise UnionfsError(
-            f"{upper.name} is the root of its file system", hint="name a directory by :/dir"
-        )
-    else:
-        opened = walk(upper.volume, parent)
-        top = os.open(".", _OPEN, dir_fd=opened)
-        os.close(opened)
-    try:
-        return _replace(top, name, fill, keep=keep)
-    finally:
-        os.close(top)
-
-
-def _replace(top: int, name: str, fill: Callable[[str], None], *, keep: bool) -> str | None:
-    _remove_abandoned(top, name)
-    temporary = f".{name}.{secrets.token_hex(4)}.restore"
-    os.mkdir(temporary, 0o700, dir_fd=top)
-    try:
-        fd = os.open(temporary, _OPEN, dir_fd=top)
-        try:
-            # Programs that fill it reach it by this path.
-            fill(f"/proc/{os.getpid()}/fd/{fd}")
-            syscalls.syncfs(fd)
-        finally:
-            os.close(fd)
-    except BaseException:
-        _remove(top, temporary)
-        raise
-    with uninterrupted():
-        try:
-            old = _exchange(top, temporary, name)
-        except BaseException:
-            _remove(top, temporary)
-            raise
-        if keep:
-            kept = f"{name}.before-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-            os.rename(old, kept, src_dir_fd=top, dst_dir_fd=top)
-            return kept
-        _remove(top, old)
-        return None
-
-
-def _exchange(top: int, temporary: str, name: str) -> str:
-    """One call where there is one; else the old one is moved aside first."""
-    try:
-        syscalls.renameat2(top, temporary, top, name, RenameFlag.EXCHANGE)
-        return temporary
-    except OSError as exc:
-        if exc.errno != errno.EINVAL:  # fuse2fs
-            raise
-    aside = temporary.removesuffix(".restore") + MOVED_ASIDE
-    os.rename(name, aside, src_dir_fd=top, dst_dir_fd=top)
-    os.rename(temporary, name, src_dir_fd=top, dst_dir_fd=top)
-    return aside
-
-
-def _remove(top: int, name: str) -> None:
-    from pathlib import Path
-
-    from unionfs.layer import remove_tree
-
-    remove_tree(Path(f"/proc/self/fd/{top}/{name}"))
-
-
-def _remove_abandoned(top: int, name: str) -> None:
-    """What a restore that was killed has left.  The caller has the upper's lock."""
-    for found in os.listdir(top):
-        if found.startswith(f".{name}.") and found.endswith((".restore", MOVED_ASIDE)):
-            _remove(top, found)

@@ -5,7 +5,6 @@ Owns the default directory in a store, and the identity that a store remembers o
 base is the lowest of the lowers.
 """
 
-import hashlib
 import os
 from typing import Final
 
@@ -23,6 +22,8 @@ def content_id(path: str) -> str:
     squashfs keeps sizes, counts and the time it was made in the first 96 bytes, and its tables,
     which list all files, at the end.
     """
+    import hashlib
+
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         digest.update(file.read(4096))

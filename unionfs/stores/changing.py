@@ -7,7 +7,6 @@ that is taken away is kept beside, as NAME.before-DATE, unless it is told otherw
 
 import contextlib
 import dataclasses
-import datetime
 import errno
 import os
 import shutil
@@ -17,13 +16,15 @@ from typing import Final
 
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
-from unionfs.identity import FILE
+from unionfs.identity import FILE, StoreRecord, new_record
 from unionfs.passphrase import Ask, wiped
 from unionfs.stores import archive, fscrypt, gocryptfs
+from unionfs.stores import kept as names
 from unionfs.stores.archive import Advance
-from unionfs.stores.backing import Chosen, refuse_bound, replace
-from unionfs.stores.encrypting import encrypt_by_fscrypt
+from unionfs.stores.backing import Chosen, refuse_bound
+from unionfs.stores.encrypting import encrypt_by_fscrypt, opened_by_gocryptfs
 from unionfs.stores.inspect import read_record
+from unionfs.stores.replacing import replace
 from unionfs.stores.tools import uninterrupted
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -33,8 +34,7 @@ def refuse_used(source: Chosen) -> None:
     """Raise an error if a union has it, or if no copy of it can be what it is."""
     refuse_bound(source)
     if source.in_use:
-        hint = "unmount that union first"
-        raise UnionfsError(f"{source.name} is in use by a union", hint=hint)
+        raise source.in_use_by_a_union()
 
 
 def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
@@ -51,7 +51,7 @@ def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
             with open(f"{into}/{AREA_NAME}/{FILE}", "w", encoding="utf-8") as file:
                 file.write(own.text())
 
-    replace(target, fill, keep=False)
+    replace(target.volume, target.directory, fill, keep=False)
 
 
 def default_directory(source: Chosen) -> str:
@@ -67,26 +67,52 @@ def default_directory(source: Chosen) -> str:
     return default_directory(record.base.name)
 
 
-def reset(upper: Chosen, ask: Ask, *, keep: bool) -> str | None:
-    """Put an empty upper, with the root's owner and mode, in the place of one.
+def reset(upper: Chosen, ask: Ask, *, keep: bool, known: bool = False) -> str | None:
+    """Put an empty upper, with the root's owner and mode and the same record, in the place of one.
 
     That of an encrypted one has the same passphrase, for which is asked where it makes the key.
+    For gocryptfs it need not be known; but then the record cannot be read either.
     """
     status = os.fstat(upper.fd)
+    record = read_record(upper.fd) or new_record(None)
 
     def fill(into: str) -> None:
         if upper.encrypted == gocryptfs.KIND:
             for name in gocryptfs.OWN_FILES:
                 shutil.copy2(f"/proc/self/fd/{upper.fd}/{name}", f"{into}/{name}")
+            if known:
+                with wiped(ask(upper.name)) as secret:
+                    _copy_record(upper, into, secret)
         elif upper.encrypted:
             with wiped(ask(upper.name)) as secret:
                 fscrypt.refuse_wrong(upper.fd, upper.name, secret)
-                encrypt_by_fscrypt(upper, into, secret, lambda: None)
+                encrypt_by_fscrypt(upper, into, secret, lambda: _write_record(into, record))
+        else:
+            _write_record(into, record)
         if os.geteuid() == 0:
             os.chown(into, status.st_uid, status.st_gid)
         os.chmod(into, stat.S_IMODE(status.st_mode))
 
-    return replace(upper, fill, keep=keep)
+    return replace(upper.volume, upper.directory, fill, keep=keep)
+
+
+def _copy_record(upper: Chosen, into: str, secret: bytearray) -> None:
+    with opened_by_gocryptfs(upper.fd, upper.name, secret) as plain:
+        record = read_record(plain)
+    cipher = os.open(into, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with opened_by_gocryptfs(cipher, upper.name, secret) as plain:
+            _write_record(f"/proc/self/fd/{plain}", record or new_record(None))
+    finally:
+        os.close(cipher)
+
+
+def _write_record(into: str, record: StoreRecord) -> None:
+    """It is the same store, over the same base."""
+    os.mkdir(f"{into}/{AREA_NAME}", 0o700)
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    with os.fdopen(os.open(f"{into}/{AREA_NAME}/{FILE}", flags, 0o600), "w") as file:
+        file.write(record.text())
 
 
 def contents(upper: Chosen) -> list[str]:
@@ -125,10 +151,10 @@ def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
     """Take paths out of an upper, so that the base is seen there; where they are kept."""
     for relative in found:
         _refuse_linked(upper, relative)
-    aside = f"reset-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     area = os.open(AREA_NAME, _OPEN, dir_fd=upper.fd)
     try:
-        os.makedirs(f"/proc/self/fd/{area}/{aside}", 0o700)
+        aside = names.new_paths(area)
+        os.mkdir(aside, 0o700, dir_fd=area)
         with uninterrupted():
             for number, relative in enumerate(found):
                 _move(upper.fd, relative, area, f"{aside}/{number}-{os.path.basename(relative)}")

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from unionfs.errors import UnionfsError
+from unionfs.errors import InUse, UnionfsError
 from unionfs.stores import ext, kernel, loop, userspace
 from unionfs.stores.probe import Contents
 from unionfs.stores.tools import lines_of, run, tool
@@ -213,12 +213,12 @@ def refuse_used(contents: Contents, *, patience: float = 0) -> None:
         except OSError as exc:
             if exc.errno != errno.EBUSY:
                 raise
-            raise UnionfsError(f"{path} is in use", hint=hint) from exc
+            raise InUse(path, path, "", hint=hint) from exc
         return
     end = time.monotonic() + patience
     while devices := _devices(path):
         if time.monotonic() >= end:
-            raise UnionfsError(f"{path} is in use, by {', '.join(devices)}", hint=hint)
+            raise InUse(path, path, f"by {', '.join(devices)}", hint=hint)
         time.sleep(0.02)
 
 

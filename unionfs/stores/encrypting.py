@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Encrypting a store: an upper is copied into a new encrypted directory, which takes its place.
 
-Owns the order.  How one directory takes another's place is backing.py's, as for a restore: by one
+Owns the order.  How one directory takes another's place is replacing.py's, as for a restore: by one
 call, with the old one kept beside.  Called by `unionfs store encrypt`.
 """
 
 import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from unionfs import locator
 from unionfs.errors import UnionfsError, usage_error
+from unionfs.format import AREA_NAME
 from unionfs.mounts import read_mounts
-from unionfs.stores import archive, backing, fscrypt, gocryptfs, mounted
+from unionfs.stores import archive, backing, fscrypt, gocryptfs, mounted_base
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen
 from unionfs.stores.base import describe
+from unionfs.stores.replacing import replace
 from unionfs.stores.volume import open_volume
 
 _NEW_MODE = 0o755
@@ -38,10 +40,10 @@ def place_of(store: str, lower: str | None) -> tuple[str, os.stat_result | None]
         if base.contents is not None:
             own = describe(base.locator, base.contents)
         else:
-            own = mounted.describe(base.locator, base.mountpoint, read_mounts())
+            own = mounted_base.describe(base.locator, base.mountpoint, read_mounts())
         volume = open_volume(store, readonly=True, untouched=True)
         stack.callback(volume.close)
-        inside = mounted.default_directory(volume, own, base.locator)
+        inside = mounted_base.default_directory(volume, own, base.locator)
         return f"{where.source}:{inside}", os.stat(".", dir_fd=base.root)
 
 
@@ -63,7 +65,7 @@ def encrypt(
     keep: bool,
 ) -> str | None:
     """Put an encrypted upper in the place of a plain one; where that is kept, if it is."""
-    empty = not os.listdir(upper.fd)
+    there = os.listdir(upper.fd)
 
     def fill(into: str) -> None:
         if kind == fscrypt.KIND:
@@ -71,10 +73,11 @@ def encrypt(
             encrypt_by_fscrypt(upper, into, secret, lambda: archive.copy(source, into, advance))
         else:
             _encrypt_by_gocryptfs(upper, into, secret, advance)
-        if empty:
+        if not there:
             _become(upper, into, like)
 
-    return backing.replace(upper, fill, keep=keep and not empty)
+    keep = keep and bool(set(there) - {AREA_NAME})
+    return replace(upper.volume, upper.directory, fill, keep=keep)
 
 
 def encrypt_by_fscrypt(
@@ -100,10 +103,20 @@ def _encrypt_by_gocryptfs(upper: Chosen, into: str, secret: bytearray, advance: 
 
 
 def _copy(upper: Chosen, cipher: int, secret: bytearray, advance: Advance) -> None:
-    helper = gocryptfs.start(cipher, upper.name, lambda _: secret[:], readonly=False)
     own = f"/proc/{os.getpid()}/fd"
+    with opened_by_gocryptfs(cipher, upper.name, secret) as plain:
+        archive.copy(f"{own}/{upper.fd}", f"{own}/{plain}", advance)
+
+
+@contextlib.contextmanager
+def opened_by_gocryptfs(cipher: int, name: str, secret: bytearray) -> Iterator[int]:
+    """What a cipher directory has in it; an error if not all that is written there got there.
+
+    If it is locked, then by the caller, exclusively and by this descriptor.
+    """
+    helper = gocryptfs.start(cipher, name, lambda _: secret[:], readonly=False)
     try:
-        archive.copy(f"{own}/{upper.fd}", f"{own}/{helper.root}", advance)
+        yield helper.root
     except BaseException:
         helper.close()
         raise
@@ -111,7 +124,7 @@ def _copy(upper: Chosen, cipher: int, secret: bytearray, advance: Advance) -> No
         written = helper.close()
         os.close(helper.root)
     if not written:
-        raise UnionfsError(f"cannot encrypt {upper.name}: gocryptfs ended with an error")
+        raise UnionfsError(f"cannot encrypt {name}: gocryptfs ended with an error")
 
 
 def _become(upper: Chosen, into: str, like: os.stat_result | None) -> None:

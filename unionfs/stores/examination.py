@@ -115,7 +115,7 @@ def _examine_upper(
     try:
         kind = unlocking.kind_of(upper)
         if kind != gocryptfs.KIND:
-            _lock(upper, directory, exclusive=wish.repair)
+            _lock(volume, upper, directory, exclusive=wish.repair)
         if kind:
             _check_encrypted(volume, directory, upper, report, wish, below, progress)
             return
@@ -244,9 +244,8 @@ def _opened_lowers(texts: Sequence[str]) -> Iterator[_Below | None]:
         yield _Below(options, layers, stores.base)
 
 
-def _lock(upper: int, directory: str, *, exclusive: bool) -> None:
+def _lock(volume: Volume, upper: int, directory: str, *, exclusive: bool) -> None:
     try:
         fcntl.flock(upper, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
     except BlockingIOError:
-        hint = "unmount that union first"
-        raise UnionfsError(f"{directory} is in use by a union", hint=hint) from None
+        raise unlocking.in_use(volume, directory, upper) from None

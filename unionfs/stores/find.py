@@ -20,6 +20,7 @@ from typing import Final, Literal, TypeVar
 from unionfs.errors import UnionfsError
 from unionfs.locator import Locator, Tag
 from unionfs.mounts import MountEntry, read_mounts
+from unionfs.stores import loop
 from unionfs.stores.probe import Contents, probe
 
 Search = Literal["devices", "images"]
@@ -49,6 +50,25 @@ def block_devices() -> Iterator[str]:
             node = "/dev/" + name.replace("!", "/")
             if os.path.exists(node):
                 yield node
+
+
+def image_of(device: str) -> str | None:
+    """The image that a loop device shows from its beginning, if it can be reached."""
+    name = os.path.basename(device)
+    if not name.startswith("loop"):
+        return None
+    try:
+        with open(f"{_SYSTEM}/{name}/loop/backing_file", "rb") as file:
+            path = os.fsdecode(file.read().removesuffix(b"\n"))
+        fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = loop.bound(fd)
+        finally:
+            os.close(fd)
+        inode = os.stat(path).st_ino  # another mount namespace may have another file there
+    except OSError:
+        return None
+    return path if found is not None and (found.inode, found.offset) == (inode, 0) else None
 
 
 def image_files(mounts: Iterable[MountEntry]) -> Iterator[str]:
@@ -89,17 +109,22 @@ def examine(paths: Iterable[str]) -> Iterator[Contents]:
 
 def _matches(paths: Iterable[str], tag: Tag, value: str) -> list[Contents]:
     found = [c for c in examine(paths) if _same(tag, value_of(c, tag), value)]
-    # A btrfs of several devices has one label and one UUID: any member stands for all.
+    return list(once_each(found))
+
+
+def once_each(contents: Iterable[Contents]) -> Iterator[Contents]:
+    """Without all but one of the members of a btrfs of several devices.
+
+    They have one label and one UUID: any member stands for all.
+    """
     members: dict[str, set[str]] = {}
-    kept = []
-    for contents in found:
-        if contents.fstype == "btrfs" and contents.member:
-            known = members.setdefault(contents.uuid, set())
-            if known and contents.member not in known:
+    for one in contents:
+        if one.fstype == "btrfs" and one.member:
+            known = members.setdefault(one.uuid, set())
+            if known and one.member not in known:
                 continue
-            known.add(contents.member)
-        kept.append(contents)
-    return kept
+            known.add(one.member)
+        yield one
 
 
 def _linked(tag: Tag, value: str) -> str | None:

@@ -5,13 +5,14 @@ Owns the look: file systems are mounted privately and read-only, without replayi
 Called by `unionfs store list` and `info`.
 
 Uppers are looked for where unionfs makes them: the root of a file system, its directories, and
-/persistent_NAME/ARCH.
+/persistent_NAME/ARCH.  What is kept of one (kept.py) is none: it is told of with the one that it
+was kept of, and where only that is left, there is an upper without anything.
 """
 
 import contextlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,42 @@ from unionfs.holder import Owner, here, read_owner_at
 from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
 from unionfs.stores import find, fscrypt, gocryptfs, unlocking
+from unionfs.stores import kept as names
+from unionfs.stores.mounted import Mounted, mounted_unions
 from unionfs.stores.volume import Volume, open_volume
+from unionfs.unions import integer
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _MOUNTABLE = ("ext2", "ext3", "ext4", "xfs", "btrfs")
+
+
+@dataclass(slots=True)
+class Kept:
+    """What was taken away from an upper, and is kept."""
+
+    directory: str  # within the store; beside one that is a directory: ../NAME
+    date: str  # ISO 8601, local
+    encrypted: str = ""
+    size: int | None = None  # what it takes on the disk, if it was counted
+
+    @property
+    def in_area(self) -> bool:
+        """Whether it is some paths only."""
+        return os.path.basename(os.path.dirname(self.directory)) == AREA_NAME
+
+    def shown(self, store: str) -> str:
+        """For people, who are told of a store by its path already."""
+        beside = self.directory.startswith("../")
+        return os.path.normpath(f"{store}/{self.directory}") if beside else self.directory
+
+    def facts(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "directory": self.directory,
+            "date": self.date,
+            "size": self.size,
+            "encrypted": self.encrypted or None,
+        }
 
 
 @dataclass(slots=True)
@@ -37,6 +70,8 @@ class Upper:
     owner: Owner | None = None  # who holds it, or has not let it go
     mounted: str = ""  # the mount point of its union
     encrypted: str = ""  # how; then nothing else is known of it, unless it is unlocked
+    over: str = ""  # the base of a union that has it
+    kept: list[Kept] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
@@ -47,11 +82,21 @@ class Upper:
             "id": record.uuid if record is not None else None,
             "created": record.created if record is not None else None,
             "used": record.used if record is not None else None,
-            "base": None if base is None else {"name": base.name, "told": str(base)},
+            "base": None
+            if base is None
+            else {"name": base.name, "told": str(base), "path": base.path},
             "mounted": self.mounted or None,
             "elsewhere": self.elsewhere() or None,
             "encrypted": self.encrypted or None,
+            "kept": [kept.facts() for kept in self.kept],
         }
+
+    def base_shown(self) -> str:
+        """The base for people: of a directory its path, which is all that is known of it."""
+        base = self.record.base if self.record is not None else None
+        if base is None:
+            return self.over or "-"
+        return base.path if base.kind == "directory" else base.name
 
     def elsewhere(self) -> str:
         """The other machine that has it, or has not let it go."""
@@ -105,33 +150,77 @@ def read_record(upper: int) -> StoreRecord | None:
 
 def find_uppers(root: int) -> Iterator[Upper]:
     """The uppers on the file system of the open directory `root`."""
-    yield from _upper_at(root, "/")
-    for name in _directories(root):
-        with _opened(root, name) as fd:
-            if fd < 0:
-                continue
-            yield from _upper_at(fd, f"/{name}")
-            if name.startswith("persistent_"):
-                for inner in _directories(fd):
-                    with _opened(fd, inner) as below:
-                        if below >= 0:
-                            yield from _upper_at(below, f"/{name}/{inner}")
+    top = upper_at(root, "/")
+    if top is not None:
+        yield top
+    # Below an upper, what is called as if it were kept is its own.
+    for name, upper in _uppers_in(root, "/", keeps=top is None):
+        if upper is not None:
+            yield upper
+        if name.startswith("persistent_"):
+            with _opened(root, name) as fd:
+                if fd >= 0:
+                    yield from (u for _, u in _uppers_in(fd, f"/{name}") if u is not None)
 
 
-def _upper_at(fd: int, directory: str) -> Iterator[Upper]:
+def _uppers_in(parent: int, path: str, *, keeps: bool = True) -> Iterator[tuple[str, Upper | None]]:
+    """Each directory in an open one, and the upper that it is."""
+    found = directories(parent)
+    there = [name for name in found if not names.is_temporary(name)]
+    if keeps:
+        # Also what is not there: only what is kept of it, or itself moved aside by who was killed.
+        parts = (names.split(name) for name in there)
+        of_others = {part[0] for part in parts if part is not None}
+        there = [name for name in there if names.split(name) is None]
+        there += sorted(of_others - set(there))
+        there += sorted(names.all_moved_aside(found) - set(there))
+    for name in there:
+        directory = os.path.join(path, name)
+        place = name if name in found else names.moved_aside(found, name) or name
+        with _opened(parent, place) as fd:
+            upper = None if fd < 0 else upper_at(fd, directory)
+        if keeps:
+            kept = list(kept_beside(parent, found, directory, plain=upper is None))
+            if kept:
+                upper = upper or Upper(directory, None)
+                upper.kept = sorted([*kept, *upper.kept], key=lambda k: k.date)
+        yield name, upper
+
+
+def kept_beside(parent: int, found: list[str], directory: str, *, plain: bool) -> Iterator[Kept]:
+    """What is kept of an upper; of what is `plain` only what was one."""
+    for name in names.of(found, os.path.basename(directory)):
+        with _opened(parent, name) as fd:
+            was = None if fd < 0 else upper_at(fd, directory)
+        if was is None and plain:
+            continue
+        encrypted = "" if was is None else was.encrypted
+        parts = names.split(name)
+        assert parts is not None
+        where = os.path.join(os.path.dirname(directory), name)
+        yield Kept(where, names.told(parts[1]), encrypted)
+
+
+def upper_at(fd: int, directory: str) -> Upper | None:
+    """The upper that an open directory is."""
     kind = unlocking.kind_of(fd)
     if kind == gocryptfs.KIND or (kind and fscrypt.is_locked(fd)):
-        yield Upper(directory, None, encrypted=kind)
-        return
+        return Upper(directory, None, encrypted=kind)
     try:
         status = os.stat(AREA_NAME, dir_fd=fd, follow_symlinks=False)
     except OSError:
-        return
-    if stat.S_ISDIR(status.st_mode):
-        yield Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind)
+        return None
+    if not stat.S_ISDIR(status.st_mode):
+        return None
+    with _opened(fd, AREA_NAME) as area:  # not everybody may
+        paths = [n for n in sorted(directories(area)) if names.date_of_paths(n)]
+    inside = os.path.join(directory, AREA_NAME)
+    kept = [Kept(f"{inside}/{n}", names.told(names.date_of_paths(n))) for n in paths]
+    return Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind, kept=kept)
 
 
-def _directories(fd: int) -> list[str]:
+def directories(fd: int) -> list[str]:
+    """The names of the directories in an open one, but for an area."""
     try:
         with os.scandir(fd) as entries:
             return sorted(
@@ -142,7 +231,7 @@ def _directories(fd: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(parent: int, name: str) -> Iterator[int]:
+def _opened(parent: int | None, name: str) -> Iterator[int]:
     """A directory below; -1 if it cannot be opened."""
     try:
         fd = os.open(name, _DIRECTORY, dir_fd=parent)
@@ -173,28 +262,33 @@ def owners(volume: Volume) -> list[tuple[str, Owner]]:
         os.close(root)
 
 
-def mounted_unions() -> dict[str, str]:
-    """The mount points of unions by their upper's id."""
-    from unionfs.unions import FSTYPE, ask
+def disk_bytes(fd: int) -> int:
+    """How much an open directory and what is below it takes on the disk, as far as it is seen."""
+    total = os.fstat(fd).st_blocks * 512
+    seen = set()
+    with contextlib.suppress(OSError), os.scandir(fd) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                with _opened(fd, entry.name) as below:
+                    total += disk_bytes(below) if below >= 0 else 0
+                continue
+            status = entry.stat(follow_symlinks=False)
+            if status.st_nlink == 1 or status.st_ino not in seen:
+                total += status.st_blocks * 512
+            seen.add(status.st_ino)
+    return total
 
-    mounts = read_mounts()
-    found = {}
-    for entry in mounts:
-        if entry.fstype != FSTYPE:
-            continue
-        store = ask(entry, mounts, deadline=2).facts.get("store")
-        if isinstance(store, dict) and isinstance(store.get("id"), str):
-            found[store["id"]] = entry.point
-    return found
 
-
-def look(text: str, mounted: dict[str, str]) -> Store:
-    """One store, by its locator."""
+def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
+    """One store, by its locator; `sizes`: also how much what is kept takes."""
     from unionfs import locator
 
-    where = locator.parse(text)
-    path = find.find(where)
+    path = find.find(locator.parse(text))
     store = _outside(path)
+    holder = next((union for union in unions if union.alone and union.lies_in(path)), None)
+    if holder is not None:
+        _told(store, holder)
+        return store
     try:
         volume = open_volume(text, readonly=True, untouched=True)
     except UnionfsError as exc:
@@ -202,12 +296,32 @@ def look(text: str, mounted: dict[str, str]) -> Store:
         return store
     try:
         _inside(store, volume)
+        if sizes:
+            for kept in (kept for upper in store.uppers for kept in upper.kept):
+                with _opened(volume.root, kept.directory.removeprefix("/")) as fd:
+                    kept.size = disk_bytes(fd) if fd >= 0 else None
     finally:
         volume.close()
     for upper in store.uppers:
-        if upper.record is not None:
-            upper.mounted = mounted.get(upper.record.uuid, "")
+        number = upper.record.uuid if upper.record is not None else None
+        for union in unions:
+            if union.has(path, upper.directory, number):
+                upper.mounted, upper.over = union.point, union.facts.get("lowers", [""])[-1]
     return store
+
+
+def _told(store: Store, union: Mounted) -> None:
+    """What a union tells of its store, which nobody else can look into meanwhile."""
+    told = union.store
+    store.fstype, store.label, store.uuid = (
+        str(told.get(name) or "") for name in ("fstype", "label", "uuid")
+    )
+    store.size, store.free = (integer(union.facts, name) for name in ("size", "free"))
+    record = identity.parse_told(told)
+    how = str(told.get("encrypted") or "")
+    over = union.facts.get("lowers", [""])[-1]
+    upper = Upper(union.directory or "/", record, None, union.point, how, over)
+    store.uppers = [upper]
 
 
 def _outside(path: str) -> Store:
@@ -236,46 +350,69 @@ def _inside(store: Store, volume: Volume) -> None:
         store.uppers = list(find_uppers(root))
     finally:
         os.close(root)
+    if store.kind == "directory":
+        _keep_in_sight(store, volume)
 
 
-def candidates(places: Iterable[str]) -> Iterator[str]:
-    """What may be a store: what was named, images in directories that were named, devices.
-
-    Without names: devices and the images at the top of mounted file systems.
-    """
-    given = list(places)
-    for place in given:
-        if os.path.isdir(place):
-            yield place
-            with os.scandir(place) as entries:
-                yield from sorted(
-                    e.path for e in entries if e.name.endswith(".img") and e.is_file()
-                )
-        else:
-            yield place
-    if not given:
-        yield from find.block_devices()
-        yield from find.image_files(read_mounts())
-
-
-def find_stores(places: Iterable[str]) -> Iterator[Store]:
-    """All that are found; without names only what has an upper in it or a problem to tell."""
-    mounted = mounted_unions()
-    given = list(places)
-    seen: set[str] = set()
-    backing = set()
-    for path in candidates(given):
-        real = os.path.realpath(path)
-        if real in seen:
+def _keep_in_sight(store: Store, volume: Volume) -> None:
+    """What is kept of a directory that is an upper itself lies beside it."""
+    path = os.path.realpath(volume.mountpoint)
+    for upper in store.uppers:
+        if upper.directory != "/" or path == "/":
             continue
-        seen.add(real)
-        if not given:
-            contents = next(find.examine([path]), None)
-            if contents is None or contents.fstype not in _MOUNTABLE:
-                continue
-            if contents.uuid in backing:  # an image, and the loop device on it
-                continue
-            backing.add(contents.uuid)
-        store = look(path, mounted)
-        if store.uppers or (given and store.kind != "directory"):
-            yield store
+        with _opened(None, os.path.dirname(path)) as fd:
+            found = [] if fd < 0 else directories(fd)
+            name = os.path.basename(path)
+            kept = list(kept_beside(fd, found, f"../{name}", plain=False))
+        upper.kept = sorted([*kept, *upper.kept], key=lambda k: k.date)
+
+
+def _images_in(place: str) -> list[str]:
+    with os.scandir(place) as entries:
+        return sorted(e.path for e in entries if e.name.endswith(".img") and e.is_file())
+
+
+def _everywhere(unions: Iterable[Mounted]) -> Iterator[str]:
+    """What unions have as their store, and of all else images and devices that can be one.
+
+    A loop device on an image is that image.
+    """
+    places = [union.place for union in unions]
+    yield from (place for place in places if os.path.isdir(place))
+    nodes = [*(place for place in places if not os.path.isdir(place)), *find.block_devices()]
+    devices = (find.image_of(node) or node for node in nodes)
+    found = find.examine(_each([*devices, *find.image_files(read_mounts())]))
+    yield from (one.path for one in find.once_each(found) if one.fstype in _MOUNTABLE)
+
+
+def _each(paths: Iterable[str]) -> Iterator[str]:
+    """Every path, but none twice, by whatever link."""
+    seen = set()
+    for path in paths:
+        real = os.path.realpath(path)
+        if real not in seen:
+            seen.add(real)
+            yield path
+
+
+def find_stores(places: Sequence[str]) -> Iterator[Store]:
+    """Those at the places, or in the images in them; without places all that have an upper."""
+    unions = mounted_unions()
+    if places:
+        named = (p for place in places for p in _with_images(place))
+        for path in _each(named):
+            store = look(path, unions)
+            if store.uppers or store.kind != "directory":
+                yield store
+        return
+    for path in _each(_everywhere(unions)):
+        with contextlib.suppress(UnionfsError):  # gone, or it cannot be reached from here
+            store = look(path, unions)
+            if store.uppers:
+                yield store
+
+
+def _with_images(place: str) -> Iterator[str]:
+    yield place
+    if os.path.isdir(place):
+        yield from _images_in(place)

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from unionfs.errors import ExitCode, UnionfsError
+from unionfs.errors import ExitCode, InUse, UnionfsError
 
 _CONTROL: Final = "/dev/loop-control"
 # linux/loop.h
@@ -117,7 +117,7 @@ def attach(path: str, *, readonly: bool) -> Loop:
             for device, found in devices_of(image):
                 if found.readonly and not readonly:
                     hint = "unmount what uses it first"
-                    raise UnionfsError(f"{path} is in use read-only, by {device}", hint=hint)
+                    raise InUse(path, path, f"read-only, by {device}", hint=hint)
                 if found.offset == 0:
                     return Loop(os.open(device, _flags(readonly)), device)
             _lock(image, path, readonly=readonly)
@@ -139,7 +139,7 @@ def _lock(image: int, path: str, *, readonly: bool) -> None:
         fcntl.flock(image, (fcntl.LOCK_SH if readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         hint = "unmount the union that uses it first"
-        raise UnionfsError(f"{path} is in use by another program", hint=hint) from None
+        raise InUse(path, path, "by another program", hint=hint) from None
 
 
 def _flags(readonly: bool) -> int:

@@ -1,110 +1,102 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A base that is mounted already: the device beneath it, and where the changes to it lie.
+"""The stores of mounted unions, as their daemons tell of them.
 
-Owns what is known of a directory that is the root of a mounted file system, which is recognized
-as if its device had been named.  A directory within one is nobody's base: what lies around it may
-be installed anew, and it stays the same directory.  Called by opening.py, opened.py and whoever
-else asks which base a store belongs to.
+Owns which union has which store: by where it lies, since a copy of a store has the same id.  Called
+by inspect.py, and by the verbs of `unionfs store` to say who has what they cannot have.
 """
 
-import contextlib
 import os
 import stat
-from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any
 
-from unionfs import identity
-from unionfs.errors import UnionfsError
-from unionfs.identity import Base
-from unionfs.locator import Locator, unescape_tag
-from unionfs.mounts import MountEntry, filesystem_at
-from unionfs.stores import base
-from unionfs.stores.probe import Contents, probe
-from unionfs.stores.volume import Volume, walk
-
-_LINKS: Final = "/dev/disk/by-"
+from unionfs.errors import InUse, UnionfsError
+from unionfs.mounts import read_mounts
+from unionfs.stores import find
 
 
-def describe(where: Locator, directory: str, mounts: Sequence[MountEntry]) -> Base:
-    """What a store remembers of a base that is this directory."""
-    contents = contents_at(directory, mounts)
-    with contextlib.suppress(OSError):  # of a digest, which not everybody may make
-        return base.describe(where, contents)
-    return base.describe(where, None)
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A union with an upper, and what its status says of that."""
+
+    point: str
+    upper: str  # its name; the path of one that is a directory
+    store: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """The image or device that has the upper, or the directory that it is."""
+        source = self.store.get("source")
+        return source if isinstance(source, str) else self.upper
+
+    @property
+    def directory(self) -> str | None:
+        """Where in an image or on a device; None of a directory."""
+        found = self.store.get("directory")
+        return found if isinstance(found, str) else None
+
+    @property
+    def alone(self) -> bool:
+        """Whether nobody else can look into its image: a program has it, not the kernel."""
+        return str(self.store.get("mounted_by", "kernel")) != "kernel"
+
+    def lies_in(self, path: str) -> bool:
+        """Whether a path is its image, the loop device on that, its device or its directory."""
+        ways = {self.place, str(self.store.get("device", self.place))}
+        ways |= {image for way in ways if (image := find.image_of(way)) is not None}
+        return any(_same(way, path) for way in ways)
+
+    def has(self, path: str, directory: str, identity: str | None) -> bool:
+        """Whether it is an upper: a directory in what is at a path, with this id."""
+        if self.directory is not None:
+            return self.directory == directory and self.lies_in(path)
+        below = os.path.join(path, directory.lstrip("/"))
+        if os.path.isdir(path):
+            return _same(self.upper, below)
+        # On a device that is mounted, it is known by the path there.
+        return identity is not None and str(self.store.get("id")) == identity
 
 
-def device_at(directory: str, mounts: Sequence[MountEntry]) -> tuple[str, MountEntry] | None:
-    """The device whose file system a directory is the root of, and its mount."""
-    entry = filesystem_at(directory, mounts)
-    node = None if entry is None else _node(entry)
-    return None if entry is None or node is None else (node, entry)
-
-
-def contents_at(directory: str, mounts: Sequence[MountEntry]) -> Contents | None:
-    """What is on the device that is mounted there; None where there is none, or it is not known."""
-    if (found := device_at(directory, mounts)) is None:
-        return None
-    node, entry = found
+def _same(one: str, other: str) -> bool:
     try:
-        contents = probe(node)
-    except UnionfsError:  # an ordinary user may not read it; udev has
-        contents = Contents(node, entry.fstype, _linked("label", node), _linked("uuid", node))
-    return contents if contents.uuid or contents.label or contents.usage == "filesystem" else None
-
-
-def _node(entry: MountEntry) -> str | None:
-    """The device of a mounted file system.  btrfs has a number of its own in place of that."""
-    if entry.fstype == "btrfs":
-        return entry.source if _is_device(entry.source) else None
-    with contextlib.suppress(OSError), open(f"/sys/dev/block/{entry.device}/uevent") as file:
-        for line in file:
-            name, _, value = line.strip().partition("=")
-            if name == "DEVNAME" and _is_device(f"/dev/{value}"):
-                return f"/dev/{value}"
-    return None
-
-
-def _is_device(path: str) -> bool:
-    with contextlib.suppress(OSError):
-        return stat.S_ISBLK(os.stat(path).st_mode)
-    return False
-
-
-def _linked(tag: str, node: str) -> str:
-    """What udev shows of a device."""
-    with contextlib.suppress(OSError), os.scandir(f"{_LINKS}{tag}") as links:
-        for link in links:
-            if os.path.realpath(link.path) == node:
-                return unescape_tag(link.name)
-    return ""
-
-
-def default_directory(volume: Volume, of: Base, where: Locator) -> str:
-    """Where in a store the changes to a base lie if nothing says so.
-
-    A mounted base is called by its label.  What lies under the name of its directory, as it was
-    called before labels were looked at, goes on being used, unless it is another base's.
-    """
-    named = base.default_directory(of.name)
-    before = base.default_directory(base.base_name(where, None))
-    if before == named or _is_there(volume, named):
-        return named
-    try:
-        fd = walk(volume, before)
-    except FileNotFoundError:
-        return named
-    try:
-        from unionfs.stores.inspect import read_record
-
-        other = identity.mismatch(read_record(fd), of, before) is not None
-        return named if other else before
-    finally:
-        os.close(fd)
-
-
-def _is_there(volume: Volume, inside: str) -> bool:
-    try:
-        os.close(walk(volume, inside))
-    except FileNotFoundError:
+        first, second = os.stat(one), os.stat(other)
+    except OSError:
         return False
-    return True
+    if stat.S_ISBLK(first.st_mode) and stat.S_ISBLK(second.st_mode):
+        return first.st_rdev == second.st_rdev
+    return os.path.samestat(first, second)
+
+
+def mounted_unions() -> list[Mounted]:
+    """Those that answer, and whose changes stay."""
+    from unionfs.unions import FSTYPE, ask
+
+    mounts = read_mounts()
+    found = []
+    for entry in mounts:
+        if entry.fstype != FSTYPE:
+            continue
+        facts = ask(entry, mounts, deadline=2).facts
+        store, upper = facts.get("store"), facts.get("upper")
+        if isinstance(upper, str) and not facts.get("ephemeral"):
+            told = store if isinstance(store, dict) else {}
+            found.append(Mounted(entry.point, upper, told, facts))
+    return found
+
+
+def named(error: UnionfsError) -> UnionfsError:
+    """An error, which says at which mount point a store is used, if it is that and it is known."""
+    if not isinstance(error, InUse):
+        return error
+    points = [m.point for m in mounted_unions() if _is_meant(m, error)]
+    if not points:
+        return error
+    what = f"{error.name} is in use by the union at {points[0]}"
+    return UnionfsError(what, hint=f"unmount it first: unionfs umount {points[0]}")
+
+
+def _is_meant(union: Mounted, error: InUse) -> bool:
+    if error.directory is None:
+        return union.lies_in(error.path)
+    return union.has(error.path, error.directory, error.identity)

@@ -22,7 +22,7 @@ from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, locate
 from unionfs.options import MountOptions
 from unionfs.passphrase import Ask
-from unionfs.stores import base, fscrypt, gocryptfs, mounted, unlocking, userspace
+from unionfs.stores import base, fscrypt, gocryptfs, mounted_base, unlocking, userspace
 from unionfs.stores.find import NotFound
 from unionfs.stores.volume import Volume, make_directory, open_volume, put_back, walk
 
@@ -44,6 +44,7 @@ class Stores:
         self._upper: Volume | None = None
         self._plain: Volume | None = None  # what gocryptfs shows of an encrypted upper
         self._encrypted = ""  # how the upper is
+        self._inside = "/"  # where it is in its file system
         self._below = -1  # then, where autogrow is asked for: the file system that it lies in
         self.base: Base | None = None
         self._called: Locator | None = None  # what names the base
@@ -70,6 +71,8 @@ class Stores:
         if self._upper is None:
             return None
         how = {"encrypted": self._encrypted} if self._encrypted else {}
+        if self._upper.contents is not None:
+            how["directory"] = self._inside
         return self._upper.facts() | how
 
     @property
@@ -143,7 +146,7 @@ class Stores:
                     self.base = base.describe(volume.locator, volume.contents)
                 else:
                     seen = text if volume is None else volume.mountpoint
-                    self.base = mounted.describe(self._called, seen, mounts)
+                    self.base = mounted_base.describe(self._called, seen, mounts)
             if volume is None:
                 continue
             inside = volume.locator.directory or "/"
@@ -166,7 +169,7 @@ class Stores:
             shared = volume.contents is not None or volume.device != volume.mountpoint
             assert self.base is not None
             assert self._called is not None
-            default = mounted.default_directory
+            default = mounted_base.default_directory
             inside = default(volume, self.base, self._called) if shared else "/"
         try:
             fd = walk(volume, inside)
@@ -178,6 +181,7 @@ class Stores:
                 fd = walk(volume, inside)
             else:
                 fd = make_directory(volume, inside, self._like())
+        self._inside = inside
         self._encrypted = unlocking.kind_of(fd)
         if self._encrypted == gocryptfs.KIND:
             self._mount_cipher(volume, inside, fd, mounts)

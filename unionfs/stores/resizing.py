@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from unionfs.errors import UnionfsError, usage_error
+from unionfs.errors import InUse, UnionfsError, usage_error
 from unionfs.stores import kernel, loop, userspace
 from unionfs.stores.making import new_file
 from unionfs.stores.probe import Contents, probe, require_filesystem
@@ -215,7 +215,7 @@ def shrink(path: str, size: int, advance: Progress) -> None:
     if contents.fstype == "ext4":
         if devices := _loops(path):
             hint = "unmount the union first"
-            raise UnionfsError(f"{path} is in use, by {devices[0]}", hint=hint)
+            raise InUse(path, path, f"by {devices[0]}", hint=hint)
         _resize_copy(path, size, advance)
     elif contents.fstype == "btrfs" and kernel.may_mount():
         if size < _BTRFS_SMALLEST:

@@ -8,6 +8,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from unionfs.errors import InUse
 from unionfs.passphrase import Ask
 from unionfs.stores import fscrypt, gocryptfs
 from unionfs.stores.volume import Volume
@@ -33,6 +34,19 @@ def name_of(volume: Volume, inside: str) -> str:
     """For messages and questions."""
     source = volume.locator.source
     return source if inside == "/" else f"{source}:{inside}"
+
+
+def in_use(volume: Volume, inside: str, directory: int) -> InUse:
+    """The error that a union has an upper, which is open."""
+    from unionfs.stores.inspect import read_record
+
+    record = read_record(directory)
+    return InUse(
+        name_of(volume, inside),
+        volume.path,
+        directory=inside,
+        identity=None if record is None else record.uuid,
+    )
 
 
 def mount(volume: Volume, inside: str, directory: int, ask: Ask, *, readonly: bool) -> Volume:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import IO, Final
 
 from unionfs import syscalls
-from unionfs.errors import ExitCode, UnionfsError
+from unionfs.errors import ExitCode, InUse, UnionfsError
 from unionfs.mounts import mount_number, read_mounts, topmost
 from unionfs.stores import ext, squash
 from unionfs.stores.probe import Contents
@@ -293,7 +293,7 @@ def lock_patiently(fd: int, path: str, *, readonly: bool, patience: float = 0) -
         except BlockingIOError:
             if time.monotonic() > end:
                 hint = "unmount the union that uses it first"
-                raise UnionfsError(f"{path} is in use by another program", hint=hint) from None
+                raise InUse(path, path, "by another program", hint=hint) from None
             time.sleep(0.1)
 
 

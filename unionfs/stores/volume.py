@@ -19,13 +19,12 @@ from unionfs.errors import UnionfsError, usage_error
 from unionfs.holder import Owner
 from unionfs.locator import Locator
 from unionfs.mounts import read_mounts
-from unionfs.stores import ext, find, kernel, loop, userspace
+from unionfs.stores import ext, find, kept, kernel, loop, userspace
 from unionfs.stores.fscrypt_keys import Key
 from unionfs.stores.probe import Contents, probe, require_filesystem
 
 log = logging.getLogger("unionfs")
 
-MOVED_ASIDE: Final = ".restore.old"
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -41,6 +40,11 @@ class Volume:
     helper: userspace.Helper | None = None
     mountpoint: str = ""  # of a directory: where it is seen
     keys: list[Key] = field(default_factory=list)  # of what was unlocked in it
+
+    @property
+    def path(self) -> str:
+        """The image, device or directory that was found."""
+        return self.contents.path if self.contents is not None else self.device
 
     def path_of(self, inside: str) -> str:
         """A directory in a volume that is seen somewhere."""
@@ -224,30 +228,39 @@ def walk(volume: Volume, inside: str) -> int:
     return fd
 
 
-def put_back(volume: Volume, inside: str) -> bool:
-    """Whether a directory that is not there was moved aside by a restore that was killed.
+def moved_aside(volume: Volume, inside: str) -> str | None:
+    """Where a directory is that is not there: moved aside by a verb that was killed.
 
-    Where two directories cannot be exchanged (fuse2fs), a restore moves the old one away before the
-    new one takes its place; killed in between, the old one is what there is.
+    Where two directories cannot be exchanged (fuse2fs), the old one is moved away before the new
+    one takes its place; killed in between, the old one is what there is.
     """
     parent, name = os.path.split(inside)
     try:
         opened = walk(volume, parent)
     except FileNotFoundError:
-        return False
+        return None
     top = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=opened)
     os.close(opened)
     try:
-        aside = [
-            n for n in os.listdir(top) if n.startswith(f".{name}.") and n.endswith(MOVED_ASIDE)
-        ]
-        if not name or len(aside) != 1:
-            return False
-        os.rename(aside[0], name, src_dir_fd=top, dst_dir_fd=top)
-        log.info("%s:%s was put back: a restore had been killed", volume.locator.source, inside)
-        return True
+        aside = kept.moved_aside(os.listdir(top), name)
     finally:
         os.close(top)
+    return None if aside is None else os.path.join(parent, aside)
+
+
+def put_back(volume: Volume, inside: str) -> bool:
+    """Whether a directory that is not there was moved aside; it is in its place again then."""
+    aside = moved_aside(volume, inside)
+    if aside is None:
+        return False
+    top = walk(volume, os.path.dirname(inside))
+    try:
+        names = os.path.basename(aside), os.path.basename(inside)
+        os.rename(*names, src_dir_fd=top, dst_dir_fd=top)
+    finally:
+        os.close(top)
+    log.info("%s:%s was put back: a restore had been killed", volume.locator.source, inside)
+    return True
 
 
 def make_directory(volume: Volume, inside: str, like: os.stat_result | None) -> int:

@@ -66,7 +66,9 @@ def run(argv: Sequence[str]) -> int:
         wish = Wish(given.repair, given.take, tuple(lowers), ask)
         return _check(given.store, wish, as_json=given.json, quiet=given.quiet)
     except UnionfsError as exc:
-        say("unionfs", exc)
+        from unionfs.stores.mounted import named
+
+        say("unionfs", named(exc))
         return Code.USAGE if exc.code == ExitCode.USAGE else Code.TROUBLE
 
 

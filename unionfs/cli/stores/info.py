@@ -12,7 +12,8 @@ USAGE = "unionfs store info STORE [--json]"
 
 DESCRIPTION = """\
 Tells of one store: its file system and its space, and of each directory with changes in
-it when it was made and used, over which base, and where it is mounted."""
+it when it was made and used, over which base, where it is mounted, and what was taken away
+from it and is kept."""
 
 EPILOG = """
 exit codes: 0 told, 1 wrong usage, 32 it cannot be opened
@@ -25,9 +26,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("store", metavar="STORE", help="DIR, IMAGE, /dev/NAME, LABEL=... ")
     parser.add_argument("--json", action="store_true", help="as an object")
     given = parser.read(argv)
-    from unionfs.stores.inspect import look, mounted_unions
+    from unionfs.stores.inspect import look
+    from unionfs.stores.mounted import mounted_unions
 
-    store = look(given.store, mounted_unions())
+    store = look(given.store, mounted_unions(), sizes=True)
     if store.problem:
         raise UnionfsError(store.problem)
     facts = store.facts()
@@ -49,13 +51,18 @@ def run(argv: Sequence[str]) -> int:
         pairs.append(("changes", upper.directory))
         if upper.encrypted:
             pairs.append(("  encrypted", upper.encrypted))
-            if record is None:
-                continue
         if record is not None:
             pairs.append(("  id", record.uuid))
             pairs.append(("  base", str(record.base) if record.base is not None else "-"))
+            if record.base is not None and record.base.kind == "directory":
+                pairs.append(("  path", record.base.path))
             pairs.append(("  created", record.created))
             pairs.append(("  last used", record.used))
-        pairs.append(("  mounted on", upper.mounted or upper.elsewhere() or "-"))
+        if not upper.encrypted or record is not None:
+            pairs.append(("  mounted on", upper.mounted or upper.elsewhere() or "-"))
+        for kept in upper.kept:
+            how = f", encrypted ({kept.encrypted})" if kept.encrypted else ""
+            told = f"of {kept.date.replace('T', ' ')}, {show.size_text(kept.size)}{how}"
+            pairs.append(("  kept", f"{kept.shown(store.path)} {told}"))
     show.fields(pairs)
     return ExitCode.OK

@@ -46,12 +46,14 @@ def run(argv: Sequence[str]) -> int:
         ]
         for upper in store.uppers:
             record = upper.record
-            base = record.base.name if record is not None and record.base is not None else "-"
-            base = f"({upper.encrypted})" if upper.encrypted else base
+            base = f"({upper.encrypted})" if upper.encrypted else upper.base_shown()
             used = record.used[:16].replace("T", " ") if record is not None else "-"
             place = upper.mounted or upper.elsewhere() or "-"
             rows.append([*first, upper.directory, base, used, place])
             first = [""] * len(first)
+            for kept in upper.kept:
+                date = kept.date[:16].replace("T", " ")
+                rows.append([*first, kept.shown(store.path), "(kept)", date, "-"])
         if not store.uppers:
             rows.append([*first, store.problem or "-", "-", "-", "-"])
     if rows:

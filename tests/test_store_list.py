@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`unionfs store list` and `info` of what is mounted: by the union that has it, and as it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rig import ground, images
+from tests.test_store_commands import done, facts, fails, store
+from tests.test_stores import base, change, check, label, need, union
+
+__all__ = ["base"]
+
+ARCH = os.uname().machine
+UPPER = f"/persistent_tree/{ARCH}"
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="devices are root's")
+
+
+def listed(place: Path) -> list[dict[str, Any]]:
+    """What `list` finds by itself, of the stores below a place of ours."""
+    found = json.loads(store("list", "--json").stdout)
+    return [one for one in found if str(one["path"]).startswith(f"{place}/")]
+
+
+def test_the_directory_of_a_mounted_union(base: Path) -> None:
+    up = base / "up"
+    up.mkdir()
+    assert listed(base) == []
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+        (found,) = listed(base)
+        assert (found["kind"], found["path"]) == ("directory", str(up))
+        (upper,) = found["uppers"]
+        assert upper["mounted"] == str(base / "mnt")
+        assert upper["base"]["path"] == str(base / "tree")
+        assert str(base / "tree") in done("list", up)
+    assert listed(base) == []
+    assert facts("info", up)["uppers"][0]["base"]["path"] == str(base / "tree"), "it is remembered"
+    assert str(base / "tree") in done("info", up)
+
+
+def test_a_base_that_is_known_takes_the_place_of_one_that_is_not(base: Path) -> None:
+    """A directory cannot be told from another."""
+    need("squashfs")
+    up = base / "up"
+    up.mkdir()
+    for lower, kind in ((base / "tree", "directory"), (base / "rootfs.squashfs", "squashfs")):
+        with union(base, lower, up):
+            assert kind in facts("info", up)["uppers"][0]["base"]["told"]
+    with union(base, base / "tree", up):
+        assert "squashfs" in facts("info", up)["uppers"][0]["base"]["told"]
+
+
+def test_a_copy_is_not_what_is_mounted(base: Path) -> None:
+    """Though it has the same id."""
+    need("ext4")
+    image = images.make(base / "s.img")
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+    shutil.copyfile(image, base / "copy.img")
+    with union(base, base / "tree", image):
+        (there,) = facts("info", image)["uppers"]
+        (copy,) = facts("info", base / "copy.img")["uppers"]
+    assert there["id"] == copy["id"]
+    assert (there["mounted"], copy["mounted"]) == (str(base / "mnt"), None)
+
+
+def test_an_image_that_a_union_has(base: Path) -> None:
+    """That of a user is fuse2fs's alone: what is told of it comes from the union."""
+    need("ext4")
+    image = images.make(base / "s.img", label="my stick", megabytes=32)
+    with union(base, base / "tree", image):
+        change(base / "mnt")
+    before = facts("info", image)
+    with union(base, base / "tree", image) as made:
+        said = facts("info", image)
+        for name in ("kind", "path", "fstype", "label", "uuid", "size", "problem"):
+            assert said[name] == before[name]
+        assert 0 < said["free"] <= said["size"]
+        (upper,) = said["uppers"]
+        assert upper["mounted"] == str(base / "mnt")
+        for name in ("directory", "id", "created", "base"):
+            assert upper[name] == before["uppers"][0][name]
+        assert facts("list", image)[0]["uppers"][0]["mounted"] == str(base / "mnt")
+        assert [one["path"] for one in listed(base)] == [str(image)], "not its loop device"
+        shown = done("list", image)
+        assert "my stick" in shown
+        assert str(base / "mnt") in shown
+        assert made.status()["upper"] == f"{image}:{UPPER}"
+    assert facts("info", image) | {"allocated": 0, "free": 0, "used": 0, "uppers": []} == {
+        **before,
+        **{"allocated": 0, "free": 0, "used": 0, "uppers": []},
+    }
+
+
+def test_who_has_what_a_verb_wants(base: Path) -> None:
+    """It is said where it is mounted, and how that is ended."""
+    need("ext4")
+    image = images.make(base / "s.img", megabytes=32)
+    up = base / "up"
+    up.mkdir()
+    (base / "new").mkdir()
+    for upper in (image, up):
+        with union(base, base / "tree", upper):
+            change(base / "mnt")
+            verbs: list[list[object]] = [["reset", upper], ["clone", upper, base / "new"]]
+            if upper == image:
+                verbs += [["shrink", upper, "--size", "16M"]]
+                if os.geteuid() != 0:
+                    verbs += [["backup", upper, base / "b"], ["grow", upper, "--size", "64M"]]
+            for words in verbs:
+                said = fails(*words)
+                assert f"is in use by the union at {base / 'mnt'}" in said
+                assert str(upper) in said
+                assert f"unionfs umount {base / 'mnt'}" in said
+            checked = store("check", upper)
+            if checked.returncode:  # root may look at a directory that is in use
+                assert f"{upper} is in use by the union at {base / 'mnt'}" in checked.stderr
+        with union(base, base / "tree", upper):
+            check(base / "mnt")
+
+
+@root_only
+def test_two_devices_with_one_uuid(base: Path) -> None:
+    """Both are told of; an image and its loop device are one."""
+    need("ext4")
+    (base / "a").mkdir()
+    (base / "b").mkdir()
+    name = label()
+    one = images.make(base / "a/s.img", label=name)
+    with union(base, base / "tree", one):
+        change(base / "mnt")
+    shutil.copyfile(one, base / "b/s.img")
+    with images.attached(one), images.attached(base / "b/s.img") as device:
+        found = sorted(str(x["path"]) for x in facts("list") if x["label"] == name)
+        assert found == [str(one), str(base / "b/s.img")]
+        assert [x["path"] for x in facts("list", device)] == [device], "as it was named"
+        with union(base, base / "tree", device):
+            (told,) = [x for x in facts("list") if x["path"] == str(base / "b/s.img")]
+            assert told["uppers"][0]["mounted"] == str(base / "mnt")
+            (other,) = [x for x in facts("list") if x["path"] == str(one)]
+            assert other["uppers"][0]["mounted"] is None
+
+
+@root_only
+@pytest.mark.slow
+def test_a_btrfs_of_two_devices_is_one(base: Path) -> None:
+    need("btrfs")
+    name = label()
+    for number in "ab":
+        with open(base / number, "wb") as file:
+            file.truncate(128 << 20)
+    with images.attached(base / "a") as first, images.attached(base / "b") as second:
+        ground.run("mkfs.btrfs", "-q", "-f", "-L", name, first, second)
+        with union(base, base / "tree", first):
+            change(base / "mnt")
+            assert len([x for x in facts("list") if x["label"] == name]) == 1

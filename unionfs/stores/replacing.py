@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How a new directory takes the place of an upper, by one call, and the old one is kept or removed.
+
+Owns the steps, and what is made of their leftovers.  What the new one has in it is for others:
+a restore, a clone, a reset, encryption.  The caller has the upper's lock.
+
+What is to be kept gets its name by that same call: the new one, complete, is called
+NAME.before-DATE, and then the two are exchanged.  Killed just before, the new one is what is kept;
+the old one is never what a later verb would remove.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from unionfs import syscalls
+from unionfs.errors import UnionfsError
+from unionfs.stores import kept as names
+from unionfs.stores.tools import uninterrupted
+from unionfs.stores.volume import Volume, walk
+from unionfs.syscalls import RenameFlag
+
+_OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+def open_beside(volume: Volume, directory: str) -> tuple[int, str]:
+    """The directory that an upper lies in, open, and the upper's name there.
+
+    An upper that is the root of its file system has no place beside it.
+    """
+    parent, name = os.path.split(directory)
+    if volume.contents is None and not name:
+        parent, name = os.path.split(volume.mountpoint)
+        return os.open(parent or "/", _OPEN), name
+    if not name:
+        what = f"{volume.locator.source}:/ is the root of its file system"
+        raise UnionfsError(what, hint="name a directory by :/dir")
+    opened = walk(volume, parent)
+    try:
+        return os.open(".", _OPEN, dir_fd=opened), name
+    finally:
+        os.close(opened)
+
+
+def replace(
+    volume: Volume, directory: str, fill: Callable[[str], None], *, keep: bool
+) -> str | None:
+    """Fill a new directory, then have it take an upper's place; what the old one is kept as."""
+    top, name = open_beside(volume, directory)
+    try:
+        tidy(top, name)
+        temporary = names.temporary(name, names.NEW)
+        os.mkdir(temporary, 0o700, dir_fd=top)
+        try:
+            fd = os.open(temporary, _OPEN, dir_fd=top)
+            try:
+                # Programs that fill it reach it by this path.
+                fill(f"/proc/{os.getpid()}/fd/{fd}")
+                syscalls.syncfs(fd)
+            finally:
+                os.close(fd)
+        except BaseException:
+            _remove(top, temporary)
+            raise
+        with uninterrupted():
+            return _take_place(top, temporary, name, keep=keep)
+    finally:
+        os.close(top)
+
+
+def _take_place(top: int, temporary: str, name: str, *, keep: bool) -> str | None:
+    new = temporary
+    try:
+        if keep:
+            new = names.new_name(top, name)
+            os.rename(temporary, new, src_dir_fd=top, dst_dir_fd=top)
+        old = _exchange(top, new, name, names.KEPT_ASIDE if keep else names.MOVED_ASIDE)
+    except BaseException:
+        for left in (temporary, new):
+            _remove(top, left)
+        raise
+    if not keep:
+        _remove(top, old)
+        return None
+    if old != new:
+        os.rename(old, new, src_dir_fd=top, dst_dir_fd=top)
+    return new
+
+
+def _exchange(top: int, new: str, name: str, suffix: str) -> str:
+    """One call where there is one; else the old one is moved aside first.  What it is called."""
+    try:
+        syscalls.renameat2(top, new, top, name, RenameFlag.EXCHANGE)
+        return new
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:  # fuse2fs
+            raise
+    aside = names.temporary(name, suffix)
+    os.rename(name, aside, src_dir_fd=top, dst_dir_fd=top)
+    try:
+        os.rename(new, name, src_dir_fd=top, dst_dir_fd=top)
+    except BaseException:
+        os.rename(aside, name, src_dir_fd=top, dst_dir_fd=top)
+        raise
+    return aside
+
+
+def _remove(top: int, name: str) -> None:
+    from unionfs.layer import remove_tree
+
+    remove_tree(Path(f"/proc/self/fd/{top}/{name}"))
+
+
+def tidy(top: int, name: str) -> None:
+    """Remove what a verb that was killed has left of an upper, which is in its place.
+
+    An old one that was to be kept gets its name.
+    """
+    found = os.listdir(top)
+    for left in names.temporaries(found, name, names.KEPT_ASIDE):
+        os.rename(left, names.new_name(top, name), src_dir_fd=top, dst_dir_fd=top)
+    for left in names.temporaries(found, name, names.NEW, names.MOVED_ASIDE):
+        _remove(top, left)
