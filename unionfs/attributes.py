@@ -116,13 +116,13 @@ def _with_privileges_killed(union: Union, ino: int, ctx: Caller) -> Change:
     root's chown(path, -1, -1); or root's write to a file that has just lost its capability."""
     attr = union.tree.getattr(ino)
     mode = attr[1]
+    to_write = union.capabilities_killed.take(ctx.pid, ino, time.monotonic_ns())
     if not stat.S_ISREG(mode):
         return Change()
     if ctx.uid != 0:
         mode = without_set_id(mode, attr[4], ctx)
-    elif union.capability_killed != (ino, ctx.pid):
+    elif not to_write:
         mode &= ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
-    union.capability_killed = None
     return Change() if mode == attr[1] else Change(mode=mode)
 
 
@@ -256,7 +256,7 @@ def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
     with _opened(union, ino) as fd:
         os.removexattr(fd_path(fd), stored)
     if name == CAPABILITY:
-        union.capability_killed = (ino, ctx.pid)
+        union.capabilities_killed.note(ctx.pid, ino, time.monotonic_ns())
 
 
 def _stored(union: Union, name: bytes) -> bytes:

@@ -26,7 +26,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
 from unionfs._native import Tree
 from unionfs.acl import reads_all_ids
@@ -105,6 +105,32 @@ def number_filesystems(layers: list[Layer], has_upper: bool) -> list[int]:
     return [0, *numbers] if has_upper else numbers
 
 
+class CapabilitiesKilled:
+    """Whose capability was taken away by which process a moment ago (attributes.py).
+
+    Several processes do so at once.  Protected by the interpreter's lock: each step is one call.
+    """
+
+    _MOMENT: Final = 10**9  # ns: how long the request that follows may take
+    _MANY: Final = 64
+
+    def __init__(self) -> None:
+        self._killed: dict[int, tuple[int, int]] = {}  # by process: inode, time
+
+    def note(self, pid: int, ino: int, now: int) -> None:
+        """`now` in nanoseconds (CLOCK_MONOTONIC)."""
+        if len(self._killed) >= self._MANY:
+            for other, (_, at) in list(self._killed.items()):
+                if now - at > self._MOMENT:
+                    self._killed.pop(other, None)
+        self._killed[pid] = (ino, now)
+
+    def take(self, pid: int, ino: int, now: int) -> bool:
+        """Whether it was this one's; asked once."""
+        killed, at = self._killed.pop(pid, (0, 0))
+        return killed == ino and now - at <= self._MOMENT
+
+
 class Union:
     """One mounted union. Immutable after construction but for `facts` and what locks protect."""
 
@@ -128,8 +154,7 @@ class Union:
         )
         # FUSE_HANDLE_KILLPRIV_V2 was agreed upon.
         self.kills_privileges = False
-        # Then: whose capability was taken away last, and by which process (attributes.py).
-        self.capability_killed: tuple[int, int] | None = None
+        self.capabilities_killed = CapabilitiesKilled()
         self.requests: Callable[[], dict[str, dict[str, int]]] | None = None  # the driver's counts
         # The engine's; it replaces this.
         self.passthrough: Callable[[], dict[str, Any]] = lambda: {
