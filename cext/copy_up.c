@@ -54,6 +54,11 @@ static void target_done(struct tree *t, struct target *g)
     g->parent = NULL;
 }
 
+static bool has_acl(const char *path)
+{
+    return getxattr(path, "system.posix_acl_access", NULL, 0) >= 0;
+}
+
 /* NOT_PLAIN for what has to be counted, or cannot be given to a copy. */
 static errint_t check_source(struct tree *t, const struct copying *c)
 {
@@ -67,7 +72,7 @@ static errint_t check_source(struct tree *t, const struct copying *c)
         return NOT_PLAIN;
     proc_path(path, c->src, NULL);
     /* An ACL that names ids outside our user namespace. */
-    if (!t->all_ids && getxattr(path, "system.posix_acl_access", NULL, 0) >= 0)
+    if (!t->all_ids && has_acl(path))
         return NOT_PLAIN;
     return 0;
 }
@@ -137,6 +142,8 @@ static errint_t copy_metadata(struct tree *t, struct node *n, const struct copyi
         err = give_owner(path, c->st.st_uid, c->st.st_gid, &mode);
     if (err == 0 && xattrs)
         err = copy_xattrs(src_path, path, t->prefix, NULL);
+    if (err == 0 && xattrs && has_acl(src_path) && !has_acl(path))
+        err = NOT_PLAIN; /* the mode has to do without it: acl.py */
     if (err == 0 && S_ISREG(c->st.st_mode))
         err = write_marks(t, n, c);
     if (err != 0)

@@ -33,9 +33,10 @@ def default_acl(dirfd: int) -> bytes | None:
 
 
 def mode_if_lost(src: int, fd: int, mode: int) -> int:
-    """The mode of a copy whose ACL could not be given to it, because it names ids that the user
-    namespace of this daemon does not know: the group gets no more than the ACL gave it."""
-    if reads_all_ids() or stat.S_ISLNK(os.stat(src).st_mode):
+    """The mode of a copy whose ACL could not be given to it, because its file system has none, or
+    because it names ids that the user namespace of this daemon does not know: the group gets no
+    more than the ACL gave it."""
+    if stat.S_ISLNK(os.stat(src).st_mode):
         return mode
     try:
         was = os.getxattr(fd_path(src), ACCESS)

@@ -28,6 +28,7 @@ from types import MappingProxyType
 from typing import Final
 
 from unionfs import holder, reserve
+from unionfs.acl import ACCESS, DEFAULT
 from unionfs.errors import UnionfsError
 from unionfs.format import (
     AREA_NAME,
@@ -53,6 +54,19 @@ _INCOMPAT: Final = "incompat"
 _OUR_INCOMPAT: Final = frozenset({INCOMPAT_USERXATTR})
 # A file system (NFS, some FUSE ones) on which a directory cannot be locked.
 _NO_DIRECTORY_LOCKS: Final = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def without_acl(directory: int) -> None:
+    """Take off the ACLs that a directory has inherited: what is prepared in it would inherit them.
+
+    As kernel overlayfs does (ovl_workdir_create of fs/overlayfs/super.c).
+    """
+    for name in (ACCESS, DEFAULT):
+        try:
+            os.removexattr(directory, name)
+        except OSError as exc:
+            if exc.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
 
 
 def empty_directory(fd: int, keep: frozenset[str] = frozenset()) -> None:
@@ -236,6 +250,7 @@ class Work:
         if options.work is None:
             self._make_directory(self._upper.fd, AREA_NAME)
             self.area = os.open(AREA_NAME, OPEN_DIRECTORY, dir_fd=self._upper.fd)
+            without_acl(self.area)
         else:
             found = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -299,10 +314,12 @@ class Work:
     def _open_directory(self, name: str) -> int:
         """One of the area's; kernel overlayfs leaves them with no mode bits at all."""
         try:
-            return os.open(name, OPEN_DIRECTORY, dir_fd=self.area)
+            fd = os.open(name, OPEN_DIRECTORY, dir_fd=self.area)
         except PermissionError:
             os.chmod(name, 0o700, dir_fd=self.area)
-            return os.open(name, OPEN_DIRECTORY, dir_fd=self.area)
+            fd = os.open(name, OPEN_DIRECTORY, dir_fd=self.area)
+        without_acl(fd)
+        return fd
 
     def _check_incompat(self, work: int) -> None:
         """Refuse what another program marked as not to be read by those who do not know it."""
