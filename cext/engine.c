@@ -34,6 +34,7 @@ enum {
     WATCH_NS = 1000000,
     QUICK_MANY = 20,     /* requests answered between two looks of the watch: nobody is held up */
     QUIET_TICKS = 50,    /* of nothing, after which the watch sleeps */
+    NODES_MANY = 20000,  /* some megabytes */
     RESTING_KEPT = 2,    /* threads that rest rather than end */
     NUDGE_NS = 10000000, /* while stopping: between signals */
     CLOSE_NS = 50000,    /* requests that follow one another closely */
@@ -399,10 +400,22 @@ static void nudge_until_ended(struct engine *e)
     }
 }
 
+/* Memory of nodes that are gone goes back to the system, once there were many. `most`: at once,
+ * since it was done last. */
+static void give_back(const struct engine *e, uint64_t *most)
+{
+    uint64_t now = tree_nodes(e->server.tree);
+
+    if (*most < now + NODES_MANY)
+        return;
+    (void)malloc_trim(0);
+    *most = now;
+}
+
 static void *watch(void *arg)
 {
     struct engine *e = arg;
-    uint64_t seen = 0;
+    uint64_t seen = 0, most = 0;
     int quiet = 0;
 
     (void)prctl(PR_SET_NAME, "unionfs-watch");
@@ -417,9 +430,12 @@ static void *watch(void *arg)
         } else if (busy || now != seen) {
             quiet = 0;
         } else if (++quiet > QUIET_TICKS) {
+            give_back(e, &most);
             sleep_until_work(e, now);
             quiet = 0;
         }
+        uint64_t nodes = tree_nodes(e->server.tree);
+        most = nodes > most ? nodes : most;
         seen = now;
         nap(WATCH_NS);
     }

@@ -78,6 +78,16 @@ struct node *node_find_locked(struct tree *t, uint64_t ino)
     return n;
 }
 
+uint64_t tree_nodes(struct tree *t)
+{
+    uint64_t count;
+
+    pthread_mutex_lock(&t->lock);
+    count = t->node_count;
+    pthread_mutex_unlock(&t->lock);
+    return count;
+}
+
 struct node *node_get(struct tree *t, uint64_t ino)
 {
     pthread_mutex_lock(&t->lock);

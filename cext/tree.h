@@ -205,6 +205,7 @@ void tree_warn(struct tree *t, const char *format, ...) __attribute__((format(pr
 
 /* Nodes. Those that end in _locked want the lock held. */
 struct node *node_find_locked(struct tree *t, uint64_t ino);
+uint64_t tree_nodes(struct tree *t);                 /* how many it knows */
 struct node *node_get(struct tree *t, uint64_t ino); /* NULL if not known; put it back */
 void node_put(struct tree *t, struct node *n);
 void node_put_locked(struct tree *t, struct node *n);
