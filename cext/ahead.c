@@ -12,20 +12,23 @@
 #include "serve.h"
 
 enum {
-    /* More may not be wanted by whoever opens it. */
-    AHEAD_MOST = 64 * 1024,
+    /* More may not be wanted by whoever opens it; and with what stands before it, it is no more
+     * than a thread of a ring keeps of its buffer (uring.c). */
+    AHEAD_MOST = 60 * 1024,
     /* Where in the buffer for answers, behind that to the open. */
-    AHEAD_AT = 4096,
+    AHEAD_AT = 256,
 };
 
-/* Whether it is open for the first time, by this handle alone, and lies in a lower. Said once. */
+/* Whether it is open for the first time, by this handle alone, and lies in a lower with its data
+ * (of a metadata-only copy the size is told by another file). Said once. */
 static bool is_first(struct tree *t, struct file *f)
 {
     struct node *n = f->node;
     bool first;
 
     pthread_mutex_lock(&t->lock);
-    first = S_ISREG(n->type) && !n->given && !n->upper && f->lower && n->files == f && !f->next;
+    first = S_ISREG(n->type) && !n->given && !n->upper && !n->metacopy && f->lower &&
+            n->files == f && !f->next;
     if (first)
         n->given = true;
     pthread_mutex_unlock(&t->lock);

@@ -15,7 +15,7 @@ import pytest
 from tests.rig.mounted import Unionfs
 from tests.test_engine import requests
 
-PAGE, MOST = 4096, 65536
+PAGE, MOST = 4096, 60 * 1024
 SIZES = (0, 1, PAGE - 1, PAGE, PAGE + 1, MOST - 1, MOST)
 MANY = 400
 
