@@ -18,14 +18,16 @@ enum {
     AHEAD_AT = 4096,
 };
 
-/* Whether it is open for the first time, by this handle alone, and lies in a lower. Said once. */
+/* Whether it is open for the first time, by this handle alone, and lies in a lower. Said once. Of a
+ * lower's metadata-only copy the size is not that of the data. */
 static bool is_first(struct tree *t, struct file *f)
 {
     struct node *n = f->node;
     bool first;
 
     pthread_mutex_lock(&t->lock);
-    first = S_ISREG(n->type) && !n->given && !n->upper && f->lower && n->files == f && !f->next;
+    first = S_ISREG(n->type) && !n->given && !n->upper && !n->metacopy && f->lower &&
+            n->files == f && !f->next;
     if (first)
         n->given = true;
     pthread_mutex_unlock(&t->lock);

@@ -38,6 +38,32 @@ def union(place: Path) -> Iterator[Unionfs]:
         yield union
 
 
+@pytest.mark.root
+def test_a_metadata_only_copy_in_a_lower_keeps_its_size(place: Path) -> None:
+    """What is given must not make it as large as its data are."""
+    for name in ("bottom", "middle", "upper", "mnt"):
+        (place / name).mkdir()
+    (place / "bottom/file").write_bytes(content(PAGE * 2))
+    (place / "middle/file").touch()
+    os.truncate(place / "middle/file", 100)
+    for path, name, value in (
+        ("middle", "impure", b"y"),
+        ("middle/file", "metacopy", b""),
+        ("middle/file", "redirect", b"/file"),
+    ):
+        os.setxattr(place / path, f"trusted.overlay.{name}", value)
+    lowers = [place / "middle", place / "bottom"]
+    with Unionfs(lowers, place / "upper", place / "mnt", options=["driver=engine"]) as union:
+        file = union.mnt / "file"
+        fd = os.open(file, os.O_RDONLY)  # open() would ask for the size, and so put it right
+        try:
+            assert os.pread(fd, 50, 200) == b""
+            assert os.pread(fd, PAGE, 0) == content(100)
+            assert os.fstat(fd).st_size == 100
+        finally:
+            os.close(fd)
+
+
 def dropped(file: Path) -> None:
     """The kernel forgets its pages of a file."""
     fd = os.open(file, os.O_RDONLY)
