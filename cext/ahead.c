@@ -11,13 +11,6 @@
 
 #include "serve.h"
 
-enum {
-    /* More may not be wanted by whoever opens it. */
-    AHEAD_MOST = 64 * 1024,
-    /* Where in the buffer for answers, behind that to the open. */
-    AHEAD_AT = 4096,
-};
-
 /* Whether it is open for the first time, by this handle alone, and lies in a lower. Said once. Of a
  * lower's metadata-only copy the size is not that of the data. */
 static bool is_first(struct tree *t, struct file *f)
