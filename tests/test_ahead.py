@@ -105,6 +105,76 @@ def test_what_the_kernel_dropped_is_asked_for(union: Unionfs) -> None:
     assert requests(union, "read") == before + 1
 
 
+def test_first_open_with_o_direct(union: Unionfs) -> None:
+    """Such a handle wants no pages; who opens it later without is given them all the same."""
+    file = union.mnt / f"file{PAGE + 1}"
+    fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, 2 * PAGE) as buffer:
+            assert os.preadv(fd, [buffer], 0) == PAGE + 1
+            assert buffer[: PAGE + 1] == content(PAGE + 1)
+    finally:
+        os.close(fd)
+    assert file.read_bytes() == content(PAGE + 1)
+
+
+@pytest.mark.root
+def test_two_names_of_one_inode(place: Path) -> None:
+    """What was given by one name is there by the other, and what is written by it, too."""
+    for name in ("lower", "upper", "mnt"):
+        (place / name).mkdir()
+    (place / "lower/one").write_bytes(content(PAGE))
+    os.link(place / "lower/one", place / "lower/two")
+    options = ["driver=engine", "index=on"]
+    with Unionfs([place / "lower"], place / "upper", place / "mnt", options=options) as union:
+        one, two = union.mnt / "one", union.mnt / "two"
+        assert one.stat().st_ino == two.stat().st_ino
+        before = requests(union, "read")
+        assert one.read_bytes() == two.read_bytes() == content(PAGE)
+        assert requests(union, "read") == before
+        with open(one, "rb", buffering=0) as reader:
+            two.write_bytes(b"other")
+            assert reader.read() == one.read_bytes() == two.read_bytes() == b"other"
+
+
+@pytest.mark.parametrize("change", ["unlink", "rename", "rename over", "replace"])
+def test_names_change_between_open_and_read(union: Unionfs, change: str) -> None:
+    file, other = union.mnt / f"file{PAGE}", union.mnt / f"file{PAGE + 1}"
+    before = requests(union, "read")
+    with open(file, "rb", buffering=0) as reader:
+        if change == "unlink":
+            file.unlink()
+        elif change == "rename":
+            file.rename(union.mnt / "new")
+        elif change == "rename over":
+            file.rename(other)
+        else:
+            other.rename(file)
+        assert reader.read() == content(PAGE)
+        assert requests(union, "read") == before
+    if change == "rename":
+        assert (union.mnt / "new").read_bytes() == content(PAGE)
+    elif change == "rename over":
+        assert other.read_bytes() == content(PAGE)
+    elif change == "replace":
+        assert file.read_bytes() == content(PAGE + 1)
+
+
+def test_what_is_not_in_memory(union: Unionfs) -> None:
+    """It may be given or left to READ: what comes is right, also where a part alone is there."""
+    for size in SIZES:
+        lower = union.lowers[0] / f"file{size}"
+        with open(lower, "rb") as file:
+            os.fsync(file.fileno())  # only what is on the disk can be dropped
+        dropped(lower)
+        if size > PAGE:
+            with open(lower, "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                file.read(1)
+        for _ in range(2):
+            assert (union.mnt / lower.name).read_bytes() == content(size)
+
+
 @pytest.mark.parametrize("change", ["append", "truncate", "replace", "inside"])
 def test_a_reader_from_before_sees_what_is_written(union: Unionfs, change: str) -> None:
     file, old = union.mnt / f"file{PAGE + 1}", content(PAGE + 1)
