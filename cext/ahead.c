@@ -11,16 +11,8 @@
 
 #include "serve.h"
 
-enum {
-    /* More may not be wanted by whoever opens it; and with what stands before it, it is no more
-     * than a thread of a ring keeps of its buffer (uring.c). */
-    AHEAD_MOST = 60 * 1024,
-    /* Where in the buffer for answers, behind that to the open. */
-    AHEAD_AT = 256,
-};
-
-/* Whether it is open for the first time, by this handle alone, and lies in a lower with its data
- * (of a metadata-only copy the size is told by another file). Said once. */
+/* Whether it is open for the first time, by this handle alone, and lies in a lower. Said once. Of a
+ * lower's metadata-only copy the size is not that of the data. */
 static bool is_first(struct tree *t, struct file *f)
 {
     struct node *n = f->node;

@@ -32,6 +32,12 @@ void put_entry(const struct answer *a, struct fuse_entry_out *out, const struct 
 /* serve_faces.c: runs a handler; its answer says how the kernel is to get a file's data, and by
  * which numbers and for how long it may know what it is told of. */
 ssize_t with_faces(struct answer *a, handler *handler);
+enum {
+    /* More may not be wanted by whoever opens it. */
+    AHEAD_MOST = 64 * 1024,
+    /* Where in the buffer for answers, behind that to the open. */
+    AHEAD_AT = 4096,
+};
 /* ahead.c: after an open that succeeded. What is small is mostly read at once and whole: of a lower
  * file the kernel gets the pages now, before it asks. */
 void give_ahead(struct answer *a);

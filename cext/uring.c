@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "uring.h"
+#include "serve.h"
 
 #include <pthread.h>
 #include <sched.h>
@@ -7,8 +8,9 @@
 #include <sys/uio.h>
 
 enum {
-    HEADER_BYTES = 4096,    /* a page, so that the payload begins with one */
-    KEPT_BYTES = 64 * 1024, /* of a payload, by a thread that rests */
+    HEADER_BYTES = 4096, /* a page, so that the payload begins with one */
+    /* Of a payload, by a thread that rests. What give_ahead puts there no answer tells of. */
+    KEPT_BYTES = AHEAD_AT + AHEAD_MOST,
     REST_MS = 1000,
     CALLS = 8,
 };

@@ -28,6 +28,7 @@ from tests.rig import as_user, mounted, syscalls
 from tests.rig.at_once import begin, soon
 from tests.rig.mounted import PATIENCE, Unionfs
 from tests.rig.slow_source import SlowSource, content
+from tests.test_engine import requests
 from unionfs import uring
 
 pytestmark = pytest.mark.root
@@ -220,6 +221,26 @@ def test_large_reads_and_writes(union: Unionfs) -> None:
     assert os.pwrite(fd, b"\xff" * MIB, 12345) == MIB
     os.close(fd)
     assert path.read_bytes() == data[:12345] + b"\xff" * MIB + data[12345 + MIB :]
+
+
+def test_small_lower_files_are_given_ahead(place: Path) -> None:
+    """The pages lie in the ring's payload behind the answer to OPEN (cext/ahead.c)."""
+    texts = {f"file{size}": os.urandom(size) for size in (1, 4096, 4097, 65535, 65536)}
+    many = {f"many{number}": os.urandom(65536) for number in range(40)}
+    (place / "lower").mkdir()
+    for name, data in (texts | many).items():
+        (place / "lower" / name).write_bytes(data)
+    with make(place) as union:
+        assert told(union) == (True, None)
+        for name, data in texts.items():
+            assert (union.mnt / name).read_bytes() == data
+        with ThreadPoolExecutor(8) as pool:
+            read = pool.map(lambda name: (union.mnt / name).read_bytes(), many)
+            assert list(read) == list(many.values())
+        assert requests(union, "read") == 0
+        with open(union.mnt / "file4097", "rb", buffering=0) as reader:
+            (union.mnt / "file4097").write_bytes(b"new")
+            assert reader.read() == b"new"
 
 
 def test_writes_take_the_set_user_id_bit(union: Unionfs) -> None:

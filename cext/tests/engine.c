@@ -3,6 +3,7 @@
  * requests are stuck, refuses what is malformed, and ends. Run under ASan, UBSan and TSan. */
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdio.h>
@@ -12,7 +13,7 @@
 #include "../flags.h"
 #include "check.h"
 
-enum { ASKERS = 4, STUCK = 60, PATIENCE_MS = 30000 };
+enum { ASKERS = 4, STUCK = 60, PATIENCE_MS = 30000, SMALL = 9000, BUSY = 4 };
 
 static struct tree *tree;
 static struct engine *engine;
@@ -21,18 +22,23 @@ static long rounds = 3000;
 static sem_t stuck, go_on;
 static _Atomic uint64_t next_unique = 1;
 
-static uint64_t ask(uint32_t opcode, const void *body, size_t len)
+static uint64_t ask_of(uint64_t nodeid, uint32_t opcode, const void *body, size_t len)
 {
     char buffer[8192];
     struct fuse_in_header head = {.len = (uint32_t)(sizeof head + len),
                                   .opcode = opcode,
                                   .unique = atomic_fetch_add(&next_unique, 1),
-                                  .nodeid = ROOT_INO};
+                                  .nodeid = nodeid};
 
     memcpy(buffer, &head, sizeof head);
     memcpy(buffer + sizeof head, body, len);
     CHECK(send(kernel, buffer, head.len, 0) == (ssize_t)head.len);
     return head.unique;
+}
+
+static uint64_t ask(uint32_t opcode, const void *body, size_t len)
+{
+    return ask_of(ROOT_INO, opcode, body, len);
 }
 
 static struct fuse_out_header answer(char *data, size_t size)
@@ -50,6 +56,16 @@ static struct fuse_out_header answer(char *data, size_t size)
     if (data && (size_t)n - sizeof head <= size)
         memcpy(data, buffer + sizeof head, (size_t)n - sizeof head);
     return head;
+}
+
+/* One at a time, so that the next comes soon after the last answer. */
+static void ping(long times)
+{
+    for (long i = 0; i < times; i++) {
+        uint64_t unique = ask(FUSE_GETATTR, "", 0);
+
+        CHECK(answer(NULL, 0).unique == unique);
+    }
 }
 
 /* UNLINK waits until it is let go; MKDIR is answered with what it was asked. */
@@ -150,11 +166,7 @@ static void test_stuck_requests_hold_up_no_other(void)
     for (int i = 0; i < STUCK; i++)
         while (sem_wait(&stuck) < 0)
             CHECK(errno == EINTR);
-    for (int i = 0; i < 100; i++) {
-        uint64_t unique = ask(FUSE_GETATTR, "", 0);
-
-        CHECK(answer(NULL, 0).unique == unique);
-    }
+    ping(100);
     let_go(STUCK);
     for (int i = 0; i < STUCK; i++)
         CHECK(answer(NULL, 0).error == -ENOTEMPTY);
@@ -266,6 +278,105 @@ static void test_ioctl(void)
     CHECK(answer(NULL, 0).unique == unique);
 }
 
+static uint64_t open_file(uint64_t nodeid, uint32_t flags, struct fuse_out_header *ret_notice,
+                          char *ret_data, size_t size)
+{
+    struct fuse_open_in in = {.flags = flags};
+    struct fuse_open_out out;
+    uint64_t unique = ask_of(nodeid, FUSE_OPEN, &in, sizeof in);
+    struct fuse_out_header head = answer(ret_data, size);
+
+    *ret_notice = head;
+    if (head.unique == 0)
+        head = answer((char *)&out, sizeof out);
+    else
+        memcpy(&out, ret_data, sizeof out);
+    CHECK(head.unique == unique && head.error == 0 && head.len == sizeof head + sizeof out);
+    return out.fh;
+}
+
+static void close_file(uint64_t nodeid, uint64_t fh)
+{
+    struct fuse_release_in in = {.fh = fh};
+
+    (void)ask_of(nodeid, FUSE_RELEASE, &in, sizeof in);
+    CHECK(answer(NULL, 0).error == 0);
+}
+
+/* To the first who opens it, and to nobody else; before the answer. */
+static void test_pages_are_given_ahead(void)
+{
+    static char wanted[SMALL], data[sizeof(struct fuse_notify_store_out) + SMALL];
+    struct fuse_notify_store_out where;
+    struct fuse_out_header notice;
+    struct fuse_entry_out entry;
+    cleanup_fd int fd = openat(tree->layers[0].fd, "small", O_CREAT | O_RDWR | O_CLOEXEC, 0600);
+
+    for (size_t i = 0; i < sizeof wanted; i++)
+        wanted[i] = (char)(i * 7 + i / 4096);
+    CHECK(write(fd, wanted, sizeof wanted) == sizeof wanted);
+    (void)ask(FUSE_LOOKUP, "small", 6);
+    CHECK(answer((char *)&entry, sizeof entry).error == 0);
+    close_file(entry.nodeid,
+               open_file(entry.nodeid, O_RDONLY | O_DIRECT, &notice, data, sizeof data));
+    CHECK(notice.unique != 0);
+    close_file(entry.nodeid, open_file(entry.nodeid, O_RDONLY, &notice, data, sizeof data));
+    if (notice.unique == 0) { /* in memory, as far as the file system can tell */
+        memcpy(&where, data, sizeof where);
+        CHECK(notice.error == FUSE_NOTIFY_STORE && where.nodeid == entry.nodeid);
+        CHECK(where.offset == 0 && where.size == SMALL);
+        CHECK(notice.len == sizeof notice + sizeof data);
+        CHECK(memcmp(data + sizeof where, wanted, SMALL) == 0);
+    } else {
+        (void)fprintf(stderr, "nothing was given ahead: not known to be in memory\n");
+    }
+    close_file(entry.nodeid, open_file(entry.nodeid, O_RDONLY, &notice, data, sizeof data));
+    CHECK(notice.unique != 0);
+    node_forget(tree, entry.nodeid, 1);
+    CHECK(unlinkat(tree->layers[0].fd, "small", 0) == 0);
+}
+
+static void *busy(void *arg)
+{
+    _Atomic bool *enough = arg;
+
+    while (!atomic_load(enough))
+        ;
+    return NULL;
+}
+
+/* The next request is looked for or waited for, on a processor that others want or do not: it is
+ * answered either way. */
+static void test_one_after_another(int device)
+{
+    pthread_t threads[BUSY];
+    _Atomic bool enough = false;
+    cpu_set_t before, one;
+
+    ping(rounds);
+    for (int i = 0; i < BUSY; i++)
+        CHECK(pthread_create(&threads[i], NULL, busy, &enough) == 0);
+    ping(100);
+    atomic_store(&enough, true);
+    for (int i = 0; i < BUSY; i++)
+        CHECK(pthread_join(threads[i], NULL) == 0);
+    ping(100);
+
+    /* With one processor it is not looked for at all. */
+    engine_free(engine);
+    CHECK(sched_getaffinity(0, sizeof before, &before) == 0);
+    CPU_ZERO(&one);
+    for (int i = 0; i < CPU_SETSIZE && CPU_COUNT(&one) == 0; i++)
+        if (CPU_ISSET(i, &before))
+            CPU_SET(i, &one);
+    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+    start(device, false);
+    ping(100);
+    engine_free(engine);
+    CHECK(sched_setaffinity(0, sizeof before, &before) == 0);
+    start(device, false);
+}
+
 static void *free_engine(void *arg)
 {
     (void)arg;
@@ -328,6 +439,8 @@ int main(int argc, char **argv)
     test_statx();
     test_ioctl();
     test_syncfs();
+    test_pages_are_given_ahead();
+    test_one_after_another(device[0]);
     test_end(device[0]);
     CHECK(tree->node_count == 1);
     tree_shut(tree);

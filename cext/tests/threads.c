@@ -8,13 +8,14 @@
 #include <string.h>
 #include <sys/wait.h>
 
-#include "../tree.h"
+#include "../engine.h"
 #include "../xattrs.h"
 #include "check.h"
 
 enum { DIRS = 6, FILES = 12, READERS = 3 };
 
 static struct tree *tree;
+static struct server server;
 static int lower_fd, upper_fd;
 static bool stop; /* atomically */
 static long rounds = 3000;
@@ -52,6 +53,24 @@ static int count_entry(void *arg, const struct dirent_out *entry)
     return ++*count > 500;
 }
 
+/* As the kernel asks it: the first who opens a lower file is given its pages ahead. */
+static errint_t open_by_request(uint64_t ino)
+{
+    static _Thread_local _Alignas(8) char out[128 * 1024];
+    struct fuse_in_header head = {.opcode = FUSE_OPEN, .nodeid = ino};
+    struct fuse_open_in in = {.flags = O_RDONLY};
+    struct request r = {.head = &head, .body = (const char *)&in, .len = sizeof in};
+    const struct fuse_out_header *answer = (const void *)out;
+    struct fuse_open_out opened;
+
+    CHECK(serve(&server, &r, out) >= sizeof *answer);
+    if (answer->error == 0) {
+        memcpy(&opened, answer + 1, sizeof opened);
+        file_release(tree, opened.fh);
+    }
+    return answer->error;
+}
+
 static void look_at_file(uint64_t ino, unsigned choice)
 {
     struct stat st;
@@ -60,7 +79,7 @@ static void look_at_file(uint64_t ino, unsigned choice)
     uint64_t fh;
     errint_t err = 0;
 
-    switch (choice % 4) {
+    switch (choice % 5) {
     case 0: {
         struct node *n = node_get(tree, ino);
 
@@ -88,6 +107,9 @@ static void look_at_file(uint64_t ino, unsigned choice)
         if (err == 0)
             free(list);
         break;
+    case 3:
+        err = open_by_request(ino);
+        break;
     default: {
         struct origin origin;
 
@@ -96,7 +118,7 @@ static void look_at_file(uint64_t ino, unsigned choice)
     }
     }
     if (!expected(err))
-        (void)fprintf(stderr, "look %u: %s\n", choice % 4, strerror(-err));
+        (void)fprintf(stderr, "look %u: %s\n", choice % 5, strerror(-err));
     CHECK(expected(err));
 }
 
@@ -172,12 +194,15 @@ static int upper_dir(uint64_t ino, const char *dir)
 static void copy_up(int dirfd, uint64_t parent, uint64_t ino, const char *name)
 {
     struct copied_up c = {.ino = ino, .parent = parent, .name = name, .orphan_fd = -1};
+    struct keyhold hold = {.keys = {ino}};
 
+    keys_take(&tree->copying, &hold);
     write_file(dirfd, ".temporary");
     if (renameat2(dirfd, ".temporary", dirfd, name, RENAME_NOREPLACE) == 0)
         CHECK(tree_copied_up(tree, &c) == 0);
     else
         CHECK(unlinkat(dirfd, ".temporary", 0) == 0);
+    keys_give(&tree->copying, &hold);
 }
 
 static void remove_name(int dirfd, uint64_t parent, const char *name, const struct entry *entry)
@@ -295,6 +320,10 @@ static void run(void)
         layers[i].dev = st.st_dev;
     }
     CHECK(tree_new(layers, 2, &options, &tree) == 0);
+    server.tree = tree;
+    server.options = (struct engine_options){
+        .device = open("/dev/null", O_WRONLY | O_CLOEXEC), .keep_cache = true, .only_uid = -1};
+    CHECK(server.options.device >= 0);
     for (uintptr_t i = 0; i < READERS; i++)
         CHECK(pthread_create(&threads[i], NULL, reader, (void *)(i + 1)) == 0);
     for (long i = 0; i < rounds; i++) {
@@ -309,6 +338,7 @@ static void run(void)
     CHECK(tree->name_count == 0);
     tree_shut(tree);
     tree_free(tree);
+    (void)close(server.options.device);
 }
 
 int main(int argc, char **argv)
