@@ -57,7 +57,11 @@ FALLOCATE_MODES = (
     FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE,
     FALLOC_PUNCH_HOLE,
 )
-ENGINE_ONLY = ("tmpfile", "link_fd", "seek_data", "fallocate", "copy_range", "flags")
+FLAGGING = ("flags", "xflags")
+ENGINE_ONLY = (
+    *("tmpfile", "tmpfile_excl", "link_fd", "seek_data", "fallocate", "copy_range"),
+    *FLAGGING,
+)
 TIMES = (0, 1, 1_000_000_000, 1_234_567_890, 2**31 + 7, 2**33)
 
 
@@ -164,7 +168,7 @@ class Generator:
             kind = "symlink"
         if kind == "link_fd" and not self.links:
             kind = "tmpfile"
-        if (kind in ENGINE_ONLY and not self.engine) or (kind == "flags" and self.overlay):
+        if (kind in ENGINE_ONLY and not self.engine) or (kind in FLAGGING and self.overlay):
             kind = "stat"
         if kind == "map_write" and self.overlay:
             kind = "map_read"
@@ -238,6 +242,12 @@ class Generator:
 
     def _flags(self, choose: Chooser) -> dict[str, Json]:
         return {"path": self._path(choose), "bits": choose.pick((0, 0x40, 0x80, 0xC0))}
+
+    _xflags = _flags
+
+    def _tmpfile_excl(self, choose: Chooser) -> dict[str, Json]:
+        path, to = self._folder(choose), self._new(choose)
+        return {"path": path, "to": to, "mode": choose.pick(MODES)}
 
     def _opendir(self, choose: Chooser) -> dict[str, Json]:
         slot = choose.number(0, SLOTS - 1)
@@ -411,6 +421,9 @@ MAKERS: dict[str, Callable[[Chooser], dict[str, Json]]] = {
         "offset": _size(c),
         "source_offset": _size(c),
     },
+    "clone": lambda c: {"slot": _slot(c), "source": _slot(c)},
+    "poll": lambda c: {"slot": _slot(c)},
+    "syncfs": lambda c: {"slot": _slot(c)},
     "fstat": lambda c: {"slot": _slot(c)},
     "ftruncate": lambda c: {"slot": _slot(c), "size": _size(c)},
     "fsync": lambda c: {"slot": _slot(c)},
@@ -483,6 +496,9 @@ WEIGHTS = {
     "fallocate": 4,
     "copy_range": 4,
     "flags": 3,
+    "xflags": 2,
+    "tmpfile_excl": 1,
+    "clone": 3,
     "mkdirat": 2,
     "unlinkat": 2,
 }

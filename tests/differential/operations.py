@@ -15,6 +15,7 @@ import fcntl
 import json
 import mmap
 import os
+import select
 import stat
 import struct
 from collections.abc import Callable
@@ -37,6 +38,10 @@ ACTORS: tuple[tuple[int, int, tuple[int, ...]], ...] = (
 
 # FS_SYNC_FL, FS_NODUMP_FL, FS_NOATIME_FL; and FS_IMMUTABLE_FL, FS_APPEND_FL, which must not come.
 FLAGS = 0x08 | 0x40 | 0x80 | 0x10 | 0x20
+# The same by FS_IOC_FSGETXATTR: FS_XFLAG_SYNC, _NOATIME, _NODUMP; _IMMUTABLE, _APPEND.
+XFLAGS = 0x20 | 0x40 | 0x80 | 0x08 | 0x10
+# Whoever wants a clone and gets one of these copies the bytes. EINVAL: not in whole blocks.
+NO_CLONE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL)
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,15 @@ class Side:
     def do_link_fd(self, slot: int, to: str) -> None:
         syscalls.link_descriptor(self.fd(slot), self.path(to))
 
+    def do_tmpfile_excl(self, path: str, to: str, mode: int) -> None:
+        """One that shall never have a name."""
+        flags = os.O_TMPFILE | os.O_RDWR | os.O_EXCL
+        fd = os.open(self.path(path), flags, mode)
+        try:
+            syscalls.link_descriptor(fd, self.path(to))
+        finally:
+            os.close(fd)
+
     def do_close(self, slot: int) -> object:
         held = self.maps.pop(slot, None)
         if held is not None:
@@ -219,6 +233,45 @@ class Side:
         if bits:
             syscalls.set_flags(place, now ^ bits)
         return syscalls.get_flags(place) & FLAGS
+
+    def do_xflags(self, path: str, bits: int) -> object:
+        """The same flags by the other ioctl, and no project."""
+        place = os.fsdecode(self.path(path))
+        kind = stat.S_IFMT(os.lstat(place).st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            return "the kernel asks a FUSE file system for no other kind's"
+        if kind == stat.S_IFDIR:
+            bits = 0
+        now, *rest = syscalls.get_xflags(place)
+        if bits:
+            syscalls.set_xflags(place, ((now & XFLAGS) ^ bits, *rest))
+        now, _extent, _extents, project, _cow = syscalls.get_xflags(place)
+        return now & XFLAGS, project
+
+    def do_clone(self, slot: int, source: int) -> object:
+        """As `cp --reflink=auto`: the kernel clones nothing of a FUSE file system, and where the
+        plain directory's can be cloned the bytes must be the same."""
+        target, origin = self.fd(slot), self.fd(source)
+        both = [os.fstat(fd) for fd in (target, origin)]
+        if not all(stat.S_ISREG(st.st_mode) for st in both) or both[0].st_ino == both[1].st_ino:
+            return "not from one file to another"
+        try:
+            syscalls.clone(target, origin)
+        except OSError as error:
+            if error.errno not in NO_CLONE:
+                raise
+            data = os.pread(origin, both[1].st_size, 0)
+            if data:
+                os.pwrite(target, data, 0)
+        return both[1].st_size
+
+    def do_poll(self, slot: int) -> object:
+        poll = select.poll()
+        poll.register(self.fd(slot), select.POLLIN | select.POLLOUT | select.POLLPRI)
+        return [events for _, events in poll.poll(0)]
+
+    def do_syncfs(self, slot: int) -> None:
+        syscalls.syncfs(self.fd(slot))
 
     def do_fstat(self, slot: int) -> object:
         return facts(os.fstat(self.fd(slot)))

@@ -32,6 +32,7 @@ PR_SET_CHILD_SUBREAPER = 36
 UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 _STATX_BTIME = 0x800
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_GETVERSION = 0x8008_6601, 0x4008_6602, 0x8008_7601
+FICLONE = 0x4004_9409
 FS_IOC_FSGETXATTR, FS_IOC_FSSETXATTR = 0x801C_581F, 0x401C_5820
 
 
@@ -149,6 +150,11 @@ def set_xflags(path: str | os.PathLike[str], values: tuple[int, ...]) -> None:
         fcntl.ioctl(fd, FS_IOC_FSSETXATTR, struct.pack("=5I8x", *values))
     finally:
         os.close(fd)
+
+
+def clone(target: int, source: int) -> None:
+    """FICLONE of the whole file."""
+    fcntl.ioctl(target, FICLONE, source)
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
