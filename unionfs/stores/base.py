@@ -6,11 +6,13 @@ base is the lowest of the lowers.
 """
 
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfs.identity import Base
 from unionfs.locator import Locator
-from unionfs.stores.probe import Contents
+
+if TYPE_CHECKING:
+    from unionfs.stores.probe import Contents
 
 _TAIL: Final = 64 * 1024
 _SUFFIXES: Final = (".squashfs", ".sfs", ".erofs", ".img", ".iso", ".ext4", ".raw")
@@ -33,7 +35,7 @@ def content_id(path: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def base_name(locator: Locator, contents: Contents | None) -> str:
+def base_name(locator: Locator, contents: "Contents | None") -> str:
     """How the base is called in the default directory: its label, else its file's name."""
     name = contents.label if contents is not None else ""
     if not name:
@@ -46,7 +48,7 @@ def base_name(locator: Locator, contents: Contents | None) -> str:
     return name if name.strip(".") else "root"
 
 
-def describe(locator: Locator, contents: Contents | None) -> Base:
+def describe(locator: Locator, contents: "Contents | None") -> Base:
     """What a store remembers of its base."""
     name = base_name(locator, contents)
     if contents is None:
