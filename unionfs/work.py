@@ -63,6 +63,7 @@ def without_acl(directory: int) -> None:
     """
     for name in (ACCESS, DEFAULT):
         try:
+            os.getxattr(directory, name)  # fuse2fs, if full, refuses to remove what is not there
             os.removexattr(directory, name)
         except OSError as exc:
             if exc.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
