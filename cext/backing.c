@@ -10,8 +10,8 @@
 
 enum { WRITES = O_WRONLY | O_RDWR };
 
-/* A smaller lower file of a union that can change is read once, and its pages are then kept in the
- * kernel: to open it again costs less so, and whoever has it open sees a copy-up at once. */
+/* With PASSTHROUGH_ALL. A smaller lower file of a union that can change is read once, and its pages
+ * are then kept in the kernel: to open it again costs less so. */
 enum { LOWER_LEAST = 128 * 1024 };
 
 void face_start(struct tree *t, int device, enum passthrough which)
@@ -118,7 +118,8 @@ static bool pays(const struct tree *t, const struct opening *o, bool lower)
         return true;
     if (o->id & FACE_BIT)
         return false; /* somebody is about to write, and must not be sent away once more */
-    return t->passthrough == PASSTHROUGH_ALL && (!t->has_upper || st->st_size >= LOWER_LEAST);
+    /* What may be copied up while it is open would go on showing the lower file. */
+    return !t->has_upper || (t->passthrough == PASSTHROUGH_ALL && st->st_size >= LOWER_LEAST);
 }
 
 /* The kernel's number for the file, or 0: then it goes without. */

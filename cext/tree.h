@@ -107,7 +107,7 @@ struct node {
 struct dirhandle;
 
 /* Which files the kernel reads and writes by itself. */
-enum passthrough { PASSTHROUGH_OFF, PASSTHROUGH_UPPER, PASSTHROUGH_ALL };
+enum passthrough { PASSTHROUGH_OFF, PASSTHROUGH_AUTO, PASSTHROUGH_ALL };
 
 struct tree {
     pthread_mutex_t lock;

@@ -133,7 +133,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def spots(stores: Stores) -> Iterator[Iterator[Spot]]:
-    with shared(stores) as found:
+    with shared(stores, "passthrough=all") as found:
         yield found
 
 

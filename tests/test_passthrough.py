@@ -236,7 +236,8 @@ def test_stacked_on_another_union(spot: Spot) -> None:
     above = spot.scratch
     for name in ("upper", "mnt"):
         (above / name).mkdir(parents=True)
-    with Unionfs([spot.mnt], above / "upper", above / "mnt") as second:
+    options = ["passthrough=all"]
+    with Unionfs([spot.mnt], above / "upper", above / "mnt", options=options) as second:
         assert (second.mnt / "big").read_bytes() == BIG
         assert "stacked" in str(told(second)["reason"])
         with open(second.mnt / "big", "r+b") as file:

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A lower file is copied up that somebody has open in passthrough: nobody gets an error, and who
-opens it afterwards sees the new content."""
+"""A lower file is copied up that somebody has open: as a plain directory has it, and with
+passthrough=all nobody gets an error, and who opens it afterwards sees the new content."""
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import random
 import signal
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,14 +40,14 @@ SECONDS = 3.0
 
 
 @pytest.fixture(scope="module")
-def spots_upper(stores: Stores) -> Iterator[Iterator[Spot]]:
-    with shared(stores, "passthrough=upper") as found:
+def spots_auto(stores: Stores) -> Iterator[Iterator[Spot]]:
+    with shared(stores) as found:
         yield found
 
 
 @pytest.fixture
-def spot_upper(spots_upper: Iterator[Spot]) -> Spot:
-    return next(spots_upper)
+def spot_auto(spots_auto: Iterator[Spot]) -> Spot:
+    return next(spots_auto)
 
 
 # ---- a file of a lower that is changed while it is open ----
@@ -131,9 +133,9 @@ def test_changed_while_it_is_read(spot: Spot, name: str, change: Callable[[Path]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_rightness_before_passthrough(spot_upper: Spot, change: Callable[[Path], bytes]) -> None:
-    """passthrough=upper: who had a lower file open sees what is written later."""
-    path = spot_upper.mnt / "big"
+def test_right_unless_asked(spot_auto: Spot, change: Callable[[Path], bytes]) -> None:
+    """By default who had a lower file open sees what is written later, by read(2) and mapped."""
+    path = spot_auto.mnt / "big"
     with opened(path, os.O_RDONLY) as early:
         mapped = mmap.mmap(early, 0, prot=mmap.PROT_READ)
         assert mapped[:3] == BIG[:3]
@@ -141,12 +143,38 @@ def test_rightness_before_passthrough(spot_upper: Spot, change: Callable[[Path],
         assert os.pread(early, len(BIG) * 2, 0) == content == path.read_bytes()
         assert mapped[: len(content)][:3] == content[:3]
         mapped.close()
-    counted = bytes_moved(spot_upper.whole)
+    counted = bytes_moved(spot_auto.whole)
     assert path.read_bytes() == content
     with open(path, "ab") as file:
         file.write(b"end")
     assert path.read_bytes() == content + b"end"
-    assert bytes_moved(spot_upper.whole) == counted
+    assert bytes_moved(spot_auto.whole) == counted
+
+
+def test_locks_meet_unless_asked(spot_auto: Spot) -> None:
+    """Of who opened it in the lower, and who opened it to write; it can be opened anew by its
+    descriptor."""
+    path = spot_auto.mnt / "big"
+    with opened(path, os.O_RDONLY) as early:
+        fcntl.flock(early, fcntl.LOCK_EX)
+        fcntl.lockf(early, fcntl.LOCK_SH, 10)
+        with open(path, "r+b") as file:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            code = (
+                "import fcntl, sys\n"
+                "with open(sys.argv[1], 'r+b') as file:\n"
+                "    try:\n"
+                "        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 10)\n"
+                "    except BlockingIOError:\n"
+                "        sys.exit(77)\n"
+            )
+            done = subprocess.run([sys.executable, "-c", code, path], check=False)
+            assert done.returncode == 77
+            file.write(b"new")
+        with open(f"/proc/self/fd/{early}", "r+b") as file:
+            file.write(b"NEW")
+        assert os.pread(early, 3, 0) == b"NEW"
 
 
 def test_small_lower_files_stay_right(spot: Spot) -> None:
@@ -295,7 +323,7 @@ class Sharer(threading.Thread):
             self.wrong.append(f"{name} at {at}, way {how}: {got}")
 
 
-@pytest.mark.parametrize("options", ["auto", "upper"])
+@pytest.mark.parametrize("options", ["auto", "all"])
 def test_storm(place: Path, options: str) -> None:
     union = make(place, f"passthrough={options}")
     (place / "lower/small2").write_bytes(BIG[:100_000])
@@ -353,7 +381,8 @@ def test_forgotten_while_it_is_opened_anew(place: Path) -> None:
 
     (place / "upper").mkdir()
     (place / "mnt").mkdir()
-    with Unionfs([place / "lower"], place / "upper", place / "mnt") as union:
+    options = ["passthrough=all"]
+    with Unionfs([place / "lower"], place / "upper", place / "mnt", options=options) as union:
         skip_without(union)
         dropper = threading.Thread(target=drop)
         writers = [threading.Thread(target=write, args=(union, number)) for number in range(6)]

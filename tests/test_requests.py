@@ -71,7 +71,7 @@ BOUNDS = {
     "mixed": Bound(3.4, 3.7, 0.05),
 }
 # Root has both ways to be served; a user has one, whatever he asks for.
-WAYS = ["passthrough=auto", "passthrough=off"] if os.geteuid() == 0 else ["passthrough=off"]
+WAYS = ["passthrough=all", "passthrough=off"] if os.geteuid() == 0 else ["passthrough=off"]
 
 
 class Scene(NamedTuple):

@@ -248,7 +248,7 @@ OWN_WORDS = {
     "key-file": Word("key_file", read=read_text),
     "credential": Word("credential", read=read_name),
     "driver": Word("driver", read=one_of(engine="engine", pyfuse3="pyfuse3")),
-    "passthrough": Word("passthrough", read=one_of(auto="auto", upper="upper", off="off")),
+    "passthrough": Word("passthrough", read=one_of(auto="auto", all="all", off="off")),
     "io_uring": Word("io_uring", read=one_of(auto=True, off=False)),
     "sloppy": Word("sloppy", flag=True),
 }

@@ -79,7 +79,7 @@ class MountOptions:
     noxattrs: bool = False
     static_nlink: bool = False
     driver: Literal["engine", "pyfuse3"] = "engine"
-    passthrough: Literal["auto", "upper", "off"] = "auto"  # what the kernel reads by itself
+    passthrough: Literal["auto", "all", "off"] = "auto"  # what the kernel reads by itself
     io_uring: bool = True  # where the kernel allows it
 
     device_timeout: float | None = None  # seconds to wait for a device to appear; None: not at all
@@ -133,7 +133,7 @@ class _Fields(TypedDict, total=False):
     noxattrs: bool
     static_nlink: bool
     driver: Literal["engine", "pyfuse3"]
-    passthrough: Literal["auto", "upper", "off"]
+    passthrough: Literal["auto", "all", "off"]
     io_uring: bool
     device_timeout: float
     search: Literal["devices", "images"]

@@ -20,8 +20,8 @@ _BACKING_MAP: Final = struct.Struct("=iIQ")
 # How many stacked file systems may lie below a mount, ours not counted. With 1 ours can itself be
 # below an overlay; the kernel's limit is two in all.
 STACK_DEPTH: Final = 1
-OFF, UPPER, ALL = range(3)  # enum passthrough (cext/tree.h)
-_WHICH: Final = {"off": OFF, "upper": UPPER, "auto": ALL}
+OFF, AUTO, ALL = range(3)  # enum passthrough (cext/tree.h)
+_WHICH: Final = {"off": OFF, "auto": AUTO, "all": ALL}
 _CAP_SYS_ADMIN: Final = 1 << 21
 
 
