@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,8 +18,10 @@ import tarfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import DEVNULL
 
 from benchmarks.programs import MIXING, MODULES
+from benchmarks.system import add_program, make_system
 from benchmarks.workload import MIB, Sizes
 
 SMALL = MIB
@@ -67,10 +70,8 @@ def fill(path: Path, size: int) -> None:
 def make_lower(lower: Path, sizes: Sizes) -> None:
     """Fill an empty directory."""
     make_trees(lower, sizes)
-    for name in ("updates", "info", "triggers", "alternatives", "parts"):
-        (lower / "debian/var/lib/dpkg" / name).mkdir(parents=True)
-    (lower / "debian/var/lib/dpkg/status").touch()
     _python(lower / "python")
+    _system(lower / "system")
     _gcc(lower / "gcc")
 
 
@@ -104,6 +105,19 @@ def _python(top: Path) -> None:
     shutil.copytree(_LIBRARY, library, symlinks=True, ignore=large)
     command = [str(top / "bin" / "python3"), "-S", "-c", f"import {MODULES}"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONHOME": str(top)})
+
+
+def _system(top: Path) -> None:
+    make_system(top)
+    python = os.path.realpath(sys.executable)
+    add_program(top, python, "python3")
+    _python(top / "python")
+    pip = importlib.util.find_spec("pip")
+    if pip is not None and pip.origin is not None:
+        shutil.copytree(os.path.dirname(pip.origin), top / "python/site/pip")
+        found = os.environ | {"PYTHONHOME": str(top / "python"), "PYTHONPATH": f"{top}/python/site"}
+        _run(python, "-m", "compileall", "-q", str(top / "python/site"))
+        subprocess.run([python, "-m", "pip", "--version"], check=True, env=found, stdout=DEVNULL)
 
 
 def _gcc(top: Path) -> None:

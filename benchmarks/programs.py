@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks import system
+from benchmarks.system import inside
 from benchmarks.workload import Place, Skipped, Timed, folder, in_processes, workload
 
 MODULES = "argparse,asyncio,email.mime.text,http.client,json,sqlite3,unittest,xml.dom.minidom"
@@ -55,25 +57,26 @@ def git(place: Place) -> Timed:
     return Timed(1, run)
 
 
-@workload("dpkg -i", "package", "a package of as many files, into a root of its own")
+@workload("dpkg -i", "package", "a package of as many files, in a chroot of dpkg and what it needs")
 def dpkg(place: Place) -> Timed:
-    package = _there(f"{place.store}/package.deb", "dpkg-deb")
-    command = [
-        *("dpkg", f"--root={place.root}/debian", "--force-not-root", "--log=/dev/null"),
-        *("--force-script-chrootless", "-i", package),
-    ]
-    return Timed(1, lambda: _call(command, PATH=os.environ["PATH"] + ":/usr/sbin:/sbin"))
+    top = f"{place.root}/system"
+    shutil.copy(_there(f"{place.store}/package.deb", "dpkg-deb"), f"{top}/package.deb")
+    command = ["dpkg", "--force-bad-path", "--log=/dev/null", "-i", "/package.deb"]
+    return Timed(1, lambda: _call(inside(top, command), PATH=system.PATH))
 
 
-@workload("pip install", "package", "a wheel of as many files")
+@workload("pip install", "package", "a wheel of as many files, in a chroot of Python")
 def pip(place: Place) -> Timed:
-    wheel = f"{place.store}/benchmark_files-1-py3-none-any.whl"
+    top, wheel = f"{place.root}/system", "benchmark_files-1-py3-none-any.whl"
+    _there(f"{place.lower}/system/python/site/pip", "pip")
+    shutil.copy(f"{place.store}/{wheel}", f"{top}/{wheel}")
     command = [
-        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"),
+        *("python3", "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"),
         *("--no-compile", "--disable-pip-version-check", "--no-cache-dir", "--ignore-installed"),
-        *("--no-warn-script-location", "--prefix", folder(place, "pip"), wheel),
+        *("--no-warn-script-location", "--root-user-action=ignore", "--prefix=/pip", f"/{wheel}"),
     ]
-    return Timed(1, lambda: _call(command))
+    homes = {"PYTHONHOME": "/python", "PYTHONPATH": "/python/site", "PYTHONDONTWRITEBYTECODE": "1"}
+    return Timed(1, lambda: _call(inside(top, command), PATH=system.PATH, **homes))
 
 
 def _starts(command: Sequence[str], count: int, **more: str) -> Timed:
