@@ -47,6 +47,20 @@ static bool comes_again_locked(struct tree *t, uint64_t id, uint32_t thread)
     return again;
 }
 
+/* Is a writer who was sent away still on his way? His next answer has to be the last one, and he
+ * may be back by the same number, when all who had it open have closed it. Until then nobody is
+ * given the lower file, from which he would be sent away again. The node forgets it with the
+ * kernel, which may happen before he comes. */
+static bool awaits_writer_locked(const struct tree *t, const struct node *n, uint64_t id)
+{
+    if (n->awaits_writer)
+        return true;
+    for (size_t i = 0; i < sizeof t->sent / sizeof *t->sent; i++)
+        if (t->sent[i].id == id)
+            return true;
+    return false;
+}
+
 /* -ESTALE, or -ENOMEM. */
 static errint_t give_new_face_locked(struct tree *t, struct node *n)
 {
@@ -67,7 +81,10 @@ errint_t face_may_open(struct tree *t, uint64_t id, int flags, uint32_t thread, 
         return 0;
     pthread_mutex_lock(&t->lock);
     n = node_find_locked(t, ino);
-    again = t->nsent && comes_again_locked(t, id, thread);
+    /* 0: of a process that we cannot see */
+    again = thread && t->nsent && comes_again_locked(t, id, thread);
+    if (n && again && writes)
+        n->awaits_writer = true;
     if (n && face_shown_id(n) != id) {
         struct face *face = face_find_locked(n, id);
 
@@ -76,9 +93,9 @@ errint_t face_may_open(struct tree *t, uint64_t id, int flags, uint32_t thread, 
     } else if (n && writes && n->faces && n->faces->backed && (!n->upper || n->metacopy)) {
         /* What its readers have is a lower file, and will not be what is written. */
         err = give_new_face_locked(t, n);
-        first = true;
+        first = n->awaits_writer = true;
     }
-    if (err == -ESTALE && !again && thread) /* 0: of a process that we cannot see */
+    if (err == -ESTALE && !again)
         send_away_locked(t, id, thread);
     pthread_mutex_unlock(&t->lock);
     if (first)
@@ -224,7 +241,8 @@ static errint_t settle_locked(struct tree *t, struct opening *o, struct fuse_ope
         o->inval_attr = true;
         return give_new_face_locked(t, n);
     }
-    if (!face->backed && !face->cached && o->backing) {
+    if (!face->backed && !face->cached && o->backing &&
+        !(f->lower && awaits_writer_locked(t, n, o->id))) {
         face->backing = o->backing;
         face->dev = o->st.st_dev;
         face->ino = o->st.st_ino;

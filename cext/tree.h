@@ -102,6 +102,7 @@ struct node {
     bool pages_old;     /* the kernel's own pages are older than the data */
     bool given;         /* its pages have been given to the kernel at an open: ahead.h */
     bool mapped;        /* perhaps mapped for writing, which changes times unseen by the kernel */
+    bool awaits_writer; /* one was sent away: its lower is not passed through any more */
 };
 
 struct dirhandle;

@@ -280,6 +280,35 @@ def test_unlinked_and_then_written(spot: Spot) -> None:
         assert os.fstat(fd).st_size == len(BIG)
 
 
+def test_readers_come_and_go_beside_a_writer(place: Path) -> None:
+    """Who was sent to look anew finds that the last reader has gone, and another one come."""
+    names = [f"f{number}" for number in range(300)]
+    (place / "lower").mkdir()
+    for name in names:
+        (place / "lower" / name).write_bytes(BIG)
+    wrong: list[str] = []
+    with make(place, "passthrough=all") as union:
+        skip_without(union)
+        for name in names:
+            path, stop = union.mnt / name, threading.Event()
+
+            def read(path: Path = path, stop: threading.Event = stop) -> None:
+                while not stop.is_set():
+                    os.close(os.open(path, os.O_RDONLY))
+
+            readers = [threading.Thread(target=read) for _ in range(2)]
+            for reader in readers:
+                reader.start()
+            try:
+                os.close(os.open(path, os.O_RDWR))
+            except OSError as error:
+                wrong.append(f"{name}: {error!r}")
+            stop.set()
+            for reader in readers:
+                reader.join(PATIENCE)
+    assert not wrong
+
+
 class Sharer(threading.Thread):
     """Writes its own part of files that all open, close, map and copy up, on the union and on a
     plain directory."""

@@ -119,7 +119,7 @@ def test_an_interruption_waits_until_a_program_has_been_started() -> None:
     reached = []
     with pytest.raises(KeyboardInterrupt), interruptible():  # noqa: PT012
         with delayed():
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)  # not SIGHUP, which nohup(1) has ignored
             reached.append("started")
         reached.append("gone on")
     assert reached == ["started"]
