@@ -232,6 +232,7 @@ class Stores:
                 timeout=wait,
                 flags=flags,
                 guard=guard,
+                share=True,
             )
         except NotFound as exc:
             if options.timeout is not None and options.device_timeout is None:
