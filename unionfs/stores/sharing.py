@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs import runtime
+from unionfs.mounts import read_mounts
 
 log = logging.getLogger("unionfs")
 
@@ -243,7 +244,19 @@ class Register:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(name)
         ours = any(user.process == us for user in users)
-        return Left(ours, any(user.process != us for user in users))
+        others = [user.process for user in users if user.process != us]
+        if others and not ours:
+            _entrust(record.program, others[0])
+        return Left(ours, bool(others))
+
+    def entrust(self) -> None:
+        """As if we left."""
+        record = self._read()
+        if record is not None:
+            users = [user.process for user in record.users if user.has(record.root)]
+            outside = [user for user in users if _cgroup(user) not in (None, _own_cgroup())]
+            if outside:
+                _entrust(record.program, outside[0])
 
     def _read(self) -> Record | None:
         with contextlib.suppress(OSError), open(self._path, encoding="utf-8") as file:
@@ -254,6 +267,40 @@ class Register:
         with open(f"{self._path}.new", "w", encoding="utf-8") as file:
             file.write(record.text())
         os.rename(f"{self._path}.new", self._path)
+
+
+def entrust_all() -> None:
+    """Our service ends: what others still use of what those of us have started who were killed."""
+    top = runtime.private()
+    for name in os.listdir(top) if top is not None else []:
+        if name.startswith(_PREFIX):
+            with contextlib.suppress(OSError), _locked(f"{top}/{name}"):
+                Register(f"{top}/{name}").entrust()
+
+
+def _entrust(program: Process, other: Process) -> None:
+    """Have a program ended with the service of another: systemd kills what ours leaves behind."""
+    try:
+        where, theirs = _own_cgroup(), _cgroup(other)
+        if theirs not in (None, where) and _cgroup(program) == where:
+            with open(f"{theirs}/cgroup.procs", "w") as file:
+                file.write(str(program.pid))
+    except OSError as exc:  # as of a session, which systemd does not give to its user
+        log.info("process %d stays in our cgroup: %s", program.pid, exc.strerror)
+
+
+def _own_cgroup() -> str | None:
+    return _cgroup(Process.of(os.getpid()))
+
+
+def _cgroup(process: Process) -> str | None:
+    """The directory of a process's cgroup (version 2)."""
+    mount = next((entry for entry in read_mounts() if entry.fstype == "cgroup2"), None)
+    if mount is None or not process.is_here():
+        return None
+    with open(f"/proc/{process.pid}/cgroup", encoding="utf-8") as file:
+        paths = [line.strip()[3:] for line in file if line.startswith("0::")]
+    return None if not paths else mount.point + paths[0].removeprefix(mount.root.rstrip("/"))
 
 
 @contextlib.contextmanager
