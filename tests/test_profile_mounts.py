@@ -18,6 +18,8 @@ import pytest
 
 from tests.rig import ground, images, secret, snapshot, traced
 from tests.rig.mounted import PATIENCE, program, user_mount_possible
+from tests.test_store_sharing import serving
+from tests.test_stores import _await as wait_until
 from tests.test_stores import need
 
 ROOT = os.geteuid() == 0
@@ -180,6 +182,68 @@ def test_one_image_for_all(system: System, kind: str) -> None:
         (system.top / "home/kept").touch()
         system.down()
         system.unchanged()
+
+
+def test_unions_of_one_image(system: System) -> None:
+    """As anybody may have them: an ordinary user's are served by one program."""
+    need("ext4")
+    image = images.make(system.place / "data.img")
+    paths = ("etc", "var", "root")
+    rules = "".join(f'"/{path}" = "persist"\n' for path in paths)
+    system.write(f'store = "{image}"', rules)
+    for round_ in range(3):
+        system.up()
+        assert system.points() == sorted(paths)
+        if not ROOT:
+            assert len(serving(image)) == 1
+        for path in paths:
+            kept = system.top / path / "kept"
+            assert kept.exists() == bool(round_)
+            kept.write_text(f"{round_}\n")
+            (system.top / path / "file").unlink(missing_ok=True)
+            assert not (system.top / path / "file").exists()
+        assert "up already" in system.up()
+        system.down()
+        assert not serving(image)
+        system.unchanged()
+    ground.run("e2fsck", "-fn", image)
+
+
+def test_unions_of_one_image_whose_daemon_is_killed(system: System) -> None:
+    need("ext4")
+    image = images.make(system.place / "data.img")
+    system.write(f'store = "{image}"', '"/etc" = "persist"\n"/var" = "persist"\n')
+    system.up()
+    before = serving(image)
+    status = json.loads(system.call("status", "--json", str(system.top / "etc")).stdout)
+    os.kill(status[0]["pid"], signal.SIGKILL)
+    ground.reap([status[0]["pid"]])
+    (system.top / "var/new").touch()
+    assert "mounts" in system.up(), "what was killed is mounted anew"
+    assert serving(image) == before
+    (system.top / "etc/new").touch()
+    (system.top / "var/more").touch()
+    system.down()
+    assert not serving(image)
+    system.unchanged()
+
+
+def test_unions_of_one_image_whose_program_is_killed(system: System) -> None:
+    need("ext4")
+    if ROOT:
+        pytest.skip("the kernel mounts root's images")
+    image = images.make(system.place / "data.img")
+    system.write(f'store = "{image}"', '"/etc" = "persist"\n"/var" = "persist"\n')
+    system.up()
+    (program_,) = serving(image)
+    os.kill(program_, signal.SIGKILL)
+    words = ("status", str(system.top / "etc"), str(system.top / "var"))
+    wait_until(lambda: system.call(*words).stdout.count("has ended") == 2)
+    system.down("--lazy")
+    system.up()
+    (system.top / "etc/new").touch()
+    system.down()
+    assert not serving(image)
 
 
 @pytest.mark.root

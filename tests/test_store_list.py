@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.rig import ground, images
+from tests.rig.mounted import program
 from tests.test_store_commands import done, facts, fails, store
-from tests.test_stores import base, change, check, label, need, union
+from tests.test_stores import base, change, check, label, mount, need, union
 
 __all__ = ["base"]
 
@@ -72,7 +73,7 @@ def test_a_copy_is_not_what_is_mounted(base: Path) -> None:
 
 
 def test_an_image_that_a_union_has(base: Path) -> None:
-    """That of a user is fuse2fs's alone: what is told of it comes from the union."""
+    """That of a user is fuse2fs's alone, which is joined."""
     need("ext4")
     image = images.make(base / "s.img", label="my stick", megabytes=32)
     with union(base, base / "tree", image):
@@ -97,6 +98,23 @@ def test_an_image_that_a_union_has(base: Path) -> None:
         **before,
         **{"allocated": 0, "free": 0, "used": 0, "uppers": []},
     }
+
+
+def test_an_image_that_several_unions_have(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    points = [base / "mnt", base / "mnt2"]
+    points[1].mkdir()
+    with union(base, base / "tree", f"{image}:/c"):
+        change(points[0])
+    with union(base, base / "tree", f"{image}:/a"):
+        assert mount(base / "tree", f"{image}:/b", points[1]).returncode == 0
+        told = {u["directory"]: u["mounted"] for u in facts("info", image)["uppers"]}
+        assert told == {"/a": str(points[0]), "/b": str(points[1]), "/c": None}
+        assert facts("list", image)[0]["uppers"] == facts("info", image)["uppers"]
+        said = fails("shrink", image, "--size", "16M")
+        assert f"by the unions at {points[0]}, {points[1]}; unmount them first" in said
+        ground.run(*program(), "umount", points[1])
 
 
 def test_who_has_what_a_verb_wants(base: Path) -> None:

@@ -62,6 +62,13 @@ target = "/home/stranger/view"
 [paths]
 "/" = "persist"
 """
+OF_USER_TOO = """\
+store = "/home/stranger/store.img:/%i"
+base = "/srv/base"
+target = "/home/stranger/%i"
+[paths]
+"/" = "persist"
+"""
 HERE = Path(__file__).resolve().parent
 # The last one has just written when the shutdown begins.
 SCRIPTS = (
@@ -154,9 +161,11 @@ def _prepare(machine: Machine) -> None:
     machine.write("/etc/unionfs/degraded.toml", DEGRADED)
     machine.write("/etc/unionfs/wrong.toml", WRONG)
     home = machine.below(f"/home/{USER}")
-    for name in (".config/unionfs", "store", "view"):
+    for name in (".config/unionfs", "store", "view", "one", "two"):
         (home / name).mkdir(parents=True)
     (home / ".config/unionfs/mine.toml").write_text(OF_USER)
+    (home / ".config/unionfs/app@.toml").write_text(OF_USER_TOO)
+    images.make(home / "store.img", "ext4", megabytes=32)
     for made in [home, *home.rglob("*")]:
         os.chown(made, UID, UID)
     for file in ("passwd", "group"):

@@ -440,7 +440,9 @@ class _Daemon:
         import trio
 
         await trio.lowlevel.wait_readable(helper.watch)
-        what = f"{helper.name} of {helper.path} has ended ({helper.ended()})"
+        code = helper.ended()
+        what = f"{helper.name} of {helper.path} has ended"
+        what += "" if code is None else f" ({code})"
         self._facts["broken"] = f"{what}: unmount, check the store, mount again"
         log.error("%s: what lies there cannot be reached any more", what)
 

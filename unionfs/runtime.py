@@ -3,10 +3,13 @@
 
 Owns the directory, which exists while there is something to tell: `degraded`, one line, why
 a union runs without its store.  For an ordinary user below $XDG_RUNTIME_DIR.  Called by daemon.py.
+
+Owns also where a user's programs keep what is there for a moment (stores/).
 """
 
 import contextlib
 import os
+import stat
 
 from unionfs.errors import printable
 
@@ -55,3 +58,31 @@ def clear(name: str) -> None:
         os.unlink(f"{place}/degraded")
     with contextlib.suppress(OSError):
         os.rmdir(place)
+
+
+def stages() -> str:
+    """Where this user has a directory for what is there for a moment, also without a session."""
+    import tempfile
+
+    place = _session()
+    return os.path.realpath(tempfile.gettempdir() if place is None else place)
+
+
+def private() -> str | None:
+    """A directory that nobody else can write to; None if there is none."""
+    place = _session()
+    name = "unionfs" if place is not None else f"unionfs-{os.geteuid()}"
+    path = f"{stages()}/{name}"
+    with contextlib.suppress(OSError):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o755 if place is not None else 0o700)
+        found = os.lstat(path)
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if ours and not found.st_mode & 0o022:
+            return path
+    return None
+
+
+def _session() -> str | None:
+    place = os.environ.get("XDG_RUNTIME_DIR", "")
+    return place if place and os.access(place, os.W_OK | os.X_OK) else None

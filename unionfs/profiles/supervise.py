@@ -20,6 +20,7 @@ from unionfs.mounts import read_mounts
 from unionfs.profiles import running
 from unionfs.profiles.profile import Profile
 from unionfs.profiles.running import Made
+from unionfs.stores import kernel, sharing
 from unionfs.unions import FSTYPE, ask
 from unionfs.unmounting import hold_daemon
 
@@ -49,6 +50,8 @@ def run(profile: Profile, root: str) -> int:
         ended = _watch(daemons, woken, watchdog)
         notify.send("STOPPING=1")
         stop(profile.name)
+        if not kernel.may_mount():
+            sharing.entrust_all()
         if ended is None:
             return ExitCode.OK
         raise UnionfsError(f"the daemon of {ended} has ended", hint="the log says why")

@@ -22,7 +22,7 @@ from unionfs.format import AREA_NAME
 from unionfs.holder import Owner, here, read_owner_at
 from unionfs.identity import StoreRecord, parse_store
 from unionfs.mounts import read_mounts
-from unionfs.stores import find, fscrypt, gocryptfs, unlocking
+from unionfs.stores import find, fscrypt, gocryptfs, kernel, unlocking
 from unionfs.stores import kept as names
 from unionfs.stores.mounted import Mounted, mounted_unions
 from unionfs.stores.volume import Volume, open_volume
@@ -285,14 +285,17 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
 
     path = find.find(locator.parse(text))
     store = _outside(path)
-    holder = next((union for union in unions if union.alone and union.lies_in(path)), None)
-    if holder is not None:
-        _told(store, holder)
+    holders = [union for union in unions if union.alone and union.lies_in(path)]
+    if holders and kernel.may_mount():  # the image of an ordinary user
+        _told(store, holders)
         return store
     try:
-        volume = open_volume(text, readonly=True, untouched=True)
+        volume = open_volume(text, readonly=True, untouched=True, share=True)
     except UnionfsError as exc:
-        store.problem = exc.line()
+        if holders:
+            _told(store, holders)
+        else:
+            store.problem = exc.line()
         return store
     try:
         _inside(store, volume)
@@ -310,18 +313,18 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
     return store
 
 
-def _told(store: Store, union: Mounted) -> None:
-    """What a union tells of its store, which nobody else can look into meanwhile."""
-    told = union.store
+def _told(store: Store, unions: Sequence[Mounted]) -> None:
+    """What unions tell of their store, which we cannot look into meanwhile."""
+    first = unions[0]
     store.fstype, store.label, store.uuid = (
-        str(told.get(name) or "") for name in ("fstype", "label", "uuid")
+        str(first.store.get(name) or "") for name in ("fstype", "label", "uuid")
     )
-    store.size, store.free = (integer(union.facts, name) for name in ("size", "free"))
-    record = identity.parse_told(told)
-    how = str(told.get("encrypted") or "")
-    over = union.facts.get("lowers", [""])[-1]
-    upper = Upper(union.directory or "/", record, None, union.point, how, over)
-    store.uppers = [upper]
+    store.size, store.free = (integer(first.facts, name) for name in ("size", "free"))
+    for union in unions:
+        record = identity.parse_told(union.store)
+        how = str(union.store.get("encrypted") or "")
+        over = union.facts.get("lowers", [""])[-1]
+        store.uppers.append(Upper(union.directory or "/", record, None, union.point, how, over))
 
 
 def _outside(path: str) -> Store:

@@ -86,14 +86,16 @@ def mounted_unions() -> list[Mounted]:
 
 
 def named(error: UnionfsError) -> UnionfsError:
-    """An error, which says at which mount point a store is used, if it is that and it is known."""
+    """An error, which says at which mount points a store is used, if it is that and it is known."""
     if not isinstance(error, InUse):
         return error
     points = [m.point for m in mounted_unions() if _is_meant(m, error)]
     if not points:
         return error
-    what = f"{error.name} is in use by the union at {points[0]}"
-    return UnionfsError(what, hint=f"unmount it first: unionfs umount {points[0]}")
+    several = len(points) > 1
+    what = f"{error.name} is in use by the union{'s' * several} at {', '.join(points)}"
+    which = "them" if several else "it"
+    return UnionfsError(what, hint=f"unmount {which} first: unionfs umount {' '.join(points)}")
 
 
 def _is_meant(union: Mounted, error: InUse) -> bool:

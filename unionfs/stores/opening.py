@@ -17,7 +17,7 @@ from unionfs import checks, locator
 from unionfs.checks import LOWER, UPPER
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.identity import Base
-from unionfs.layer import Layer, open_private
+from unionfs.layer import Layer, layer_error, open_private
 from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, locate
 from unionfs.options import MountOptions
@@ -232,6 +232,7 @@ class Stores:
                 timeout=wait,
                 flags=flags,
                 guard=guard,
+                share=True,
             )
         except NotFound as exc:
             if options.timeout is not None and options.device_timeout is None:
@@ -246,7 +247,10 @@ class Stores:
     def _like(self) -> os.stat_result:
         """The base's root, whose mode a new upper gets: it becomes the union's root."""
         top = self.options.lowers[0]
-        return os.fstat(self.lowers[top].fd) if top in self.lowers else os.stat(top)
+        try:
+            return os.fstat(self.lowers[top].fd) if top in self.lowers else os.stat(top)
+        except OSError as exc:
+            raise layer_error(LOWER, top, exc) from exc
 
 
 def _no_directory(volume: Volume, inside: str, hint: str) -> UnionfsError:

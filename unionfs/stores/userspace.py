@@ -4,7 +4,7 @@
 Owns the life of that program.  It is mounted on a directory of ours, opened, and unmounted lazily
 at once: from then on it lives as long as descriptors on it do, so it ends, written out, when the
 daemon closes them or is killed.  The image is locked (flock) by an open file that the program
-shares: who comes next waits until it has ended.
+shares: who comes next waits until it has ended, or joins it (sharing.py).
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Final
 
-from unionfs import syscalls
+from unionfs import runtime, syscalls
 from unionfs.errors import ExitCode, InUse, UnionfsError
 from unionfs.mounts import mount_number, read_mounts, topmost
-from unionfs.stores import ext, squash
+from unionfs.stores import ext, sharing, squash
 from unionfs.stores.probe import Contents
 from unionfs.stores.tools import find, tool
 from unionfs.syscalls import UnmountFlag
@@ -72,59 +72,80 @@ class Ended(Exception):
 class Helper:
     """A running program and its mount: `root` is an O_PATH descriptor of its root directory.
 
-    `said`: the file of its output, which is closed with the helper.
+    `said`: the file of its output, which is closed with the helper.  `share`: of one that others
+    may use as well.
     """
 
     def __init__(
         self,
         name: str,
         path: str,
-        process: "subprocess.Popen[bytes]",
         root: int,
-        said: IO[bytes],
         *,
+        watch: int,
         readonly: bool,
+        process: "subprocess.Popen[bytes] | None" = None,
+        said: IO[bytes] | None = None,
+        share: sharing.Share | None = None,
     ) -> None:
         self.name = name
         self.path = path
         self.root = root
-        self.pid = process.pid
-        self._process = process
+        self.watch = watch  # a pidfd
+        self.share = share
+        self._process = process  # None: started by another of us
         self._said = said
         self._readonly = readonly
         self._mount = mount_number(root)
-        self.watch = os.pidfd_open(process.pid)
 
     def ended(self) -> int | None:
-        """Its exit code, if it has ended."""
-        return self._process.poll()
+        """Its exit code, if it has ended and that can be known."""
+        return None if self._process is None else self._process.poll()
+
+    def offer(self, register: sharing.Register) -> None:
+        """Let others use it too, from now on."""
+        assert self._process is not None
+        self.share = register.begin(self._process.pid, self.root)
 
     def close(self) -> bool:
         """Let it end and wait until it has written everything; whether it ended well.
 
-        One that only read has nothing to lose: libfuse's exit code then tells how its last
-        request ended, which is now and then in the middle of the unmount.  A second call does
-        nothing.
+        If others use it too, that is for the last of them.  One that only read has nothing to lose:
+        libfuse's exit code then tells how its last request ended, which is now and then in the
+        middle of the unmount.  A second call does nothing.
         """
         if self.watch < 0:
             return True
         try:
-            self._release()
-            code = self._process.wait(_END_SECONDS)
-            if code:
+            left = self.share.leave() if self.share is not None else sharing.ALONE
+            if not left.ours:
+                self._release()
+            if left.ours or left.others:
+                return True
+            problem = self._await_end()
+            if problem:
                 level = logging.INFO if self._readonly else logging.ERROR
-                ended = f"exit code {code}{_last_words(self._said, before=': ')}"
-                log.log(level, "%s of %s ended with %s", self.name, self.path, ended)
-            return code == 0 or self._readonly
-        except subprocess.TimeoutExpired:
+                log.log(level, "%s of %s ended %s", self.name, self.path, problem)
+            return not problem or self._readonly
+        except TimeoutError:
             log.error("%s of %s does not end: ending it", self.name, self.path)
-            self._process.terminate()
-            self._process.wait()
+            signal.pidfd_send_signal(self.watch, signal.SIGTERM)
+            self._await_end(None)
             return False
         finally:
-            self._said.close()
+            if self._said is not None:
+                self._said.close()
             os.close(self.watch)
             self.watch = -1
+
+    def _await_end(self, seconds: float | None = _END_SECONDS) -> str:
+        """Wait until it has ended; what was wrong with that.  Raises TimeoutError."""
+        if not sharing.has_ended(self.watch, seconds):
+            raise TimeoutError(errno.ETIMEDOUT, "it does not end")
+        if self._process is None:  # its exit code is for its parent
+            return "" if ext.was_unmounted(self.path) else "before it had written everything"
+        code = self._process.wait()
+        return f"with exit code {code}{_last_words(self._said, before=': ')}" if code else ""
 
     def _release(self) -> None:
         """The node table keeps directories open until it is freed: let it keep nothing instead.
@@ -146,13 +167,45 @@ def start(
     readonly: bool,
     patience: float = LOCK_SECONDS,
     replay: bool = False,
+    share: bool = False,
 ) -> Helper:
     """Mount an image for a user.
 
     `patience`: seconds to wait for another program to end; `replay`: with readonly, replay a
-    journal first.
+    journal first.  `share`: one that another union of this user has started will do, and if it
+    is started to write, the others may use it.
     """
     program, path = _program(contents, readonly=readonly)
+    if not share or program.writable is None:
+        return _start(contents, program, path, readonly=readonly, patience=patience, replay=replay)
+    with sharing.register(contents.path) as register:
+        joined = register.join() if register is not None else None
+        if joined is not None:
+            return Helper(
+                program.name,
+                contents.path,
+                joined.root,
+                watch=joined.watch,
+                readonly=False,
+                share=joined.share,
+            )
+        helper = _start(
+            contents, program, path, readonly=readonly, patience=patience, replay=replay
+        )
+        if register is not None and not readonly:
+            helper.offer(register)
+        return helper
+
+
+def _start(
+    contents: Contents,
+    program: Program,
+    path: str,
+    *,
+    readonly: bool,
+    patience: float,
+    replay: bool,
+) -> Helper:
     arguments = program.readonly if readonly else program.writable or ()
     if replay and readonly and program is _FUSE2FS and os.access(contents.path, os.W_OK):
         held = lock_image(contents.path, readonly=False, patience=patience)
@@ -224,7 +277,7 @@ def _launch(
 ) -> Helper:
     _clear_stages()
     name = os.path.basename(command[0])
-    stage = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=_stages())
+    stage = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=runtime.stages())
     try:
         with contextlib.ExitStack() as stack:
             said = stack.enter_context(open(os.memfd_create(name), "w+b"))
@@ -238,7 +291,10 @@ def _launch(
                 cwd="/",
             )
             root = _take(process, stage, said, listener)
-            helper = Helper(name, source, process, root, said, readonly=readonly)
+            watch = os.pidfd_open(process.pid)
+            helper = Helper(
+                name, source, root, watch=watch, readonly=readonly, process=process, said=said
+            )
             stack.pop_all()
             return helper
     finally:
@@ -319,8 +375,10 @@ def _take(
         raise
 
 
-def _last_words(said: IO[bytes], before: str = "") -> str:
+def _last_words(said: IO[bytes] | None, before: str = "") -> str:
     """The last line of a program's output, after `before`; nothing if it said nothing."""
+    if said is None:
+        return ""
     said.seek(0)
     lines = [line for line in os.fsdecode(said.read(4096)).splitlines() if line.strip()]
     return before + lines[-1].strip() if lines else ""
@@ -368,16 +426,9 @@ def _unmount(stage: str) -> None:
                 return
 
 
-def _stages() -> str:
-    """Where mounts are made for a moment."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    usable = runtime and os.access(runtime, os.W_OK | os.X_OK)
-    return os.path.realpath(runtime if usable else tempfile.gettempdir())
-
-
 def _clear_stages() -> None:
     """What a process left that was killed between mounting and opening."""
-    folder = _stages()
+    folder = runtime.stages()
     for name in os.listdir(folder):
         if not name.startswith(_PREFIX):
             continue

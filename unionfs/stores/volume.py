@@ -86,11 +86,13 @@ def open_volume(
     replay: bool = False,
     flags: str | None = None,
     guard: bool = False,
+    share: bool = False,
 ) -> Volume:
     """Find, examine and mount what a locator names; `flags`: as in fstab, if it is writable.
 
     With readonly: `untouched`, to look: no journal is replayed, nobody is waited for; `replay`, to
     read what was written last: a journal is replayed.  `guard`: not if another machine has it.
+    `share`: together with the other unions of an ordinary user, as root does anyway.
     """
     where = locator.parse(text)
     path = find.find(where, search=search, timeout=timeout)
@@ -118,7 +120,13 @@ def open_volume(
         _mend(path)
     with guarded(where, contents, when=guard, write=replay or not readonly):
         return _mount(
-            where, contents, readonly=readonly, untouched=untouched, replay=replay, flags=flags
+            where,
+            contents,
+            readonly=readonly,
+            untouched=untouched,
+            replay=replay,
+            flags=flags,
+            share=share,
         )
 
 
@@ -130,6 +138,7 @@ def _mount(
     untouched: bool,
     replay: bool,
     flags: str | None = None,
+    share: bool = False,
 ) -> Volume:
     if kernel.may_mount():
         root, device = kernel.mount(
@@ -143,7 +152,9 @@ def _mount(
         ext.refuse_encrypted(contents.path)
     patience = 0.0 if untouched else userspace.LOCK_SECONDS
     replay = replay and not untouched
-    helper = userspace.start(contents, readonly=readonly, patience=patience, replay=replay)
+    helper = userspace.start(
+        contents, readonly=readonly, patience=patience, replay=replay, share=share
+    )
     return Volume(where, contents, contents.path, helper.root, readonly, helper)
 
 
@@ -175,7 +186,7 @@ def _owners(where: Locator, contents: Contents, *, write: bool) -> list[tuple[st
     """Who holds, or held, the uppers in a file system that is not to be changed."""
     from unionfs.stores.inspect import owners
 
-    volume = _mount(where, contents, readonly=True, untouched=True, replay=write)
+    volume = _mount(where, contents, readonly=True, untouched=True, replay=write, share=True)
     try:
         return owners(volume)
     finally:
