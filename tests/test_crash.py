@@ -358,6 +358,7 @@ def test_killed_at_each_step(place: Path, name: str) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WH)
 def test_killed_at_each_step_with_wh_marks(place: Path, name: str) -> None:
     case = CASES[name]

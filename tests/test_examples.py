@@ -101,7 +101,8 @@ def test_appliance(example: Example) -> None:
 
 
 def test_appliance_without_its_data_partition(example: Example) -> None:
-    example.take("appliance.toml", {"LABEL=data": "LABEL=not-there"})
+    shorter = {"device-timeout=10": "device-timeout=1"}
+    example.take("appliance.toml", {"LABEL=data": "LABEL=not-there", **shorter})
     a = example.system("a", "A")
     told = example.up("--root", str(a))
     assert "runs without its store" in told

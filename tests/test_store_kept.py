@@ -73,6 +73,9 @@ def seen_as_kept(base: Path, place: str, *, times: int = 1) -> list[str]:
     return names
 
 
+DEVICE = pytest.param("device", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("kind", "mounted"),
     [
@@ -124,7 +127,7 @@ def test_a_reset_by_those_before(base: Path) -> None:
         assert kept_in(place) == [name]
 
 
-@pytest.mark.parametrize("kind", ["image", "device"])
+@pytest.mark.parametrize("kind", ["image", DEVICE])
 def test_restore_that_keeps(base: Path, kind: str) -> None:
     with place_of(base, kind) as place:
         done("backup", place, base / "saved")
@@ -137,7 +140,7 @@ def test_restore_that_keeps(base: Path, kind: str) -> None:
 
 
 @pytest.mark.skipif(bool(secret.why_not()), reason=secret.why_not() or "-")
-@pytest.mark.parametrize("kind", ["image", "device"])
+@pytest.mark.parametrize("kind", ["image", DEVICE])
 def test_encrypt_and_what_is_done_then(base: Path, kind: str) -> None:
     key = secret.key_file(base)
     with place_of(base, kind) as place:
@@ -232,7 +235,7 @@ def test_a_reset_of_what_was_never_mounted(base: Path) -> None:
 # Forgotten
 
 
-@pytest.mark.parametrize("kind", ["image", "device", "directory"])
+@pytest.mark.parametrize("kind", ["image", DEVICE, "directory"])
 def test_forget(base: Path, kind: str) -> None:
     with contextlib.ExitStack() as stack:
         if kind == "directory":

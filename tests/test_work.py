@@ -187,6 +187,10 @@ class TestWorkdir:
 
 
 class TestLock:
+    @pytest.fixture(autouse=True)
+    def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("unionfs.holder._ENDING_SECONDS", 0.5)
+
     def test_names_the_holder_and_ends_with_it(self, place: Path) -> None:
         wanted = options(place)
         with holder(place / "u") as process:

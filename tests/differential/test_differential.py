@@ -114,7 +114,11 @@ def base() -> Iterator[Ground]:
         yield ground
 
 
-@pytest.mark.parametrize("backend", ["plain", "overlay", "unionfs"])
+# The operations themselves, where unionfs has no part in it.
+ORACLES = [pytest.param(name, marks=pytest.mark.slow) for name in ("plain", "overlay")]
+
+
+@pytest.mark.parametrize("backend", [*ORACLES, "unionfs"])
 def test_union_is_a_plain_directory(backend: Backend, base: Ground) -> None:
     if backend not in backends():
         pytest.skip(f"backend {backend} not asked for, or not for an ordinary user")
@@ -132,7 +136,7 @@ def test_union_is_a_plain_directory(backend: Backend, base: Ground) -> None:
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("backend", ["plain", "unionfs"])
+@pytest.mark.parametrize("backend", [ORACLES[0], "unionfs"])
 def test_seeds_as_an_ordinary_user(backend: Backend, tmp_path: Path) -> None:
     if backend not in backends():
         pytest.skip(f"backend {backend} not asked for")
