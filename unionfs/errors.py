@@ -43,6 +43,7 @@ class InUse(UnionfsError):
     """Somebody has a store; by which mount he does, those find out who have the time to ask.
 
     `directory`: which upper in it; None if all of it is meant.  `identity`: that upper's id.
+    `why`: what cannot be done with it while a program has it mounted, and the kernel could.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class InUse(UnionfsError):
         self.path = path
         self.directory = directory
         self.identity = identity
+        self.why = ""
 
 
 def printable(text: str) -> str:

@@ -23,6 +23,7 @@ class Mounted:
     upper: str  # its name; the path of one that is a directory
     store: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    owner: int = 0  # the user whose mount it is
 
     @property
     def place(self) -> str:
@@ -38,7 +39,7 @@ class Mounted:
 
     @property
     def alone(self) -> bool:
-        """Whether nobody else can look into its image: a program has it, not the kernel."""
+        """Whether nobody else can mount its image: a program has it, not the kernel."""
         return str(self.store.get("mounted_by", "kernel")) != "kernel"
 
     def lies_in(self, path: str) -> bool:
@@ -70,7 +71,7 @@ def _same(one: str, other: str) -> bool:
 
 def mounted_unions() -> list[Mounted]:
     """Those that answer, and whose changes stay."""
-    from unionfs.unions import FSTYPE, ask
+    from unionfs.unions import FSTYPE, ask, owner
 
     mounts = read_mounts()
     found = []
@@ -81,7 +82,7 @@ def mounted_unions() -> list[Mounted]:
         store, upper = facts.get("store"), facts.get("upper")
         if isinstance(upper, str) and not facts.get("ephemeral"):
             told = store if isinstance(store, dict) else {}
-            found.append(Mounted(entry.point, upper, told, facts))
+            found.append(Mounted(entry.point, upper, told, facts, owner(entry)[0]))
     return found
 
 
@@ -89,11 +90,13 @@ def named(error: UnionfsError) -> UnionfsError:
     """An error, which says at which mount point a store is used, if it is that and it is known."""
     if not isinstance(error, InUse):
         return error
-    points = [m.point for m in mounted_unions() if _is_meant(m, error)]
-    if not points:
+    union = next((m for m in mounted_unions() if _is_meant(m, error)), None)
+    if union is None:
         return error
-    what = f"{error.name} is in use by the union at {points[0]}"
-    return UnionfsError(what, hint=f"unmount it first: unionfs umount {points[0]}")
+    what = f"{error.name} is in use by the union at {union.point}"
+    if error.why and union.alone:
+        what += f", and {union.store['mounted_by']} {error.why}"
+    return UnionfsError(what, hint=f"unmount it first: unionfs umount {union.point}")
 
 
 def _is_meant(union: Mounted, error: InUse) -> bool:
