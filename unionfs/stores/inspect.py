@@ -25,7 +25,7 @@ from unionfs.mounts import read_mounts
 from unionfs.stores import find, fscrypt, gocryptfs, unlocking
 from unionfs.stores import kept as names
 from unionfs.stores.mounted import Mounted, mounted_unions
-from unionfs.stores.volume import Volume, open_volume
+from unionfs.stores.volume import Volume, borrowed, open_volume
 from unionfs.unions import integer
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -286,13 +286,16 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
     path = find.find(locator.parse(text))
     store = _outside(path)
     holder = next((union for union in unions if union.alone and union.lies_in(path)), None)
-    if holder is not None:
-        _told(store, holder)
-        return store
     try:
-        volume = open_volume(text, readonly=True, untouched=True)
+        if holder is not None:
+            volume = borrowed(locator.parse(text), path, holder)
+        else:
+            volume = open_volume(text, readonly=True, untouched=True)
     except UnionfsError as exc:
-        store.problem = exc.line()
+        if holder is not None:
+            _told(store, holder)
+        else:
+            store.problem = exc.line()
         return store
     try:
         _inside(store, volume)
@@ -302,6 +305,8 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
                     kept.size = disk_bytes(fd) if fd >= 0 else None
     finally:
         volume.close()
+    if holder is not None:
+        _add_told(store, holder)
     for upper in store.uppers:
         number = upper.record.uuid if upper.record is not None else None
         for union in unions:
@@ -310,18 +315,31 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
     return store
 
 
+def _add_told(store: Store, union: Mounted) -> None:
+    """What a union tells of its upper, if it is not found: by its place, or encrypted."""
+    told = _told_upper(union)
+    for upper in store.uppers:
+        if upper.directory == told.directory:
+            upper.record = upper.record or told.record
+            return
+    store.uppers.append(told)
+
+
 def _told(store: Store, union: Mounted) -> None:
-    """What a union tells of its store, which nobody else can look into meanwhile."""
+    """What a union tells of its store, which cannot be looked into meanwhile."""
     told = union.store
     store.fstype, store.label, store.uuid = (
         str(told.get(name) or "") for name in ("fstype", "label", "uuid")
     )
     store.size, store.free = (integer(union.facts, name) for name in ("size", "free"))
-    record = identity.parse_told(told)
-    how = str(told.get("encrypted") or "")
+    store.uppers = [_told_upper(union)]
+
+
+def _told_upper(union: Mounted) -> Upper:
+    record = identity.parse_told(union.store)
+    how = str(union.store.get("encrypted") or "")
     over = union.facts.get("lowers", [""])[-1]
-    upper = Upper(union.directory or "/", record, None, union.point, how, over)
-    store.uppers = [upper]
+    return Upper(union.directory or "/", record, None, union.point, how, over)
 
 
 def _outside(path: str) -> Store:

@@ -70,9 +70,11 @@ class Stores:
         """What the status tells of the store."""
         if self._upper is None:
             return None
-        how = {"encrypted": self._encrypted} if self._encrypted else {}
+        how: dict[str, object] = {"encrypted": self._encrypted} if self._encrypted else {}
         if self._upper.contents is not None:
             how["directory"] = self._inside
+        if self._upper.helper is not None:  # who else may read there finds it by that (lent.py)
+            how["descriptor"] = self._upper.root
         return self._upper.facts() | how
 
     @property

@@ -10,9 +10,9 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfs import holder, locator
 from unionfs.errors import UnionfsError, usage_error
@@ -22,6 +22,10 @@ from unionfs.mounts import read_mounts
 from unionfs.stores import ext, find, kept, kernel, loop, userspace
 from unionfs.stores.fscrypt_keys import Key
 from unionfs.stores.probe import Contents, probe, require_filesystem
+
+if TYPE_CHECKING:
+    from unionfs.stores.lent import Lender
+    from unionfs.stores.mounted import Mounted
 
 log = logging.getLogger("unionfs")
 
@@ -40,6 +44,7 @@ class Volume:
     helper: userspace.Helper | None = None
     mountpoint: str = ""  # of a directory: where it is seen
     keys: list[Key] = field(default_factory=list)  # of what was unlocked in it
+    lender: "Lender | None" = None  # whose mount it is, if it is not ours
 
     @property
     def path(self) -> str:
@@ -59,6 +64,9 @@ class Volume:
             self.root = -1
         if self.helper is not None:
             self.helper.close()
+        if self.lender is not None:
+            self.lender.close()
+            self.lender = None
         while self.keys:  # after all that is open in there
             self.keys.pop().close()
 
@@ -86,11 +94,13 @@ def open_volume(
     replay: bool = False,
     flags: str | None = None,
     guard: bool = False,
+    unions: "Sequence[Mounted]" = (),
 ) -> Volume:
     """Find, examine and mount what a locator names; `flags`: as in fstab, if it is writable.
 
     With readonly: `untouched`, to look: no journal is replayed, nobody is waited for; `replay`, to
     read what was written last: a journal is replayed.  `guard`: not if another machine has it.
+    `unions`: of those one may have an image that can be mounted only once: it is borrowed then.
     """
     where = locator.parse(text)
     path = find.find(where, search=search, timeout=timeout)
@@ -103,6 +113,9 @@ def open_volume(
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         hint = "name a directory, an image or a block device"
         raise UnionfsError(f"{path} is neither a directory nor an image or a device", hint=hint)
+    having = next((union for union in unions if union.alone and union.lies_in(path)), None)
+    if having is not None:
+        return borrowed(where, path, having)
     if not kernel.may_mount() and (entry := find.mounted_at(path, read_mounts())) is not None:
         return _seen(where, path, entry.point, readonly=readonly)
     contents = probe(path)
@@ -120,6 +133,15 @@ def open_volume(
         return _mount(
             where, contents, readonly=readonly, untouched=untouched, replay=replay, flags=flags
         )
+
+
+def borrowed(where: Locator, path: str, union: "Mounted") -> Volume:
+    """What a program has mounted for a union, to be read."""
+    from unionfs.stores import lent
+
+    contents = probe(path)
+    root, lender = lent.borrow(union, where.source)
+    return Volume(where, contents, path, root, readonly=True, lender=lender)
 
 
 def _mount(
