@@ -8,6 +8,7 @@ the reader does.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -257,6 +258,22 @@ def test_nobody_is_held_up_for_ever(
         finally:
             os.close(root)
             lender.close()
+
+
+@as_a_user
+def test_two_backups_at_once(base: Path, image: Path, slow: Callable[..., dict[str, str]]) -> None:
+    """The one does not let go on whom the other has stopped."""
+    with union(base, base / "tree", image) as made, writing(base / "mnt"):
+        first = begin(slow("tar", calls=3), "backup", image, base / "1.tar.zst")
+        second = os.open(f"/proc/{made.pid}/status", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.kill(made.pid, signal.SIGCONT)  # by somebody else
+        (base / "slow/go").touch()
+        assert "did not stay stopped" in one_line(first)
+        fcntl.flock(second, fcntl.LOCK_EX)
+        os.close(second)
+        done("backup", image, base / "2.tar.zst")
 
 
 @as_a_user

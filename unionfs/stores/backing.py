@@ -32,6 +32,7 @@ from unionfs.stores.inspect import read_record, uppers_of
 from unionfs.stores.mounted import mounted_unions
 from unionfs.stores.replacing import replace
 from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
+from unionfs.unions import DEADLINE
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _ATTEMPTS: Final = 3
@@ -86,7 +87,7 @@ def chosen(
     union's.  `make`: it need not be there.  `ask`: for the passphrase of an encrypted one, so that
     it is seen as it is; without it its cipher directory is.
     """
-    unions = () if write else mounted_unions()
+    unions = () if write else mounted_unions(DEADLINE)
     volume = open_volume(text, readonly=not write, replay=True, guard=True, unions=unions)
     lender = volume.lender
     try:

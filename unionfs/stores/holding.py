@@ -55,18 +55,26 @@ def frozen(fd: int, name: str) -> Iterator[Beat]:
 def stopped(lender: Lender, name: str) -> Iterator[Beat]:
     """Stop the daemon that a file system was borrowed from.
 
-    What is yielded tells that we get on, and raises an error once it has been let go on.
+    What is yielded tells that we get on, and raises an error once it goes on, by whomever.
     """
     if not lender.writes_itself:
         raise UnionfsError(f"{name} changes all the time", hint=_HINT)
     whole = lender.patience() or math.inf
-    with _guarded(lender.let_go_on, name, silence=_SILENCE, whole=whole) as beat:
-        try:
-            lender.stop()
-            yield beat
+    with contextlib.ExitStack() as held:
+        held.callback(os.close, lender.lock())
+        go_on = lender.let_go_on
+        beat = held.enter_context(_guarded(go_on, name, silence=_SILENCE, whole=whole))
+        held.callback(go_on)
+        lender.stop()
+
+        def beat_stopped() -> None:
             beat()
-        finally:
-            lender.let_go_on()
+            if not lender.is_stopped():
+                what = f"{name} changes all the time, and its daemon did not stay stopped"
+                raise UnionfsError(what, hint=_HINT)
+
+        yield beat_stopped
+        beat_stopped()
 
 
 @contextlib.contextmanager

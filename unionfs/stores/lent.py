@@ -12,6 +12,7 @@ Called by volume.py, for the verbs that only read; holding.py calls back to stop
 
 import contextlib
 import errno
+import fcntl
 import os
 import pwd
 import select
@@ -27,7 +28,7 @@ from unionfs.stores.mounted import Mounted
 from unionfs.unions import integer
 
 _FUSE: Final = 0x65735546  # linux/magic.h: FUSE_SUPER_MAGIC
-_STOP_SECONDS: Final = 10
+_STOP_SECONDS: Final = 20  # less than holding.py waits for progress
 _STOPPED: Final = b"TtXZ"  # proc_pid_stat(5)
 _WATCHDOG: Final = b"WATCHDOG_USEC="
 
@@ -78,14 +79,26 @@ class Lender:
                     return int(word.removeprefix(_WATCHDOG)) / 1e6 / 3
         return None
 
+    def lock(self) -> int:
+        """A descriptor for whose life nobody else of us stops the daemon: the first to be ready
+        would let it go on for all.  Waits for another."""
+        fd = os.open(f"/proc/{self.pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
     def stop(self) -> None:
         """Stop the daemon, and wait until none of its threads is in a system call any more."""
         signal.pidfd_send_signal(self.watch, signal.SIGSTOP)
         end = time.monotonic() + _STOP_SECONDS
-        while not self._is_stopped():
+        while not self.is_stopped():
             self.check()
             if time.monotonic() > end:
-                raise UnionfsError(f"the daemon of {self.point} cannot be stopped")
+                what = f"the daemon of {self.point} has not stopped for {_STOP_SECONDS} s"
+                raise UnionfsError(what, hint="begin again when it has less to do")
             select.select([self.watch], [], [], 0.01)
 
     def let_go_on(self) -> None:
@@ -93,8 +106,8 @@ class Lender:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.watch, signal.SIGCONT)
 
-    def _is_stopped(self) -> bool:
-        """Stopped is a thread only where it comes back from the kernel."""
+    def is_stopped(self) -> bool:
+        """Whether all of it is: a thread is a thread only where it comes back from the kernel."""
         for thread in os.listdir(f"/proc/{self.pid}/task"):
             with contextlib.suppress(FileNotFoundError):
                 with open(f"/proc/{self.pid}/task/{thread}/stat", "rb") as file:

@@ -69,8 +69,8 @@ def _same(one: str, other: str) -> bool:
     return os.path.samestat(first, second)
 
 
-def mounted_unions() -> list[Mounted]:
-    """Those that answer, and whose changes stay."""
+def mounted_unions(deadline: float = 2) -> list[Mounted]:
+    """Those that answer (within so many seconds), and whose changes stay."""
     from unionfs.unions import FSTYPE, ask, owner
 
     mounts = read_mounts()
@@ -78,7 +78,7 @@ def mounted_unions() -> list[Mounted]:
     for entry in mounts:
         if entry.fstype != FSTYPE:
             continue
-        facts = ask(entry, mounts, deadline=2).facts
+        facts = ask(entry, mounts, deadline).facts
         store, upper = facts.get("store"), facts.get("upper")
         if isinstance(upper, str) and not facts.get("ephemeral"):
             told = store if isinstance(store, dict) else {}
