@@ -208,13 +208,15 @@ def test_what_another_name_of_a_file_has_cached(base: Path, image: Path) -> None
             assert [path.read_text() for path in cached] == ["before"] * 2
             (base / "mnt/a").write_text("after!")
             done("backup", f"{image}:{UPPER}", base / "saved.tar.zst")
+            assert [path.read_text() for path in cached] == ["after!"] * 2
+            (base / "mnt/a").write_text("again!")
             made.umount()
             done("clone", f"{image}:{UPPER}", base / "clone")
         made.mount()
     (base / "out").mkdir()
     ground.run("tar", "--zstd", "-xf", base / "saved.tar.zst", "-C", base / "out")
-    for place in (base / "out", base / "clone"):
-        assert [(place / name).read_text() for name in "ab"] == ["after!"] * 2
+    for place, text in ((base / "out", "after!"), (base / "clone", "again!")):
+        assert [(place / name).read_text() for name in "ab"] == [text] * 2
         assert os.path.samefile(place / "a", place / "b")
 
 
