@@ -318,6 +318,25 @@ def test_asking_where_no_union_answers(tmp_path: Path) -> None:
     assert unions.ask(entry, [entry]).reason == os.strerror(errno.ENOENT)
 
 
+def test_who_asks_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """He may be left behind in his request: what else is open must be able to end."""
+    entry = MountEntry(1, "0:1", "/", str(tmp_path), unions.FSTYPE, "x", "rw")
+    there = {os.open(tmp_path, os.O_PATH) for _ in range(5)}
+
+    def has(*_: object) -> bytes:
+        found = [os.readlink(f"/proc/self/fd/{fd}") for fd in range(end) if is_open(fd)]
+        return json.dumps({"open": found.count(str(tmp_path))}).encode()
+
+    def is_open(fd: int) -> bool:
+        return os.path.lexists(f"/proc/self/fd/{fd}")
+
+    end = max(there) + 1
+    monkeypatch.setattr(os, "getxattr", has)
+    assert unions.ask(entry, [entry]).facts == {"open": 0}
+    for fd in there:
+        os.close(fd)
+
+
 def test_an_answer_is_read(tmp_path: Path) -> None:
     try:
         os.setxattr(tmp_path, unions.STATUS_XATTR, json.dumps({"pid": 5}).encode())

@@ -113,7 +113,8 @@ def test_an_image_that_several_unions_have(base: Path) -> None:
         assert told == {"/a": str(points[0]), "/b": str(points[1]), "/c": None}
         assert facts("list", image)[0]["uppers"] == facts("info", image)["uppers"]
         said = fails("shrink", image, "--size", "16M")
-        assert f"by the unions at {points[0]}, {points[1]}; unmount them first" in said
+        assert f"by the unions at {points[0]}, {points[1]}" in said
+        assert "; unmount them first" in said
         ground.run(*program(), "umount", points[1])
 
 
@@ -131,7 +132,7 @@ def test_who_has_what_a_verb_wants(base: Path) -> None:
             if upper == image:
                 verbs += [["shrink", upper, "--size", "16M"]]
                 if os.geteuid() != 0:
-                    verbs += [["backup", upper, base / "b"], ["grow", upper, "--size", "64M"]]
+                    verbs += [["grow", upper, "--size", "64M"]]
             for words in verbs:
                 said = fails(*words)
                 assert f"is in use by the union at {base / 'mnt'}" in said

@@ -16,6 +16,7 @@ from tests.test_store_commands import store
 from tests.test_stores import _await, base, change, check, mount, need, refused, union
 from unionfs.errors import UnionfsError
 from unionfs.options import OptionReader
+from unionfs.reserve import Reserve
 from unionfs.space import GROW_SECONDS, LOOK_SECONDS, Mark, Watch
 from unionfs.stores.tools import find
 
@@ -50,6 +51,19 @@ def test_low_water_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
         "LABEL=s has only 10 MiB left of 1000",
     ]
     assert watch.seconds == LOOK_SECONDS
+
+
+def test_what_dies_between_two_calls(tmp_path: Path) -> None:
+    """A program that has the store mounted may end at any moment: the look is in vain."""
+    area = os.open(tmp_path, os.O_PATH)
+    reserve = Reserve(area)
+    os.close(area)
+    watch = Fake(-1, "LABEL=s", Mark(5, percent=True), reserve=reserve)
+    watch.look()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reserve, "fill", lambda *_: os.fstat(-1))
+        watch.look()
+    reserve.close()
 
 
 def growing(watch: Fake) -> list[int]:

@@ -43,6 +43,8 @@ class InUse(UnionfsError):
     """Somebody has a store; by which mount he does, those find out who have the time to ask.
 
     `directory`: which upper in it; None if all of it is meant.  `identity`: that upper's id.
+    `why`: what cannot be done with it while a program has it mounted, and the kernel could.
+    `shared`: whether the user for whom a program has it mounted could do it meanwhile.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class InUse(UnionfsError):
         self.path = path
         self.directory = directory
         self.identity = identity
+        self.why = ""
+        self.shared = False
 
 
 def printable(text: str) -> str:

@@ -79,10 +79,10 @@ def read_mounts() -> list[MountEntry]:
         return []
 
 
-def mount_number(fd: int) -> int:
+def mount_number(fd: int, process: int | str = "self") -> int:
     """The mount that `fd` was opened through, as in the first column of mountinfo; -1 unknown."""
     try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        with open(f"/proc/{process}/fdinfo/{fd}", "rb") as file:
             for line in file:
                 if line.startswith(b"mnt_id:"):
                     return int(line[7:])

@@ -70,11 +70,11 @@ class Watch:
                     break
                 size, free = self._measure()
                 self._free = free
+            if self.reserve is not None:
+                self.reserve.fill(size, free)
         except OSError as exc:  # a program that mounts it for us has died: said elsewhere
             log.debug("the space of %s is not known: %s", self.name, exc)
             return
-        if self.reserve is not None:
-            self.reserve.fill(size, free)
         low = free < self.mark.bytes_of(size)
         if low and not self.low:
             log.warning("%s has only %d MiB left of %d", self.name, free >> 20, size >> 20)

@@ -89,12 +89,14 @@ def _ask_in_child(entry: MountEntry, deadline: float) -> bytes | int | None:
     """The attribute, an errno, or None when the time is over.
 
     A request that a daemon has taken and does not answer cannot be left, not even by SIGKILL.  So
-    a child asks, holding nothing of ours, and is left behind if need be.
+    a child asks, holding nothing of ours (a store that must be able to end), and is left behind if
+    need be.
     """
     read_end, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        os.closerange(0, 3)
+        os.closerange(0, write_end)
+        os.closerange(write_end + 1, os.sysconf("SC_OPEN_MAX"))
         _child(entry, write_end)
     os.close(write_end)
     reply = _read_until(read_end, time.monotonic() + deadline)

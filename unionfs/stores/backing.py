@@ -5,21 +5,20 @@ Owns which upper is meant, what is read of it, and when that is consistent.
 
 A backup of a mounted store is read while the union works, then everything is looked at again: if
 anything changed since the start it is read anew.  After a few attempts, on a file system of the
-store's own, writers are held up (FIFREEZE) while it is read once more.  A guard thaws it if we are
-killed.
+store's own, writers are held up while it is read once more (holding.py).  It is the same whether
+the kernel has mounted it, here once more, or a program, which then serves us too: so the union may
+be unmounted meanwhile, and we are the last whom that program serves (sharing.py).
 
 A restore unpacks beside the old upper; how it takes its place is for replacing.py.
 """
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import os
-import signal
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Final
 
@@ -27,7 +26,7 @@ from unionfs import holder, syscalls
 from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.passphrase import Ask
-from unionfs.stores import archive, fscrypt, unlocking
+from unionfs.stores import archive, fscrypt, holding, unlocking, writer
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import read_record, uppers_of
 from unionfs.stores.mounted import mounted_unions
@@ -35,11 +34,12 @@ from unionfs.stores.replacing import replace
 from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-_FIFREEZE: Final = 0xC0045877
-_FITHAW: Final = 0xC0045878
 _ATTEMPTS: Final = 3
 PRIVATE: Final = 0o700  # what make_directory() makes
 _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
+_SECOND: Final = 1_000_000_000  # nanoseconds
+
+Read = Callable[[Advance], archive.Trailer]
 
 
 @dataclass(slots=True)
@@ -85,7 +85,11 @@ def chosen(
     union's.  `make`: it need not be there.  `ask`: for the passphrase of an encrypted one, so that
     it is seen as it is; without it its cipher directory is.
     """
-    volume = open_volume(text, readonly=not write, replay=True, guard=True)
+    try:
+        volume = open_volume(text, readonly=not write, replay=True, guard=True, share=not write)
+    except InUse as exc:
+        exc.shared = not write
+        raise
     try:
         directory = volume.locator.directory or _only(volume, make=make)
         try:
@@ -181,41 +185,102 @@ def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Traile
         bytes=tree_bytes(upper.fd),
     )
     path = f"/proc/{os.getpid()}/fd/{upper.fd}"
-    if not upper.in_use:
-        return archive.write(target, header, path, advance)
-    for _ in range(_ATTEMPTS):
-        start = _settle(upper.fd)
-        with contextlib.suppress(archive.Changed):
-            trailer = archive.write(target, header, path, advance)
-            if not changed_since(upper.fd, start):
-                return trailer
+
+    def read(advance: Advance) -> archive.Trailer:
         target.seek(0)
         target.truncate()
-    if upper.volume.contents is None:
-        hint = "unmount the union, or stop what writes to it"
-        raise UnionfsError(f"{upper.name} changes all the time", hint=hint)
-    with frozen(upper.fd, upper.name):
+        if upper.volume.shared:
+            forget_pages(upper.fd, advance)
         return archive.write(target, header, path, advance)
 
+    if not upper.in_use:
+        return read(advance)
+    for _ in range(_ATTEMPTS):
+        start = _settle(upper.fd, seconds=upper.volume.shared)
+        with contextlib.suppress(archive.Changed):
+            trailer = read(advance)
+            if not changed_since(upper.fd, start):
+                return trailer
+    if upper.volume.shared:
+        return _read_without_writer(upper, read, advance)
+    if upper.volume.contents is None:
+        raise UnionfsError(f"{upper.name} changes all the time", hint=holding.HINT)
+    with holding.frozen(upper.fd, upper.name) as beat:
+        return read(_both(beat, advance))
 
-def _settle(fd: int) -> int:
+
+def _read_without_writer(upper: Chosen, read: Read, advance: Advance) -> archive.Trailer:
+    """Read what the daemon of a union writes to, by a program, while that is stopped.
+
+    It may end meanwhile, even be killed, and another one begin.
+    """
+    for _ in range(_ATTEMPTS):
+        found = writer.writer_of(upper.volume, upper.directory)
+        if found is None:  # it was unmounted: so it stays while we read
+            area = f"/proc/self/fd/{upper.fd}/{AREA_NAME}"
+            holder.lock(upper.fd, fcntl.LOCK_SH, upper.name, area)
+            return read(advance)
+        try:
+            with holding.stopped(found, upper.name) as beat:
+                return read(_both(beat, advance))
+        except writer.Ended:
+            continue
+        finally:
+            found.close()
+    raise UnionfsError(f"{upper.name} changes all the time", hint=holding.HINT)
+
+
+def _both(beat: holding.Beat, advance: Advance) -> Advance:
+    def step(count: int) -> None:
+        beat()
+        advance(count)
+
+    return step
+
+
+def _settle(fd: int, *, seconds: bool) -> int:
     """Write what is held back; then the time from which on changes are later than now.
 
     By the clock that inodes get their ctime from, which goes in ticks: what happens later in this
-    tick has this very time.
+    tick has this very time.  `seconds`: it goes in those (fuse2fs), and a new one is waited for.
     """
     syscalls.syncfs(fd)
-    return time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+    now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+    if not seconds:
+        return now
+    start = now - now % _SECOND + _SECOND
+    while (now := time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)) < start:
+        time.sleep((start - now) / _SECOND)
+    return start
 
 
-def _walk(fd: int) -> Iterator[os.stat_result]:
+def forget_pages(fd: int, advance: Advance) -> None:
+    """Have the kernel read all files anew.
+
+    Each name of a hard link is a file of its own to it there, whose pages stay as they are when
+    the file is written to by another of its names (fuse2fs mounts with kernel_cache).
+    """
+    for parent, name, status in _walk(fd, area=True):
+        if not stat.S_ISREG(status.st_mode):
+            advance(0)
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+            try:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(file)
+
+
+def _walk(fd: int, *, area: bool = False) -> Iterator[tuple[int, str, os.stat_result]]:
+    """All that is in a tree: an open directory and a name in it, or "" for itself."""
     stack = [os.open(".", _OPEN, dir_fd=fd)]
-    top = True
+    top = not area
     try:
         while stack:
             current = stack.pop()
             try:
-                yield os.fstat(current)
+                yield current, "", os.fstat(current)
                 with os.scandir(current) as entries:
                     found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
                 for name, is_directory in found:
@@ -225,7 +290,8 @@ def _walk(fd: int) -> Iterator[os.stat_result]:
                         if is_directory:
                             stack.append(os.open(name, _OPEN, dir_fd=current))
                         else:
-                            yield os.stat(name, dir_fd=current, follow_symlinks=False)
+                            status = os.stat(name, dir_fd=current, follow_symlinks=False)
+                            yield current, name, status
                 top = False
             finally:
                 os.close(current)
@@ -236,54 +302,15 @@ def _walk(fd: int) -> Iterator[os.stat_result]:
 
 def changed_since(fd: int, start: int) -> bool:
     """Whether anything in a tree was changed, made or removed: its ctime, or its directory's."""
-    return any(status.st_ctime_ns >= start for status in _walk(fd))
+    return any(status.st_ctime_ns >= start for _, _, status in _walk(fd))
 
 
 def tree_bytes(fd: int) -> int:
     """About how long an archive of a tree will be."""
     return sum(
         1024 + (status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0)
-        for status in _walk(fd)
+        for _, _, status in _walk(fd)
     )
-
-
-@contextlib.contextmanager
-def frozen(fd: int, name: str) -> Iterator[None]:
-    """Hold up all who write to a file system.  Thawed however we end: a child waits for that."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _guard(fd, reading, writing)
-    os.close(reading)
-    try:
-        try:
-            fcntl.ioctl(fd, _FIFREEZE, 0)
-        except OSError as exc:
-            reason = os.strerror(exc.errno or errno.EIO)
-            hint = "unmount the union, or stop what writes to it"
-            raise UnionfsError(
-                f"{name} changes all the time, and cannot be frozen: {reason}", hint=hint
-            ) from exc
-        try:
-            yield
-        finally:
-            fcntl.ioctl(fd, _FITHAW, 0)
-    finally:
-        os.close(writing)
-        os.waitpid(child, 0)
-
-
-def _guard(fd: int, reading: int, writing: int) -> None:
-    """In a child: thaw when the other end of the pipe is gone; it is thawed already as a rule."""
-    try:
-        os.close(writing)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        os.read(reading, 1)
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(fd, _FITHAW, 0)
-    finally:
-        os._exit(0)
 
 
 def restore(

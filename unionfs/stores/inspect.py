@@ -305,12 +305,24 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
                     kept.size = disk_bytes(fd) if fd >= 0 else None
     finally:
         volume.close()
+    for union in holders:
+        _add_told(store, union)
     for upper in store.uppers:
         number = upper.record.uuid if upper.record is not None else None
         for union in unions:
             if union.has(path, upper.directory, number):
                 upper.mounted, upper.over = union.point, union.facts.get("lowers", [""])[-1]
     return store
+
+
+def _add_told(store: Store, union: Mounted) -> None:
+    """What a union tells of its upper, if that is not found: by its place, or encrypted."""
+    told = _told_upper(union)
+    for upper in store.uppers:
+        if upper.directory == told.directory:
+            upper.record = upper.record or told.record
+            return
+    store.uppers.append(told)
 
 
 def _told(store: Store, unions: Sequence[Mounted]) -> None:
@@ -320,11 +332,14 @@ def _told(store: Store, unions: Sequence[Mounted]) -> None:
         str(first.store.get(name) or "") for name in ("fstype", "label", "uuid")
     )
     store.size, store.free = (integer(first.facts, name) for name in ("size", "free"))
-    for union in unions:
-        record = identity.parse_told(union.store)
-        how = str(union.store.get("encrypted") or "")
-        over = union.facts.get("lowers", [""])[-1]
-        store.uppers.append(Upper(union.directory or "/", record, None, union.point, how, over))
+    store.uppers = [_told_upper(union) for union in unions]
+
+
+def _told_upper(union: Mounted) -> Upper:
+    record = identity.parse_told(union.store)
+    how = str(union.store.get("encrypted") or "")
+    over = union.facts.get("lowers", [""])[-1]
+    return Upper(union.directory or "/", record, None, union.point, how, over)
 
 
 def _outside(path: str) -> Store:

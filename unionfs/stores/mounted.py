@@ -6,6 +6,7 @@ by inspect.py, and by the verbs of `unionfs store` to say who has what they cann
 """
 
 import os
+import pwd
 import stat
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class Mounted:
     upper: str  # its name; the path of one that is a directory
     store: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    owner: int = 0  # the user whose mount it is
 
     @property
     def place(self) -> str:
@@ -38,7 +40,7 @@ class Mounted:
 
     @property
     def alone(self) -> bool:
-        """Whether nobody else can look into its image: a program has it, not the kernel."""
+        """Whether nobody else can mount its image: a program has it, not the kernel."""
         return str(self.store.get("mounted_by", "kernel")) != "kernel"
 
     def lies_in(self, path: str) -> bool:
@@ -68,20 +70,20 @@ def _same(one: str, other: str) -> bool:
     return os.path.samestat(first, second)
 
 
-def mounted_unions() -> list[Mounted]:
-    """Those that answer, and whose changes stay."""
-    from unionfs.unions import FSTYPE, ask
+def mounted_unions(deadline: float = 2) -> list[Mounted]:
+    """Those that answer (within so many seconds), and whose changes stay."""
+    from unionfs.unions import FSTYPE, ask, owner
 
     mounts = read_mounts()
     found = []
     for entry in mounts:
         if entry.fstype != FSTYPE:
             continue
-        facts = ask(entry, mounts, deadline=2).facts
+        facts = ask(entry, mounts, deadline).facts
         store, upper = facts.get("store"), facts.get("upper")
         if isinstance(upper, str) and not facts.get("ephemeral"):
             told = store if isinstance(store, dict) else {}
-            found.append(Mounted(entry.point, upper, told, facts))
+            found.append(Mounted(entry.point, upper, told, facts, owner(entry)[0]))
     return found
 
 
@@ -89,13 +91,29 @@ def named(error: UnionfsError) -> UnionfsError:
     """An error, which says at which mount points a store is used, if it is that and it is known."""
     if not isinstance(error, InUse):
         return error
-    points = [m.point for m in mounted_unions() if _is_meant(m, error)]
+    unions = [m for m in mounted_unions() if _is_meant(m, error)]
+    points = [m.point for m in unions]
     if not points:
         return error
     several = len(points) > 1
-    what = f"{error.name} is in use by the union{'s' * several} at {', '.join(points)}"
+    who, where, first = "unions" if several else "union", ", ".join(points), unions[0]
+    if error.shared and first.alone and first.owner != os.geteuid():
+        # FUSE lets only that user look, and not even root.
+        user = _user(first.owner)
+        what = f"{error.name} is in use by the {who} of {user} at {where}"
+        return UnionfsError(what, hint=f"do it as that user: runuser -u {user} -- unionfs ...")
+    what = f"{error.name} is in use by the {who} at {where}"
+    if error.why and first.alone:
+        what += f", and {first.store['mounted_by']} {error.why}"
     which = "them" if several else "it"
     return UnionfsError(what, hint=f"unmount {which} first: unionfs umount {' '.join(points)}")
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def _is_meant(union: Mounted, error: InUse) -> bool:

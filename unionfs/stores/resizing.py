@@ -306,7 +306,11 @@ def _opened(contents: Contents, device: str) -> Iterator[int]:
 def _resize_copy(path: str, size: int, advance: Progress) -> None:
     """resize2fs on a copy that then replaces the image."""
     real = os.path.realpath(path)
-    lock = userspace.lock_image(real, readonly=False)
+    try:
+        lock = userspace.lock_image(real, readonly=False)
+    except InUse as exc:
+        exc.why = "cannot resize what it has mounted"
+        raise
     try:
         with contextlib.ExitStack() as stack:
             fd, temporary = stack.enter_context(new_file(real, replace=True))

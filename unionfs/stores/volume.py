@@ -42,6 +42,11 @@ class Volume:
     keys: list[Key] = field(default_factory=list)  # of what was unlocked in it
 
     @property
+    def shared(self) -> bool:
+        """Whether a program has mounted it that serves others too."""
+        return self.helper is not None and self.helper.share is not None
+
+    @property
     def path(self) -> str:
         """The image, device or directory that was found."""
         return self.contents.path if self.contents is not None else self.device

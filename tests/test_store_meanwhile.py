@@ -1,0 +1,579 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The image that a program has mounted for a user's unions, read meanwhile: backed up, told of.
+
+Who reads is one more whom the program serves; what becomes of a backup if the union ends, and of
+the union and the program if the backup does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.rig import as_user, ground, images, secret
+from tests.rig.mounted import PATIENCE, program
+from tests.test_store_backup import fill, tree_of
+from tests.test_store_commands import done, facts, fails, listing, store
+from tests.test_store_sharing import one, registers, serving
+from tests.test_stores import ARCH, _await, base, change, check, need, union
+from unionfs.errors import UnionfsError
+from unionfs.stores import holding, mounted, writer
+from unionfs.stores.tools import find
+from unionfs.stores.volume import Volume, open_volume
+from unionfs.stores.writer import Writer
+
+__all__ = ["base"]
+
+as_a_user = pytest.mark.skipif(os.geteuid() == 0, reason="root's stores are the kernel's")
+UPPER = f"/persistent_tree/{ARCH}"
+
+
+@pytest.fixture
+def image(base: Path) -> Iterator[Path]:
+    """One that at last nobody has, and that is whole."""
+    need("ext4")
+    made = images.make(base / "s.img", megabytes=64)
+    yield made
+    if os.geteuid() != 0:
+        _await(lambda: not serving(made))
+        assert not registers()
+        assert not [p for p in ground.mounts_below("/") if "unionfs-stage" in p]
+    ground.run("e2fsck", "-fn", made)
+
+
+@contextlib.contextmanager
+def writing(mnt: Path) -> Iterator[Callable[[], int]]:
+    """Somebody who always writes a number to one file after the other; yields how far he is."""
+    stop = threading.Event()
+    number = 0
+
+    def work() -> None:
+        nonlocal number
+        while not stop.wait(0.002):
+            for name in ("a-first", "z-last"):
+                fresh = mnt / f".{name}"
+                fresh.write_text(str(number + 1))
+                fresh.rename(mnt / name)
+            number += 1
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        _await((mnt / "z-last").exists)
+        yield lambda: number
+    finally:
+        stop.set()
+        worker.join()
+
+
+def _goes_on(count: Callable[[], int]) -> int:
+    """Wait until more has been written; how far he was."""
+    before = count()
+    _await(lambda: count() > before + 3)
+    return before
+
+
+@pytest.fixture
+def slow(base: Path) -> Iterator[Callable[..., dict[str, str]]]:
+    """An environment in which a program is the real one, but waits first, after its first calls.
+
+    These change a file, if one is given: so the reading is in vain.
+    """
+    folder = base / "slow"
+    folder.mkdir()
+
+    def make(name: str, calls: int = 0, changed: Path | str = "/dev/null") -> dict[str, str]:
+        real = find(name)
+        script = folder / name
+        script.write_text(
+            f"#!/bin/sh\necho >>{folder}/calls\n"
+            f"if [ $(wc -l <{folder}/calls) -gt {calls} ]; then\n"
+            f"    touch {folder}/reached\n"
+            f"    for i in $(seq 600); do [ -e {folder}/go ] && break; sleep 0.1; done\n"
+            f"else\n    echo changed >{changed}\n"
+            f'fi\nexec {real} "$@"\n'
+        )
+        script.chmod(0o755)
+        return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+    yield make
+    (folder / "go").touch()
+
+
+def begin(environment: dict[str, str], *arguments: object) -> subprocess.Popen[str]:
+    """A verb, which is to wait; begun once it does."""
+    process = subprocess.Popen(
+        [*program(), "store", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    reached = Path(environment["PATH"].split(":")[0], "reached")
+    _await(lambda: reached.exists() or process.poll() is not None)
+    assert reached.exists(), process.communicate()
+    return process
+
+
+def one_line(process: subprocess.Popen[str]) -> str:
+    """The error that a verb ends with."""
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 32, said
+    assert "Traceback" not in said
+    (line,) = said.strip().splitlines()
+    return line
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_backup_while_somebody_writes(base: Path, image: Path) -> None:
+    """It is the tree of one moment, whole; who writes is held up at most, and goes on."""
+    saved = base / "saved.tar.zst"
+    with union(base, base / "tree", image):
+        fill(base / "mnt")
+        quiet = tree_of(base / "mnt/made")
+        with writing(base / "mnt") as count:
+            done("backup", image, saved)
+            after = _goes_on(count)
+    assert "is whole" in done("restore", "--verify", saved)
+    (base / "other").mkdir()
+    done("restore", saved, base / "other")
+    with union(base, base / "tree", base / "other"):
+        first, last = (int((base / "mnt" / n).read_text()) for n in ("a-first", "z-last"))
+        assert 0 <= first - last <= 1, "as one after the other was written"
+        assert tree_of(base / "mnt/made") == quiet
+        assert (base / "mnt/with space\n").stat().st_size == 50_000
+    assert store("check", base / "other").returncode == 0
+    with union(base, base / "tree", image):
+        assert int((base / "mnt/z-last").read_text()) > after
+
+
+@contextlib.contextmanager
+def joined(image: Path) -> Iterator[Volume]:
+    volume = open_volume(str(image), readonly=True, untouched=True, share=True)
+    try:
+        assert volume.shared
+        yield volume
+    finally:
+        volume.close()
+
+
+@contextlib.contextmanager
+def writer_of(image: Path, directory: str = UPPER) -> Iterator[Writer]:
+    with joined(image) as volume:
+        found = writer.writer_of(volume, directory)
+        assert found is not None
+        try:
+            yield found
+        finally:
+            found.close()
+
+
+def _ends_well(process: subprocess.Popen[str]) -> None:
+    said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, said
+    assert said[1] == ""
+
+
+def _is_whole(saved: Path) -> None:
+    """A backup of what change() makes."""
+    assert "is whole" in done("restore", "--verify", saved)
+    base = saved.parent
+    (base / "restored").mkdir()
+    done("restore", saved, base / "restored")
+    with union(base, base / "tree", base / "restored"):
+        check(base / "mnt")
+    assert store("check", base / "restored").returncode == 0
+
+
+@as_a_user
+def test_what_another_name_of_a_file_has_cached(base: Path, image: Path) -> None:
+    """fuse2fs has the kernel keep pages by name: a copy has what was written last."""
+    with union(base, base / "tree", image) as made, one(image, "other"):
+        (base / "mnt/a").write_text("before")
+        os.link(base / "mnt/a", base / "mnt/b")
+        with joined(image) as volume:
+            cached = [Path(f"/proc/self/fd/{volume.root}{UPPER}/{name}") for name in "ab"]
+            assert [path.read_text() for path in cached] == ["before"] * 2
+            (base / "mnt/a").write_text("after!")
+            done("backup", f"{image}:{UPPER}", base / "saved.tar.zst")
+            assert [path.read_text() for path in cached] == ["after!"] * 2
+            (base / "mnt/a").write_text("again!")
+            made.umount()
+            done("clone", f"{image}:{UPPER}", base / "clone")
+        made.mount()
+    (base / "out").mkdir()
+    ground.run("tar", "--zstd", "-xf", base / "saved.tar.zst", "-C", base / "out")
+    for place, text in ((base / "out", "after!"), (base / "clone", "again!")):
+        assert [(place / name).read_text() for name in "ab"] == [text] * 2
+        assert os.path.samefile(place / "a", place / "b")
+
+
+@as_a_user
+def test_the_daemon_is_killed_meanwhile(
+    base: Path, image: Path, slow: Callable[..., dict[str, str]]
+) -> None:
+    """The backup goes on: what it reads is as the daemon has left it, and whole."""
+    made = union(base, base / "tree", image)
+    made.mount()
+    change(base / "mnt")
+    backup = begin(slow("zstd"), "backup", image, base / "saved.tar.zst")
+    made.die()
+    (program_,) = serving(image)
+    made.clear()
+    made.mount()
+    assert serving(image) == [program_], "the backup has it still"
+    check(base / "mnt")
+    made.kill()
+    (base / "slow/go").touch()
+    _ends_well(backup)
+    assert not serving(image), "its end was waited for"
+    _is_whole(base / "saved.tar.zst")
+    with made:
+        check(base / "mnt")
+
+
+@as_a_user
+def test_an_unmount_does_not_wait_for_a_backup(
+    base: Path, image: Path, slow: Callable[..., dict[str, str]]
+) -> None:
+    """Nor the backup for that: it is the last whom fuse2fs serves, and has it end."""
+    made = union(base, base / "tree", image)
+    made.mount()
+    change(base / "mnt")
+    backup = begin(slow("zstd"), "backup", image, base / "saved.tar.zst")
+    (program_,) = serving(image)
+    made.umount()
+    assert serving(image) == [program_]
+    with made:
+        assert serving(image) == [program_]
+        check(base / "mnt")
+    assert "in use" in fails("shrink", image, "--size", "32M")
+    (base / "slow/go").touch()
+    _ends_well(backup)
+    assert not serving(image), "its end was waited for"
+    _is_whole(base / "saved.tar.zst")
+    with made:
+        check(base / "mnt")
+
+
+@as_a_user
+@pytest.mark.parametrize("end", ["killed", "unmounted"])
+def test_the_union_ends_while_it_is_held_up(
+    base: Path, image: Path, slow: Callable[..., dict[str, str]], end: str
+) -> None:
+    """A killed one: it is read anew. A stopped one that is unmounted ends when it goes on."""
+    made = union(base, base / "tree", image)
+    made.mount()
+    change(base / "mnt")
+    environment = slow("tar", calls=3, changed=base / "mnt/file")
+    backup = begin(environment, "backup", image, base / "saved.tar.zst")
+    assert state_of(made.pid) == "T"
+    if end == "killed":
+        made.die()
+        made.clear()
+        made.mount()
+        (base / "slow/go").touch()
+        _ends_well(backup)
+        made.umount()
+    else:
+        ground.run("fusermount3", "-u", base / "mnt")
+        assert state_of(made.pid) == "T"
+        (base / "slow/go").touch()
+        _ends_well(backup)
+        assert made.process is not None
+        assert made.process.wait(PATIENCE) == 0
+        made._check_log()
+    _await(lambda: not serving(image))
+    _is_whole(base / "saved.tar.zst")
+    with made:
+        check(base / "mnt")
+
+
+@as_a_user
+def test_it_is_not_mounted_any_more_when_it_is_to_be_held_up(
+    base: Path, image: Path, slow: Callable[..., dict[str, str]]
+) -> None:
+    """So nobody is stopped, and nobody mounts it while it is read."""
+    made = union(base, base / "tree", image)
+    made.mount()
+    change(base / "mnt")
+    environment = slow("tar", calls=2, changed=base / "mnt/file")
+    backup = begin(environment, "backup", image, base / "saved.tar.zst")
+    (base / "mnt/file").write_text("changed\n")
+    made.umount()
+    (base / "slow/go").touch()
+    _ends_well(backup)
+    _is_whole(base / "saved.tar.zst")
+    with made:
+        check(base / "mnt")
+
+
+@as_a_user
+def test_a_backup_that_is_the_last_is_killed(
+    base: Path, image: Path, slow: Callable[..., dict[str, str]]
+) -> None:
+    """fuse2fs ends by itself, and has written everything."""
+    made = union(base, base / "tree", image)
+    made.mount()
+    change(base / "mnt")
+    backup = begin(slow("zstd"), "backup", image, base / "saved.tar.zst")
+    made.umount()
+    assert serving(image)
+    backup.kill()
+    _await(lambda: not serving(image))
+    ground.run("e2fsck", "-fn", image)
+    (base / "slow/go").touch()
+    backup.communicate(timeout=PATIENCE)
+    assert not (base / "saved.tar.zst").exists()
+    with made:  # finds the register of the dead
+        check(base / "mnt")
+
+
+@as_a_user
+def test_fuse2fs_is_killed_meanwhile(
+    base: Path, image: Path, slow: Callable[..., dict[str, str]]
+) -> None:
+    made = union(base, base / "tree", image)
+    made.expected = ["fuse2fs of .* has ended", "fuse2fs of .* ended", "umount"]
+    made.mount()
+    change(base / "mnt")
+    backup = begin(slow("tar"), "backup", image, base / "saved.tar.zst")
+    (program_,) = serving(image)
+    os.kill(program_, signal.SIGKILL)
+    (base / "slow/go").touch()
+    assert "the backup failed: " in one_line(backup)
+    assert [name for name in listing(base) if "saved" in name] == []
+    made.umount()
+    with made:  # checks it
+        (base / "mnt/new").touch()
+
+
+@as_a_user
+def test_only_the_writer_of_the_upper_is_held_up(
+    base: Path, image: Path, slow: Callable[..., dict[str, str]]
+) -> None:
+    with one(image, "a") as first, one(image, "b") as second:
+        change(first.mnt)
+        environment = slow("tar", calls=3, changed=first.mnt / "file")
+        backup = begin(environment, "backup", f"{image}:/a", base / "saved.tar.zst")
+        assert state_of(first.pid) == "T"
+        assert state_of(second.pid) != "T"
+        change(second.mnt)
+        second.umount()
+        second.mount()
+        check(second.mnt)
+        (base / "slow/go").touch()
+        _ends_well(backup)
+        check(first.mnt)
+    _is_whole(base / "saved.tar.zst")
+
+
+@as_a_user
+def test_nobody_else_is_stopped(base: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a union says of its daemon is looked at."""
+    with union(base, base / "tree", image), joined(image) as volume:
+        (true,) = mounted.mounted_unions()
+        other = subprocess.Popen(["sleep", "60"])
+        try:
+            lies = [
+                dataclasses.replace(true, facts={**true.facts, "pid": other.pid}),
+                dataclasses.replace(true, owner=true.owner + 1),
+                dataclasses.replace(true, store={**true.store, "directory": "/b"}),
+            ]
+            for lie in lies:
+                monkeypatch.setattr(writer, "mounted_unions", lambda _, lie=lie: [lie])
+                assert writer.writer_of(volume, UPPER) is None
+            elsewhere = {**true.facts, "pid_namespace": "pid:[1]"}
+            lie = dataclasses.replace(true, facts=elsewhere)
+            monkeypatch.setattr(writer, "mounted_unions", lambda _: [lie])
+            with pytest.raises(UnionfsError, match="in another container"):
+                writer.writer_of(volume, UPPER)
+        finally:
+            other.kill()
+            other.wait()
+
+
+@as_a_user
+def test_a_backup_killed_while_it_holds_up_who_writes(
+    base: Path, image: Path, slow: Callable[..., dict[str, str]]
+) -> None:
+    """The daemon goes on; so does it after a backup that was interrupted."""
+    with union(base, base / "tree", image) as made, writing(base / "mnt") as count:
+        for number in (signal.SIGKILL, signal.SIGTERM):
+            (base / "slow/reached").unlink(missing_ok=True)
+            (base / "slow/calls").unlink(missing_ok=True)
+            backup = begin(slow("tar", calls=3), "backup", image, base / "saved.tar.zst")
+            assert state_of(made.pid) == "T"
+            backup.send_signal(number)
+            backup.communicate(timeout=PATIENCE)
+            assert backup.returncode == (8 if number == signal.SIGTERM else -number)
+            _await(lambda: state_of(made.pid) != "T")
+            _goes_on(count)
+            assert not (base / "saved.tar.zst").exists()
+    (base / "slow/go").touch()
+
+
+@as_a_user
+def test_nobody_is_held_up_for_ever(
+    base: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by who does not get on, as he needs what lies in the union itself."""
+    monkeypatch.setattr(holding, "_SILENCE", 0.5)
+    with union(base, base / "tree", image) as made:
+        change(base / "mnt")
+        pid = made.pid
+        with writer_of(image) as found:
+
+            def hold() -> None:
+                with holding.stopped(found, "it") as beat:
+                    beat()
+                    assert state_of(pid) == "T"
+                    check(base / "mnt")  # waits for the daemon, and the daemon for us
+                    beat()
+
+            with pytest.raises(UnionfsError, match="takes too long to read"):
+                hold()
+
+
+@as_a_user
+def test_two_backups_at_once(base: Path, image: Path, slow: Callable[..., dict[str, str]]) -> None:
+    """The one does not let go on whom the other has stopped."""
+    with union(base, base / "tree", image) as made, writing(base / "mnt"):
+        first = begin(slow("tar", calls=3), "backup", image, base / "1.tar.zst")
+        second = os.open(f"/proc/{made.pid}/status", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.kill(made.pid, signal.SIGCONT)  # by somebody else
+        (base / "slow/go").touch()
+        assert "did not stay stopped" in one_line(first)
+        fcntl.flock(second, fcntl.LOCK_EX)
+        os.close(second)
+        done("backup", image, base / "2.tar.zst")
+
+
+@as_a_user
+def test_a_service_manager_gets_its_signs_of_life(base: Path, image: Path) -> None:
+    """With a watchdog a daemon is held up for less than a third of its time."""
+    made = union(base, base / "tree", image)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WATCHDOG_USEC", "3000000")
+        made.mount()
+    try:
+        with writer_of(image) as found:
+            assert found.patience() == 1
+
+            def hold() -> None:
+                with holding.stopped(found, "it") as beat:
+                    while True:
+                        beat()
+                        threading.Event().wait(0.05)
+
+            with pytest.raises(UnionfsError, match="takes too long to read"):
+                hold()
+        change(base / "mnt")
+    finally:
+        made.umount()
+
+
+@as_a_user
+def test_what_can_be_told_of_it(base: Path, image: Path) -> None:
+    """All that is in the image, not the union's upper only; and any of it can be backed up."""
+    for name in ("/one", "/two"):
+        with union(base, base / "tree", f"{image}:{name}"):
+            change(base / "mnt")
+    done("reset", f"{image}:/two")
+    with union(base, base / "tree", f"{image}:/one"):
+        told = {one["directory"]: one for one in facts("info", image)["uppers"]}
+        assert list(told) == ["/one", "/two"]
+        assert told["/one"]["mounted"] == str(base / "mnt")
+        assert told["/two"]["mounted"] is None
+        assert [kept["size"] > 0 for kept in told["/two"]["kept"]] == [True]
+        assert facts("list", image)[0]["uppers"][1]["directory"] == "/two"
+        done("backup", f"{image}:/two", base / "two.tar.zst")
+        done("backup", f"{image}:/one", base / "one.tar.zst")
+        assert "has no /three" in fails("backup", f"{image}:/three", base / "x")
+        assert f"{image}:/one, {image}:/two" in fails("backup", image, base / "x")
+    with union(base, base / "tree", f"{image}:/far/down/there"):
+        told = {one["directory"]: one for one in facts("info", image)["uppers"]}
+        assert list(told) == ["/one", "/two", "/far/down/there"], "nobody would look there"
+        assert told["/far/down/there"]["mounted"] == str(base / "mnt")
+
+
+@as_a_user
+def test_an_encrypted_one(base: Path, image: Path) -> None:
+    """As it is: its cipher directory."""
+    if why := secret.why_not():
+        pytest.skip(why)
+    key = secret.key_file(base)
+    done("encrypt", image, "--base", base / "tree", "--key-file", key)
+    with union(base, base / "tree", image, f"key-file={key}"):
+        change(base / "mnt")
+        (upper,) = facts("info", image)["uppers"]
+        assert (upper["encrypted"], upper["mounted"]) == ("gocryptfs", str(base / "mnt"))
+        assert upper["id"]
+        assert "encrypted as the store is" in done("backup", image, base / "saved.tar.zst")
+    (base / "other").mkdir()
+    done("restore", base / "saved.tar.zst", base / "other")
+    with union(base, base / "tree", base / "other", f"key-file={key}"):
+        check(base / "mnt")
+
+
+@as_a_user
+def test_it_does_not_grow(base: Path, image: Path) -> None:
+    with union(base, base / "tree", image):
+        said = fails("grow", image, "--size", "128M")
+    assert said == (
+        f"unionfs: {image} is in use by the union at {base / 'mnt'}, and fuse2fs cannot resize "
+        f"what it has mounted; unmount it first: unionfs umount {base / 'mnt'}"
+    )
+    done("grow", image, "--size", "128M")
+
+
+@pytest.mark.root
+def test_a_stranger_s_daemon(user_place: Path) -> None:
+    """Nothing is read by what it says of itself: it is told whose it is."""
+    need("squashfs")
+    if find("fuse2fs") is None:
+        pytest.skip("there is no fuse2fs")
+    image, mnt, saved = (user_place / name for name in ("s.img", "mnt", "saved.tar.zst"))
+    images.make(image)
+    for name in ("tree", "mnt"):
+        (user_place / name).mkdir()
+        os.chown(user_place / name, as_user.UID, as_user.GID)
+    os.chown(image, as_user.UID, as_user.GID)
+    image.chmod(0o666)
+    user_place.chmod(0o777)
+    backup = [*program(), "store", "backup", str(image), str(saved)]
+    with as_user.fuse_for_all():
+        made = as_user.run([*program(), "mount", str(user_place / "tree"), str(image), str(mnt)])
+        assert made.returncode == 0, made
+        try:
+            said = fails("backup", image, saved)
+            assert f"in use by the union of {mounted._user(as_user.UID)} at {mnt}; do it" in said
+            assert f"in use by the union at {mnt}" in fails("grow", image, "--size", "128M")
+            (upper,) = facts("info", image)["uppers"]
+            assert upper["mounted"] == str(mnt)
+            words = ["setpriv", "--reuid=1001", "--regid=1001", "--clear-groups", *backup]
+            other = subprocess.run(words, capture_output=True, text=True, check=False)
+            assert other.returncode == 32
+            (line,) = other.stderr.splitlines()
+            assert f"{image} is in use by another program" in line
+            assert not saved.exists()
+            own = as_user.run(backup)
+            assert own.returncode == 0, own
+            saved.unlink()
+        finally:
+            done_ = as_user.run([*program(), "umount", str(mnt)])
+            assert done_.returncode == 0, done_
