@@ -199,7 +199,7 @@ def _is_whole(saved: Path) -> None:
 
 @as_a_user
 def test_what_another_name_of_a_file_has_cached(base: Path, image: Path) -> None:
-    """fuse2fs has the kernel keep pages by name: a copy has what was written last."""
+    """Each name is a file of its own to the kernel: a copy has what was written last."""
     with union(base, base / "tree", image) as made, one(image, "other"):
         (base / "mnt/a").write_text("before")
         os.link(base / "mnt/a", base / "mnt/b")

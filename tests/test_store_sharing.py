@@ -93,6 +93,30 @@ def test_two_unions_in_one_image(image: Path) -> None:
         second.umount()
 
 
+def test_names_of_one_file(image: Path) -> None:
+    """To the kernel each is a file of its own in what fuse2fs shows: none shows what was before."""
+    with two(image) as (first, _):
+        a, b = first.mnt / "a", first.mnt / "b"
+        a.write_text("before")
+        os.link(a, b)
+        for names in ((a, b), (b, a)):
+            first.remount()
+            assert [name.read_text() for name in names] == ["before"] * 2
+        first.remount()
+        b.write_text("after!")
+        first.remount()
+        assert [name.read_text() for name in (a, b)] == ["after!"] * 2
+        b.rename(first.mnt / "c")
+        (first.mnt / "c").write_text("again!")
+        a.rename(first.mnt / "z")
+        fd = os.open(first.mnt / "z", os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)  # the union's own
+            assert os.pread(fd, 10, 0) == b"again!"
+        finally:
+            os.close(fd)
+
+
 def test_one_that_is_killed_takes_nothing_away(image: Path) -> None:
     with two(image) as (first, second):
         (program_,) = serving(image)

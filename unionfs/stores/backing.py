@@ -189,8 +189,6 @@ def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Traile
     def read(advance: Advance) -> archive.Trailer:
         target.seek(0)
         target.truncate()
-        if upper.volume.shared:
-            forget_pages(upper.fd, advance)
         return archive.write(target, header, path, advance)
 
     if not upper.in_use:
@@ -254,28 +252,10 @@ def _settle(fd: int, *, seconds: bool) -> int:
     return start
 
 
-def forget_pages(fd: int, advance: Advance) -> None:
-    """Have the kernel read all files anew.
-
-    Each name of a hard link is a file of its own to it there, whose pages stay as they are when
-    the file is written to by another of its names (fuse2fs mounts with kernel_cache).
-    """
-    for parent, name, status in _walk(fd, area=True):
-        if not stat.S_ISREG(status.st_mode):
-            advance(0)
-            continue
-        with contextlib.suppress(FileNotFoundError):
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
-            try:
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(file)
-
-
-def _walk(fd: int, *, area: bool = False) -> Iterator[tuple[int, str, os.stat_result]]:
+def _walk(fd: int) -> Iterator[tuple[int, str, os.stat_result]]:
     """All that is in a tree: an open directory and a name in it, or "" for itself."""
     stack = [os.open(".", _OPEN, dir_fd=fd)]
-    top = not area
+    top = True
     try:
         while stack:
             current = stack.pop()

@@ -21,7 +21,7 @@ from unionfs.passphrase import Ask, wiped
 from unionfs.stores import archive, fscrypt, gocryptfs
 from unionfs.stores import kept as names
 from unionfs.stores.archive import Advance
-from unionfs.stores.backing import Chosen, forget_pages, refuse_bound
+from unionfs.stores.backing import Chosen, refuse_bound
 from unionfs.stores.encrypting import encrypt_by_fscrypt, opened_by_gocryptfs
 from unionfs.stores.inspect import read_record
 from unionfs.stores.replacing import replace
@@ -44,8 +44,6 @@ def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
         raise UnionfsError(f"{target.name} is not empty: it is not overwritten", hint=hint)
 
     def fill(into: str) -> None:
-        if source.volume.shared:
-            forget_pages(source.fd, advance)
         archive.copy(f"/proc/{os.getpid()}/fd/{source.fd}", into, advance)
         record = read_record(source.fd)
         if record is not None:

@@ -47,9 +47,19 @@ class Program:
     writable: tuple[str, ...] | None  # and for writing; None: it cannot
 
 
-# fakeroot: its own checks would refuse what the union has to do in its owner's name.
+# fakeroot: its own checks would refuse what the union has to do in its owner's name.  The rest is
+# what it has by default, but for kernel_cache: to the kernel each name of a file is a file of its
+# own, and would go on showing what was read before it was written by another name.
+_BIG_WRITES: Final = ",big_writes"  # of libfuse 2; the later ones know only that
 _FUSE2FS: Final = Program(
-    "fuse2fs", "fuse2fs", ("-f", "-o", "ro,fakeroot"), ("-f", "-o", "rw,fakeroot")
+    "fuse2fs",
+    "fuse2fs",
+    ("-f", "-o", "ro,fakeroot"),
+    (
+        "-f",
+        "-o",
+        f"rw,fakeroot,no_default_opts,subtype=ext4,use_ino,attr_timeout=0{_BIG_WRITES}",
+    ),
 )
 PROGRAMS: Final = {
     "ext2": _FUSE2FS,
@@ -222,8 +232,14 @@ def _start(
                 ext.preen(contents.path)
         elif contents.fstype == "squashfs":
             squash.check_whole(contents.path)
+        command = [path, *arguments, contents.path]
         try:
-            command = [path, *arguments, contents.path]
+            try:
+                return launch(contents.path, command, keep=lock, readonly=readonly)
+            except Ended as exc:
+                if _BIG_WRITES[1:] not in exc.reason:
+                    raise
+            command = [word.removesuffix(_BIG_WRITES) for word in command]
             return launch(contents.path, command, keep=lock, readonly=readonly)
         except Ended as exc:
             hint = f"check it: unionfs store check {contents.path}"
