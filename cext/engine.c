@@ -9,7 +9,8 @@
  * processors too. A thread that comes back and finds another waiting there rests.
  *
  * To be woken on another processor takes longer than most answers. So while requests follow one
- * another closely, the thread looks for the next one for a moment before it sleeps (docs/adr/0010).
+ * another closely, the thread looks for the next one for a moment before it sleeps (docs/adr/0010);
+ * where there are two processors only, it is kept on the asker's (decoy.h).
  *
  * Where the kernel gives requests over io_uring, two threads for each processor wait there
  * (uring.c), and by the device comes what is left: forgets and interrupts. To a queue whose threads
@@ -17,6 +18,7 @@
  *
  * Locking: `lock` protects the fields so marked; it is never held over a request. */
 #include "chute.h"
+#include "decoy.h"
 #include "face.h"
 #include "uring.h"
 
@@ -49,12 +51,17 @@ struct engine {
     int ended_fd;
     _Atomic int waiting;       /* threads in read(2) */
     _Atomic uint64_t answered; /* requests, for the watch */
+    _Atomic uint64_t turns;    /* how often another asked than before */
+    _Atomic uint32_t asker;    /* the last one */
+    struct decoy decoy;
+    int placed; /* the watch's: the processor that the threads are kept on, or ANY_PROCESSOR */
     _Atomic bool watch_sleeps;
     _Atomic bool stopping; /* no more requests are to be read */
     _Atomic uint64_t counts[WIRE_OPCODES];
     pthread_t watch;
-    bool watching;  /* `watch` was started */
-    int processors; /* with one, looking would keep the asker from asking */
+    bool watching; /* `watch` was started */
+    cpu_set_t all;
+    int processors; /* of `all`: with one, looking would keep the asker from asking; two: decoy.h */
 
     pthread_mutex_t lock;
     pthread_cond_t rest;    /* a resting thread is wanted */
@@ -108,9 +115,14 @@ bool engine_is_stopping(const struct engine *e)
 }
 
 /* Counts it, and wakes the watch if that sleeps: from now on there is work. */
-void engine_note(struct engine *e, uint32_t opcode)
+void engine_note(struct engine *e, const struct fuse_in_header *head)
 {
-    atomic_fetch_add_explicit(&e->counts[opcode % WIRE_OPCODES], 1, memory_order_relaxed);
+    uint32_t opcode = head->opcode % WIRE_OPCODES, asker = head->pid;
+
+    atomic_fetch_add_explicit(&e->counts[opcode], 1, memory_order_relaxed);
+    /* 0: the kernel by itself (a release, a forget), or a process that we cannot see. */
+    if (asker && atomic_exchange_explicit(&e->asker, asker, memory_order_relaxed) != asker)
+        atomic_fetch_add_explicit(&e->turns, 1, memory_order_relaxed);
     atomic_fetch_add(&e->answered, 1);
     if (atomic_load(&e->watch_sleeps)) {
         pthread_mutex_lock(&e->lock);
@@ -162,7 +174,7 @@ static void answer(struct worker *w, size_t n)
 
     if (n < sizeof *head || head->len != n)
         return; /* not the kernel's */
-    engine_note(e, head->opcode);
+    engine_note(e, head);
     len = serve(&e->server, &r, w->out);
     /* ENOENT: nobody waits for the answer any more. Other errors read(2) will tell too. */
     if (len > 0 && write(e->server.options.device, w->out, len) < 0 && errno == ENOENT)
@@ -223,7 +235,7 @@ static ssize_t next_request(struct worker *w)
 
     look_for_request(w);
     n = read(e->server.options.device, w->in, WIRE_HEADER + WIRE_DATA);
-    if (e->processors == 1 || now_ns() - w->answered_at >= CLOSE_NS)
+    if (e->processors <= 2 || now_ns() - w->answered_at >= CLOSE_NS)
         w->eager = w->eager > 1 ? w->eager - 2 : 0;
     else if (w->eager < EAGER_MOST)
         w->eager++;
@@ -412,15 +424,34 @@ static void give_back(const struct engine *e, uint64_t *most)
     *most = now;
 }
 
+/* Keeps the threads on a processor, or on none; one that starts later is on any. */
+static void place(struct engine *e, int processor)
+{
+    cpu_set_t set = e->all;
+
+    if (processor == e->placed)
+        return;
+    e->placed = processor;
+    if (processor != ANY_PROCESSOR) {
+        CPU_ZERO(&set);
+        CPU_SET(processor, &set);
+    }
+    pthread_mutex_lock(&e->lock);
+    for (struct worker *w = e->workers; w; w = w->next)
+        if (!w->ring)
+            (void)pthread_setaffinity_np(w->thread, sizeof set, &set);
+    pthread_mutex_unlock(&e->lock);
+}
+
 static void *watch(void *arg)
 {
     struct engine *e = arg;
-    uint64_t seen = 0, most = 0;
+    uint64_t seen = 0, turned = 0, most = 0;
     int quiet = 0;
 
     (void)prctl(PR_SET_NAME, "unionfs-watch");
     while (!atomic_load(&e->stopping)) {
-        uint64_t now = atomic_load(&e->answered);
+        uint64_t now = atomic_load(&e->answered), turns = atomic_load(&e->turns);
         bool busy = help_queues(e);
 
         if (atomic_load(&e->waiting) == 0) {
@@ -436,7 +467,9 @@ static void *watch(void *arg)
         }
         uint64_t nodes = tree_nodes(e->server.tree);
         most = nodes > most ? nodes : most;
+        place(e, decoy_tell(&e->decoy, now - seen, turns - turned, atomic_load(&e->asker)));
         seen = now;
+        turned = turns;
         nap(WATCH_NS);
     }
     nudge_until_ended(e);
@@ -474,13 +507,6 @@ static bool start_rings_locked(struct engine *e, struct rings *rings)
     return started;
 }
 
-static int count_processors(void)
-{
-    cpu_set_t set;
-
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 2;
-}
-
 errint_t engine_start(struct tree *t, const struct engine_options *options, struct engine **ret_e)
 {
     struct engine *e = calloc(1, sizeof *e);
@@ -502,7 +528,11 @@ errint_t engine_start(struct tree *t, const struct engine_options *options, stru
         return errno_or_eio();
     }
     face_start(t, options->device, options->passthrough);
-    e->processors = count_processors();
+    if (sched_getaffinity(0, sizeof e->all, &e->all) < 0)
+        CPU_SET(0, &e->all);
+    e->processors = CPU_COUNT(&e->all);
+    e->placed = ANY_PROCESSOR;
+    decoy_init(&e->decoy);
     /* Signals are for the thread that started us. */
     sigfillset(&all);
     sigdelset(&all, SIGURG);
@@ -535,6 +565,7 @@ void engine_free(struct engine *e)
     stop_all(e);
     if (e->watching)
         pthread_join(e->watch, NULL);
+    decoy_free(&e->decoy);
     /* The last worker may still hold the lock. */
     pthread_mutex_lock(&e->lock);
     pthread_mutex_unlock(&e->lock);

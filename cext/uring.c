@@ -197,7 +197,7 @@ static void answer(struct ring_worker *w)
 
     w->registered = true;
     atomic_fetch_add(&w->turns, 1);
-    engine_note(w->e, head->opcode);
+    engine_note(w->e, head);
     note_touched(w);
     ring_buffers_serve(engine_server(w->e), &w->buffers);
     note_touched(w);

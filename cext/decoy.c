@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* The thread that keeps a processor from being idle, and where it is; see decoy.h. */
+#include "decoy.h"
+
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    ASKED_MANY = 4,      /* requests between two looks: somebody waits for each */
+    TURNS = 4,           /* of so many requests one from another program: still one that asks */
+    QUIET_MOST = 5,      /* looks */
+    STANDS_NS = 5000000, /* unless the watch says so again */
+    PAUSES = 50,         /* between looks at the time */
+    PLACE_EVERY = 8,     /* looks, after which it is looked again where the asker is */
+    LOWEST = 19,
+    STAT_PROCESSOR = 39 - 2, /* proc_pid_stat(5): the field, counted behind the name */
+};
+
+static int64_t now_ns(void)
+{
+    struct timespec t;
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void pause_shortly(void)
+{
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("yield");
+#endif
+}
+
+static bool go_to(int processor)
+{
+    cpu_set_t set;
+
+    CPU_ZERO(&set);
+    CPU_SET(processor, &set);
+    return sched_setaffinity(0, sizeof set, &set) == 0;
+}
+
+static void stand(const struct decoy *d)
+{
+    int at = ANY_PROCESSOR;
+
+    while (now_ns() < atomic_load(&d->stands)) {
+        int wanted = atomic_load(&d->processor);
+
+        if (wanted != at && !go_to(wanted))
+            return;
+        at = wanted;
+        for (int i = 0; i < PAUSES; i++)
+            pause_shortly();
+    }
+}
+
+static void *wait_and_stand(void *arg)
+{
+    struct decoy *d = arg;
+
+    (void)prctl(PR_SET_NAME, "unionfs-decoy");
+    if (setpriority(PRIO_PROCESS, 0, LOWEST) < 0) /* of this thread */
+        return NULL;
+    pthread_mutex_lock(&d->lock);
+    while (!d->ending) {
+        if (!d->wanted) {
+            pthread_cond_wait(&d->wake, &d->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&d->lock);
+        stand(d);
+        pthread_mutex_lock(&d->lock);
+        d->wanted = false;
+    }
+    pthread_mutex_unlock(&d->lock);
+    return NULL;
+}
+
+void decoy_init(struct decoy *d)
+{
+    cpu_set_t set;
+    int found = 0;
+
+    pthread_mutex_init(&d->lock, NULL);
+    pthread_cond_init(&d->wake, NULL);
+    d->quiet = QUIET_MOST;
+    d->pair[0] = d->pair[1] = ANY_PROCESSOR;
+    if (sched_getaffinity(0, sizeof set, &set) < 0 || CPU_COUNT(&set) != 2)
+        return;
+    for (int i = 0; i < CPU_SETSIZE && found < 2; i++)
+        if (CPU_ISSET(i, &set))
+            d->pair[found++] = i;
+}
+
+/* Where a thread was last, or ANY_PROCESSOR. */
+static int processor_of(uint32_t thread)
+{
+    char path[32], text[1024], *word;
+    ssize_t n = -1;
+    int fd, i = 0;
+
+    (void)snprintf(path, sizeof path, "/proc/%u/stat", thread);
+    fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0) {
+        n = read(fd, text, sizeof text - 1);
+        (void)close(fd);
+    }
+    if (n <= 0)
+        return ANY_PROCESSOR;
+    text[n] = '\0';
+    word = strrchr(text, ')');
+    while (word && i++ < STAT_PROCESSOR) {
+        word = strchr(word, ' ');
+        word = word ? word + 1 : NULL;
+    }
+    return word ? (int)strtol(word, NULL, 10) : ANY_PROCESSOR;
+}
+
+static void send_out(struct decoy *d, int processor)
+{
+    atomic_store(&d->processor, processor);
+    atomic_store(&d->stands, now_ns() + STANDS_NS);
+    if (!d->started && !d->failed) {
+        d->started = pthread_create(&d->thread, NULL, wait_and_stand, d) == 0;
+        d->failed = !d->started;
+    }
+    pthread_mutex_lock(&d->lock);
+    if (!d->wanted)
+        pthread_cond_signal(&d->wake);
+    d->wanted = true;
+    pthread_mutex_unlock(&d->lock);
+}
+
+int decoy_tell(struct decoy *d, uint64_t asked, uint64_t turns, uint32_t asker)
+{
+    int at = atomic_load(&d->processor);
+
+    if (d->pair[0] == ANY_PROCESSOR || d->failed || !asker)
+        return ANY_PROCESSOR;
+    if (asked < ASKED_MANY)
+        d->quiet += d->quiet < QUIET_MOST;
+    else
+        d->quiet = turns * TURNS > asked ? QUIET_MOST : 0; /* several need the processors */
+    if (d->quiet == QUIET_MOST) {
+        atomic_store(&d->stands, 0);
+        d->out = 0;
+        return ANY_PROCESSOR;
+    }
+    if (d->out++ % PLACE_EVERY == 0) {
+        int theirs = processor_of(asker);
+
+        at = theirs == d->pair[0] ? d->pair[1] : d->pair[0];
+    }
+    send_out(d, at);
+    return at == d->pair[0] ? d->pair[1] : d->pair[0];
+}
+
+void decoy_free(struct decoy *d)
+{
+    atomic_store(&d->stands, 0);
+    pthread_mutex_lock(&d->lock);
+    d->ending = true;
+    pthread_cond_signal(&d->wake);
+    pthread_mutex_unlock(&d->lock);
+    if (d->started)
+        pthread_join(d->thread, NULL);
+    pthread_cond_destroy(&d->wake);
+    pthread_mutex_destroy(&d->lock);
+}
