@@ -123,7 +123,11 @@ def verdicts(
     }
     tightest: dict[str, Goal] = {}
     for goal in GOALS:
-        if system not in goal.systems or not here[goal.when] or goal.against not in found:
+        if (
+            system.partition(":")[0] not in goal.systems
+            or not here[goal.when]
+            or goal.against not in found
+        ):
             continue
         if goal.workloads and workload not in goal.workloads:
             continue

@@ -17,7 +17,7 @@ enum {
     TURNS = 4,           /* of so many requests one from another program: still one that asks */
     QUIET_MOST = 5,      /* looks */
     STANDS_NS = 5000000, /* unless the watch says so again */
-    PAUSES = 50,         /* between looks at the time */
+    PAUSES = 20,         /* a microsecond or two */
     PLACE_EVERY = 8,     /* looks, after which it is looked again where the asker is */
     LOWEST = 19,
     STAT_PROCESSOR = 39 - 2, /* proc_pid_stat(5): the field, counted behind the name */
@@ -61,6 +61,7 @@ static void stand(const struct decoy *d)
         at = wanted;
         for (int i = 0; i < PAUSES; i++)
             pause_shortly();
+        (void)sched_yield(); /* of the lowest priority, but with a share of time once it runs */
     }
 }
 

@@ -239,6 +239,21 @@ static errint_t tell_of(struct tree *t, struct node *n, const struct stat *st, s
     return err;
 }
 
+uint64_t tree_known(struct tree *t, uint64_t parent_ino, const char *name)
+{
+    struct node *parent;
+    struct alias *a = NULL;
+    uint64_t ino;
+
+    pthread_mutex_lock(&t->lock);
+    parent = node_find_locked(t, parent_ino);
+    if (parent)
+        a = alias_find_locked(t, parent, name);
+    ino = a && a->node->nlookup > 0 ? a->node->ino : 0;
+    pthread_mutex_unlock(&t->lock);
+    return ino;
+}
+
 errint_t tree_lookup(struct tree *t, uint64_t parent_ino, const char *name, struct stat *ret_st)
 {
     struct node *parent = node_get(t, parent_ino), *n = NULL;

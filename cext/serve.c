@@ -383,11 +383,18 @@ static int put_direntplus(void *arg, const struct dirent_out *entry)
     bool dots =
         entry->name[0] == '.' && (name_len == 1 || (name_len == 2 && entry->name[1] == '.'));
     struct stat st = {.st_ino = l->dir};
-    bool seen = false;
+    bool seen = false, known = false;
 
     if (l->len + step > l->size)
         return 1;
-    if (!dots) {
+    /* What it knows it will ask for only if it does not know it any more. */
+    if (!dots && a->s->options.keep_cache) {
+        uint64_t ino = tree_known(a->s->tree, l->dir, entry->name);
+
+        known = ino != 0;
+        st.st_ino = known ? ino : st.st_ino;
+    }
+    if (!dots && !known) {
         errint_t err = tree_lookup(a->s->tree, l->dir, entry->name, &st);
 
         if (err == -ENOENT)

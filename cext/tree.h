@@ -283,6 +283,10 @@ void attr_show(struct tree *t, const char *path, bool nofollow, struct stat *st)
 /* Where a symbolic link points: its length, not terminated; or -errno. */
 ssize_t tree_readlink(struct tree *t, uint64_t ino, char *target, size_t size);
 
+/* The number of what the kernel has been told of, by that name or another, and knows still; or 0.
+ */
+uint64_t tree_known(struct tree *t, uint64_t parent, const char *name);
+
 /* Lookup (resolve.c): the attributes as the union shows them, the lookup count raised by one. */
 errint_t tree_lookup(struct tree *t, uint64_t parent, const char *name, struct stat *ret_st);
 

@@ -312,3 +312,9 @@ def test_a_bug_costs_one_request(
     with caplog.at_level(logging.ERROR):
         assert called(opcode, 1, 0, 0, 1, body) == -errno.EIO
     assert caplog.records[-1].exc_info
+
+
+def test_the_table_of_descriptors_does_not_grow(union: Unionfs) -> None:
+    """With threads each time waits for a grace period of RCU."""
+    words = Path(f"/proc/{union.pid}/status").read_text().split()
+    assert int(words[words.index("FDSize:") + 1]) >= 4000

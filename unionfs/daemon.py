@@ -26,6 +26,7 @@ Locks are taken and threads are started after the fork: neither survives it.
 
 import contextlib
 import datetime
+import fcntl
 import functools
 import json
 import logging
@@ -64,6 +65,7 @@ log = logging.getLogger("unionfs")
 _FLUSH_SECONDS: Final = 10
 _DETACH_SECONDS: Final = 2
 _OOM_SCORE: Final = "-500"
+_DESCRIPTORS: Final = 4000
 
 
 class Served(Protocol):
@@ -265,6 +267,10 @@ def _settle() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # The table of descriptors grows now: with threads each time waits for a grace period of RCU,
+    # which is 5-20 ms for whoever has asked (expand_files of fs/file.c).
+    with contextlib.suppress(OSError):
+        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, _DESCRIPTORS))
     # Killed for want of memory, a union takes all its users with it.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(_OOM_SCORE)
