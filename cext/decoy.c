@@ -146,12 +146,14 @@ int decoy_tell(struct decoy *d, uint64_t asked, uint64_t turns, uint32_t asker)
 {
     int at = atomic_load(&d->processor);
 
-    if (d->pair[0] == ANY_PROCESSOR || d->failed || !asker)
+    if (d->pair[0] == ANY_PROCESSOR || d->failed)
         return ANY_PROCESSOR;
-    if (asked < ASKED_MANY)
+    if (!asker || turns * TURNS > asked)
+        d->quiet = QUIET_MOST; /* several need the processors */
+    else if (asked < ASKED_MANY)
         d->quiet += d->quiet < QUIET_MOST;
     else
-        d->quiet = turns * TURNS > asked ? QUIET_MOST : 0; /* several need the processors */
+        d->quiet = 0;
     if (d->quiet == QUIET_MOST) {
         atomic_store(&d->stands, 0);
         d->out = 0;

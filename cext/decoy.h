@@ -33,8 +33,8 @@ struct decoy {
 
 void decoy_init(struct decoy *d);
 /* Each millisecond: how many requests there were since, how often another program asked than
- * before, and which (a thread's number) was the last. Gives the processor that the engine is to be
- * on. */
+ * before, and which (a thread's number) was the last; 0: not known, or not alone with one thread of
+ * the engine. Gives the processor that the engine is to be on. */
 int decoy_tell(struct decoy *d, uint64_t asked, uint64_t turns, uint32_t asker);
 /* At the end, when the watch has ended. */
 void decoy_free(struct decoy *d);

@@ -37,6 +37,7 @@ enum {
     QUICK_MANY = 20,     /* requests answered between two looks of the watch: nobody is held up */
     QUIET_TICKS = 50,    /* of nothing, after which the watch sleeps */
     NODES_MANY = 20000,  /* some megabytes */
+    LITTLE = 16 * 1024,  /* bytes: more is moved by engine and asker at once, on two processors */
     RESTING_KEPT = 2,    /* threads that rest rather than end */
     NUDGE_NS = 10000000, /* while stopping: between signals */
     CLOSE_NS = 50000,    /* requests that follow one another closely */
@@ -51,6 +52,7 @@ struct engine {
     int ended_fd;
     _Atomic int waiting;       /* threads in read(2) */
     _Atomic uint64_t answered; /* requests, for the watch */
+    _Atomic uint64_t brief;    /* of these, as far as they move little */
     _Atomic uint64_t turns;    /* how often another asked than before */
     _Atomic uint32_t asker;    /* the last one */
     struct decoy decoy;
@@ -114,10 +116,20 @@ bool engine_is_stopping(const struct engine *e)
     return atomic_load(&e->stopping);
 }
 
-/* Counts it, and wakes the watch if that sleeps: from now on there is work. */
-void engine_note(struct engine *e, const struct fuse_in_header *head)
+static bool is_brief(const struct request *r)
 {
-    uint32_t opcode = head->opcode % WIRE_OPCODES, asker = head->pid;
+    if (r->head->opcode == FUSE_READ && r->len >= sizeof(struct fuse_read_in))
+        return ((const struct fuse_read_in *)(const void *)r->body)->size <= LITTLE;
+    return r->head->len <= LITTLE;
+}
+
+/* Counts it, and wakes the watch if that sleeps: from now on there is work. */
+void engine_note(struct engine *e, const struct request *r)
+{
+    uint32_t opcode = r->head->opcode % WIRE_OPCODES, asker = r->head->pid;
+
+    if (is_brief(r))
+        atomic_fetch_add_explicit(&e->brief, 1, memory_order_relaxed);
 
     atomic_fetch_add_explicit(&e->counts[opcode], 1, memory_order_relaxed);
     /* 0: the kernel by itself (a release, a forget), or a process that we cannot see. */
@@ -174,7 +186,7 @@ static void answer(struct worker *w, size_t n)
 
     if (n < sizeof *head || head->len != n)
         return; /* not the kernel's */
-    engine_note(e, head);
+    engine_note(e, &r);
     len = serve(&e->server, &r, w->out);
     /* ENOENT: nobody waits for the answer any more. Other errors read(2) will tell too. */
     if (len > 0 && write(e->server.options.device, w->out, len) < 0 && errno == ENOENT)
@@ -424,6 +436,15 @@ static void give_back(const struct engine *e, uint64_t *most)
     *most = now;
 }
 
+/* One thread answers all; else there are some at work, each of which needs a processor. */
+static bool is_alone(struct engine *e)
+{
+    pthread_mutex_lock(&e->lock);
+    bool alone = e->threads - e->resting - 2 * (int)e->queues <= 1;
+    pthread_mutex_unlock(&e->lock);
+    return alone;
+}
+
 /* Keeps the threads on a processor, or on none; one that starts later is on any. */
 static void place(struct engine *e, int processor)
 {
@@ -446,12 +467,14 @@ static void place(struct engine *e, int processor)
 static void *watch(void *arg)
 {
     struct engine *e = arg;
-    uint64_t seen = 0, turned = 0, most = 0;
+    uint64_t seen = 0, told = 0, turned = 0, most = 0;
     int quiet = 0;
 
     (void)prctl(PR_SET_NAME, "unionfs-watch");
     while (!atomic_load(&e->stopping)) {
         uint64_t now = atomic_load(&e->answered), turns = atomic_load(&e->turns);
+        uint64_t brief = atomic_load(&e->brief);
+        uint32_t asker = atomic_load(&e->asker);
         bool busy = help_queues(e);
 
         if (atomic_load(&e->waiting) == 0) {
@@ -467,8 +490,9 @@ static void *watch(void *arg)
         }
         uint64_t nodes = tree_nodes(e->server.tree);
         most = nodes > most ? nodes : most;
-        place(e, decoy_tell(&e->decoy, now - seen, turns - turned, atomic_load(&e->asker)));
+        place(e, decoy_tell(&e->decoy, brief - told, turns - turned, is_alone(e) ? asker : 0));
         seen = now;
+        told = brief;
         turned = turns;
         nap(WATCH_NS);
     }

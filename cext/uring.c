@@ -197,7 +197,7 @@ static void answer(struct ring_worker *w)
 
     w->registered = true;
     atomic_fetch_add(&w->turns, 1);
-    engine_note(w->e, head);
+    engine_note(w->e, &(struct request){.head = head, .body = h->op_in, .len = sizeof h->op_in});
     note_touched(w);
     ring_buffers_serve(engine_server(w->e), &w->buffers);
     note_touched(w);

@@ -48,7 +48,7 @@ bool ring_worker_is_busy(const struct ring_worker *w);
 struct server *engine_server(struct engine *e);
 bool engine_is_stopping(const struct engine *e);
 /* A request has come. */
-void engine_note(struct engine *e, const struct fuse_in_header *head);
+void engine_note(struct engine *e, const struct request *r);
 /* The kernel has refused a queue's first buffers: all requests will come by the device. */
 void engine_ring_refused(struct engine *e, errint_t err);
 
