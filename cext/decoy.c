@@ -9,10 +9,10 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
 
 enum {
+    LITTLE = 16 * 1024,  /* bytes: more is moved by engine and asker at once, on two processors */
     ASKED_MANY = 4,      /* requests between two looks: somebody waits for each */
     TURNS = 4,           /* of so many requests one from another program: still one that asks */
     QUIET_MOST = 5,      /* looks */
@@ -23,14 +23,6 @@ enum {
     STAT_PROCESSOR = 39 - 2, /* proc_pid_stat(5): the field, counted behind the name */
 };
 
-static int64_t now_ns(void)
-{
-    struct timespec t;
-
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 static void pause_shortly(void)
 {
 #if defined __x86_64__ || defined __i386__
@@ -40,13 +32,13 @@ static void pause_shortly(void)
 #endif
 }
 
-static bool go_to(int processor)
+static void go_to(int processor)
 {
     cpu_set_t set;
 
     CPU_ZERO(&set);
     CPU_SET(processor, &set);
-    return sched_setaffinity(0, sizeof set, &set) == 0;
+    (void)sched_setaffinity(0, sizeof set, &set);
 }
 
 static void stand(const struct decoy *d)
@@ -56,8 +48,8 @@ static void stand(const struct decoy *d)
     while (now_ns() < atomic_load(&d->stands)) {
         int wanted = atomic_load(&d->processor);
 
-        if (wanted != at && !go_to(wanted))
-            return;
+        if (wanted != at)
+            go_to(wanted);
         at = wanted;
         for (int i = 0; i < PAUSES; i++)
             pause_shortly();
@@ -70,8 +62,7 @@ static void *wait_and_stand(void *arg)
     struct decoy *d = arg;
 
     (void)prctl(PR_SET_NAME, "unionfs-decoy");
-    if (setpriority(PRIO_PROCESS, 0, LOWEST) < 0) /* of this thread */
-        return NULL;
+    (void)setpriority(PRIO_PROCESS, 0, LOWEST); /* of this thread */
     pthread_mutex_lock(&d->lock);
     while (!d->ending) {
         if (!d->wanted) {
@@ -127,9 +118,8 @@ static int processor_of(uint32_t thread)
     return word ? (int)strtol(word, NULL, 10) : ANY_PROCESSOR;
 }
 
-static void send_out(struct decoy *d, int processor)
+static void send_out(struct decoy *d)
 {
-    atomic_store(&d->processor, processor);
     atomic_store(&d->stands, now_ns() + STANDS_NS);
     if (!d->started && !d->failed) {
         d->started = pthread_create(&d->thread, NULL, wait_and_stand, d) == 0;
@@ -142,29 +132,63 @@ static void send_out(struct decoy *d, int processor)
     pthread_mutex_unlock(&d->lock);
 }
 
-int decoy_tell(struct decoy *d, uint64_t asked, uint64_t turns, uint32_t asker)
+static bool is_brief(const struct request *r)
 {
-    int at = atomic_load(&d->processor);
+    if (r->head->opcode == FUSE_READ && r->len >= sizeof(struct fuse_read_in))
+        return ((const struct fuse_read_in *)(const void *)r->body)->size <= LITTLE;
+    return r->head->len <= LITTLE;
+}
 
-    if (d->pair[0] == ANY_PROCESSOR || d->failed)
-        return ANY_PROCESSOR;
-    if (!asker || turns * TURNS > asked)
+void decoy_note(struct decoy *d, const struct request *r)
+{
+    uint32_t asker = r->head->pid;
+
+    if (d->pair[0] == ANY_PROCESSOR)
+        return;
+    if (is_brief(r))
+        atomic_fetch_add_explicit(&d->brief, 1, memory_order_relaxed);
+    /* 0: the kernel by itself (a release, a forget), or a process that we cannot see. */
+    if (asker && atomic_exchange_explicit(&d->asker, asker, memory_order_relaxed) != asker)
+        atomic_fetch_add_explicit(&d->turns, 1, memory_order_relaxed);
+}
+
+/* Whether one program asks for one thing after another. */
+static bool one_asks(struct decoy *d)
+{
+    uint64_t brief = atomic_load(&d->brief), turns = atomic_load(&d->turns);
+    uint64_t asked = brief - d->seen, others = turns - d->turned;
+
+    d->seen = brief;
+    d->turned = turns;
+    if (others * TURNS > asked)
         d->quiet = QUIET_MOST; /* several need the processors */
     else if (asked < ASKED_MANY)
         d->quiet += d->quiet < QUIET_MOST;
     else
         d->quiet = 0;
-    if (d->quiet == QUIET_MOST) {
+    return d->quiet < QUIET_MOST;
+}
+
+int decoy_look(struct decoy *d, bool held_up)
+{
+    uint32_t asker = atomic_load(&d->asker);
+    int at = atomic_load(&d->processor);
+
+    if (d->pair[0] == ANY_PROCESSOR || d->failed)
+        return ANY_PROCESSOR;
+    if (!one_asks(d) || !asker) {
         atomic_store(&d->stands, 0);
-        d->out = 0;
+        d->looks = 0;
         return ANY_PROCESSOR;
     }
-    if (d->out++ % PLACE_EVERY == 0) {
-        int theirs = processor_of(asker);
-
-        at = theirs == d->pair[0] ? d->pair[1] : d->pair[0];
+    if (d->looks++ % PLACE_EVERY == 0) {
+        at = processor_of(asker) == d->pair[0] ? d->pair[1] : d->pair[0];
+        atomic_store(&d->processor, at);
     }
-    send_out(d, at);
+    if (held_up)
+        atomic_store(&d->stands, 0);
+    else
+        send_out(d);
     return at == d->pair[0] ? d->pair[1] : d->pair[0];
 }
 

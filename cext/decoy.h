@@ -11,9 +11,8 @@
 #define UNIONFS_DECOY_H
 
 #include <pthread.h>
-#include <stdatomic.h>
-#include <stdbool.h>
-#include <stdint.h>
+
+#include "engine.h"
 
 enum { ANY_PROCESSOR = -1 };
 
@@ -24,18 +23,23 @@ struct decoy {
     bool wanted, ending;    /* protected by lock */
     _Atomic int64_t stands; /* until then (CLOCK_MONOTONIC, ns): the watch may be held up */
     _Atomic int processor;  /* where */
-    int pair[2];            /* the processors, or ANY_PROCESSOR: there are not two */
+    int pair[2];            /* the processors, or ANY_PROCESSOR: there are not two; immutable */
+    _Atomic uint64_t brief; /* requests that move little */
+    _Atomic uint64_t turns; /* how often another thread asked than before */
+    _Atomic uint32_t asker; /* the last one; 0: none that we can see */
     /* The watch's: */
     bool started, failed;
-    int quiet;    /* looks since one program was seen to ask */
-    unsigned out; /* looks since it was sent out, or 0 */
+    int quiet;             /* looks since one program was seen to ask */
+    unsigned looks;        /* since it began to */
+    uint64_t seen, turned; /* brief and turns, at the last look */
 };
 
 void decoy_init(struct decoy *d);
-/* Each millisecond: how many requests there were since, how often another program asked than
- * before, and which (a thread's number) was the last; 0: not known, or not alone with one thread of
- * the engine. Gives the processor that the engine is to be on. */
-int decoy_tell(struct decoy *d, uint64_t asked, uint64_t turns, uint32_t asker);
+/* A request has come. */
+void decoy_note(struct decoy *d, const struct request *r);
+/* Each millisecond. `held_up`: a thread of the engine is at work for longer, and needs the other
+ * processor itself. Gives the processor that those are to be on who answer at once. */
+int decoy_look(struct decoy *d, bool held_up);
 /* At the end, when the watch has ended. */
 void decoy_free(struct decoy *d);
 

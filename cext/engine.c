@@ -29,7 +29,6 @@
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/prctl.h>
-#include <time.h>
 
 enum {
     MAX_THREADS = 400,
@@ -37,7 +36,6 @@ enum {
     QUICK_MANY = 20,     /* requests answered between two looks of the watch: nobody is held up */
     QUIET_TICKS = 50,    /* of nothing, after which the watch sleeps */
     NODES_MANY = 20000,  /* some megabytes */
-    LITTLE = 16 * 1024,  /* bytes: more is moved by engine and asker at once, on two processors */
     RESTING_KEPT = 2,    /* threads that rest rather than end */
     NUDGE_NS = 10000000, /* while stopping: between signals */
     CLOSE_NS = 50000,    /* requests that follow one another closely */
@@ -52,11 +50,7 @@ struct engine {
     int ended_fd;
     _Atomic int waiting;       /* threads in read(2) */
     _Atomic uint64_t answered; /* requests, for the watch */
-    _Atomic uint64_t brief;    /* of these, as far as they move little */
-    _Atomic uint64_t turns;    /* how often another asked than before */
-    _Atomic uint32_t asker;    /* the last one */
     struct decoy decoy;
-    int placed; /* the watch's: the processor that the threads are kept on, or ANY_PROCESSOR */
     _Atomic bool watch_sleeps;
     _Atomic bool stopping; /* no more requests are to be read */
     _Atomic uint64_t counts[WIRE_OPCODES];
@@ -85,10 +79,15 @@ struct worker {
     struct ring_worker *ring; /* NULL: it reads the device, */
     char *in, *out;           /* with these */
     struct chute chute;
-    int64_t answered_at; /* CLOCK_MONOTONIC */
-    int eager;           /* how many of the last requests came soon, at most EAGER_MOST */
-    int64_t looks_from;  /* not before */
-    int64_t uneager;     /* how long it was not looked for the last time */
+    int64_t answered_at;    /* CLOCK_MONOTONIC */
+    int eager;              /* how many of the last requests came soon, at most EAGER_MOST */
+    int64_t looks_from;     /* not before */
+    int64_t uneager;        /* how long it was not looked for the last time */
+    _Atomic uint64_t turns; /* odd: it is at a request */
+    /* The watch's, protected by lock: */
+    uint64_t seen; /* turns */
+    bool stuck;
+    int placed; /* the processor that it is kept on, or ANY_PROCESSOR */
 };
 
 static void *buffer_new(void)
@@ -116,25 +115,13 @@ bool engine_is_stopping(const struct engine *e)
     return atomic_load(&e->stopping);
 }
 
-static bool is_brief(const struct request *r)
-{
-    if (r->head->opcode == FUSE_READ && r->len >= sizeof(struct fuse_read_in))
-        return ((const struct fuse_read_in *)(const void *)r->body)->size <= LITTLE;
-    return r->head->len <= LITTLE;
-}
-
 /* Counts it, and wakes the watch if that sleeps: from now on there is work. */
 void engine_note(struct engine *e, const struct request *r)
 {
-    uint32_t opcode = r->head->opcode % WIRE_OPCODES, asker = r->head->pid;
-
-    if (is_brief(r))
-        atomic_fetch_add_explicit(&e->brief, 1, memory_order_relaxed);
+    uint32_t opcode = r->head->opcode % WIRE_OPCODES;
 
     atomic_fetch_add_explicit(&e->counts[opcode], 1, memory_order_relaxed);
-    /* 0: the kernel by itself (a release, a forget), or a process that we cannot see. */
-    if (asker && atomic_exchange_explicit(&e->asker, asker, memory_order_relaxed) != asker)
-        atomic_fetch_add_explicit(&e->turns, 1, memory_order_relaxed);
+    decoy_note(&e->decoy, r);
     atomic_fetch_add(&e->answered, 1);
     if (atomic_load(&e->watch_sleeps)) {
         pthread_mutex_lock(&e->lock);
@@ -191,14 +178,6 @@ static void answer(struct worker *w, size_t n)
     /* ENOENT: nobody waits for the answer any more. Other errors read(2) will tell too. */
     if (len > 0 && write(e->server.options.device, w->out, len) < 0 && errno == ENOENT)
         serve_undo(&e->server, &r, w->out);
-}
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 static bool requests_wait(const struct engine *e)
@@ -265,7 +244,9 @@ static void serve_device(struct worker *w)
         n = next_request(w);
         atomic_fetch_sub(&e->waiting, 1);
         if (n >= 0) {
+            atomic_fetch_add(&w->turns, 1);
             answer(w, (size_t)n);
+            atomic_fetch_add(&w->turns, 1);
             w->answered_at = now_ns();
         } else if (errno != EINTR && errno != EAGAIN && errno != ENOENT) {
             stop_all(e); /* ENODEV: unmounted */
@@ -306,6 +287,7 @@ static bool launch_locked(struct engine *e, struct worker *w)
     bool started;
 
     w->e = e;
+    w->placed = ANY_PROCESSOR;
     pthread_attr_init(&attr);
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
     started = pthread_create(&w->thread, &attr, work, w) == 0;
@@ -436,45 +418,59 @@ static void give_back(const struct engine *e, uint64_t *most)
     *most = now;
 }
 
-/* One thread answers all; else there are some at work, each of which needs a processor. */
-static bool is_alone(struct engine *e)
+/* Whether it is at the request that it was at when last asked. */
+static bool is_stuck(struct worker *w)
 {
-    pthread_mutex_lock(&e->lock);
-    bool alone = e->threads - e->resting - 2 * (int)e->queues <= 1;
-    pthread_mutex_unlock(&e->lock);
-    return alone;
+    uint64_t now = atomic_load(&w->turns);
+    bool stuck = now % 2 && now == w->seen;
+
+    w->seen = now;
+    return stuck;
 }
 
-/* Keeps the threads on a processor, or on none; one that starts later is on any. */
-static void place(struct engine *e, int processor)
+static void place(struct engine *e, struct worker *w, int processor)
 {
     cpu_set_t set = e->all;
 
-    if (processor == e->placed)
+    if (w->placed == processor)
         return;
-    e->placed = processor;
+    w->placed = processor;
     if (processor != ANY_PROCESSOR) {
         CPU_ZERO(&set);
         CPU_SET(processor, &set);
     }
+    (void)pthread_setaffinity_np(w->thread, sizeof set, &set);
+}
+
+/* Who answers at once is near who asks, and who is held up in nobody's way. */
+static void place_all(struct engine *e)
+{
+    bool held_up = false;
+    int near;
+
+    pthread_mutex_lock(&e->lock);
+    for (struct worker *w = e->workers; w; w = w->next) {
+        w->stuck = !w->ring && is_stuck(w);
+        held_up = held_up || w->stuck;
+    }
+    pthread_mutex_unlock(&e->lock);
+    near = decoy_look(&e->decoy, held_up);
     pthread_mutex_lock(&e->lock);
     for (struct worker *w = e->workers; w; w = w->next)
         if (!w->ring)
-            (void)pthread_setaffinity_np(w->thread, sizeof set, &set);
+            place(e, w, w->stuck ? ANY_PROCESSOR : near);
     pthread_mutex_unlock(&e->lock);
 }
 
 static void *watch(void *arg)
 {
     struct engine *e = arg;
-    uint64_t seen = 0, told = 0, turned = 0, most = 0;
+    uint64_t seen = 0, most = 0;
     int quiet = 0;
 
     (void)prctl(PR_SET_NAME, "unionfs-watch");
     while (!atomic_load(&e->stopping)) {
-        uint64_t now = atomic_load(&e->answered), turns = atomic_load(&e->turns);
-        uint64_t brief = atomic_load(&e->brief);
-        uint32_t asker = atomic_load(&e->asker);
+        uint64_t now = atomic_load(&e->answered);
         bool busy = help_queues(e);
 
         if (atomic_load(&e->waiting) == 0) {
@@ -490,10 +486,8 @@ static void *watch(void *arg)
         }
         uint64_t nodes = tree_nodes(e->server.tree);
         most = nodes > most ? nodes : most;
-        place(e, decoy_tell(&e->decoy, brief - told, turns - turned, is_alone(e) ? asker : 0));
+        place_all(e);
         seen = now;
-        told = brief;
-        turned = turns;
         nap(WATCH_NS);
     }
     nudge_until_ended(e);
@@ -555,7 +549,6 @@ errint_t engine_start(struct tree *t, const struct engine_options *options, stru
     if (sched_getaffinity(0, sizeof e->all, &e->all) < 0)
         CPU_SET(0, &e->all);
     e->processors = CPU_COUNT(&e->all);
-    e->placed = ANY_PROCESSOR;
     decoy_init(&e->decoy);
     /* Signals are for the thread that started us. */
     sigfillset(&all);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* Small things every part of the C core uses: the error convention, owners of descriptors and
- * memory that clean up after themselves. */
+ * memory that clean up after themselves, the clock. */
 #ifndef UNIONFS_UTIL_H
 #define UNIONFS_UTIL_H
 
@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Zero or -errno. Functions that set errno return a plain int. Outputs are named ret_*, and are
@@ -54,6 +55,14 @@ static inline void *steal_pointer(void *p)
     void *taken = *pp;
     *pp = NULL;
     return taken;
+}
+
+static inline int64_t now_ns(void)
+{
+    struct timespec t;
+
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 /* Only after a system call that has just failed. */

@@ -21,6 +21,7 @@ import pytest
 
 from tests.rig import syscalls
 from tests.rig.mounted import PATIENCE, Unionfs
+from tests.rig.spots import wait_until
 from unionfs.engine import Opcode, Requests
 from unionfs.operations import UnionOperations
 
@@ -318,3 +319,43 @@ def test_the_table_of_descriptors_does_not_grow(union: Unionfs) -> None:
     """With threads each time waits for a grace period of RCU."""
     words = Path(f"/proc/{union.pid}/status").read_text().split()
     assert int(words[words.index("FDSize:") + 1]) >= 4000
+
+
+def affinities(union: Unionfs, name: str) -> list[set[int]]:
+    """Where the daemon's threads of a name may run."""
+    found = []
+    for thread in os.listdir(f"/proc/{union.pid}/task"):
+        with contextlib.suppress(OSError):
+            comm = Path(f"/proc/{union.pid}/task/{thread}/comm").read_text().strip()
+            if comm == name:
+                found.append(os.sched_getaffinity(int(thread)))
+    return found
+
+
+def test_the_engine_stays_with_who_asks(union: Unionfs) -> None:
+    """And a decoy takes the other processor, until nobody asks any more (docs/adr/0027)."""
+    both = os.sched_getaffinity(0)
+    if len(both) != 2:
+        pytest.skip("there are not two processors")
+    asking = threading.Event()
+    asking.set()
+
+    def ask() -> None:
+        number = 0
+        while asking.is_set():
+            number += 1
+            (union.mnt / f"missing{number}").exists()
+
+    def apart() -> bool:
+        decoys = affinities(union, "unionfs-decoy")
+        near = affinities(union, "unionfs-engine")
+        return len(decoys) == 1 and all(len(at) == 1 and at != decoys[0] for at in near)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        wait_until(apart)
+    finally:
+        asking.clear()
+        asker.join()
+    wait_until(lambda: all(at == both for at in affinities(union, "unionfs-engine")))
