@@ -252,15 +252,14 @@ def _settle(fd: int, *, seconds: bool) -> int:
     return start
 
 
-def _walk(fd: int) -> Iterator[tuple[int, str, os.stat_result]]:
-    """All that is in a tree: an open directory and a name in it, or "" for itself."""
+def _walk(fd: int) -> Iterator[os.stat_result]:
     stack = [os.open(".", _OPEN, dir_fd=fd)]
     top = True
     try:
         while stack:
             current = stack.pop()
             try:
-                yield current, "", os.fstat(current)
+                yield os.fstat(current)
                 with os.scandir(current) as entries:
                     found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
                 for name, is_directory in found:
@@ -270,8 +269,7 @@ def _walk(fd: int) -> Iterator[tuple[int, str, os.stat_result]]:
                         if is_directory:
                             stack.append(os.open(name, _OPEN, dir_fd=current))
                         else:
-                            status = os.stat(name, dir_fd=current, follow_symlinks=False)
-                            yield current, name, status
+                            yield os.stat(name, dir_fd=current, follow_symlinks=False)
                 top = False
             finally:
                 os.close(current)
@@ -282,14 +280,14 @@ def _walk(fd: int) -> Iterator[tuple[int, str, os.stat_result]]:
 
 def changed_since(fd: int, start: int) -> bool:
     """Whether anything in a tree was changed, made or removed: its ctime, or its directory's."""
-    return any(status.st_ctime_ns >= start for _, _, status in _walk(fd))
+    return any(status.st_ctime_ns >= start for status in _walk(fd))
 
 
 def tree_bytes(fd: int) -> int:
     """About how long an archive of a tree will be."""
     return sum(
         1024 + (status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0)
-        for _, _, status in _walk(fd)
+        for status in _walk(fd)
     )
 
 
