@@ -269,8 +269,9 @@ def _settle() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # The table of descriptors grows now: with threads each time waits for a grace period of RCU,
     # which is 5-20 ms for whoever has asked (expand_files of fs/file.c).
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard - 1)
     with contextlib.suppress(OSError):
-        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, _DESCRIPTORS))
+        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, most))
     # Killed for want of memory, a union takes all its users with it.
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(_OOM_SCORE)
