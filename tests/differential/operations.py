@@ -212,7 +212,14 @@ class Side:
     def do_fallocate(self, slot: int, mode: int, offset: int, length: int) -> object:
         if mode & syscalls.FALLOC_ZERO_RANGE and os.fstat(self.fd(slot)).st_mode & SET_ID:
             return "the kernel takes set-ID bits away before FUSE can say that it has no such mode"
-        syscalls.fallocate(self.fd(slot), mode, offset, length)
+        try:
+            syscalls.fallocate(self.fd(slot), mode, offset, length)
+        except OSError as exc:
+            # As above: the capability is gone before the upper's file system can refuse.
+            if exc.errno == errno.EOPNOTSUPP:
+                with contextlib.suppress(OSError):
+                    os.removexattr(self.fd(slot), "security.capability")
+            raise
         return None
 
     def do_copy_range(
