@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import as_user, ground, images, secret
-from tests.rig.mounted import PATIENCE, program
+from tests.rig.mounted import PATIENCE, Unionfs, program
 from tests.test_store_backup import fill, tree_of
 from tests.test_store_commands import done, facts, fails, listing, store
 from tests.test_store_sharing import one, registers, serving
@@ -124,6 +124,16 @@ def begin(environment: dict[str, str], *arguments: object) -> subprocess.Popen[s
     return process
 
 
+def begun(
+    base: Path, image: Path, environment: dict[str, str]
+) -> tuple[Unionfs, subprocess.Popen[str]]:
+    """A union that is mounted, with changes, and a backup of it, which waits."""
+    made = union(base, base / "tree", image)
+    made.mount()
+    change(base / "mnt")
+    return made, begin(environment, "backup", image, base / "saved.tar.zst")
+
+
 def one_line(process: subprocess.Popen[str]) -> str:
     """The error that a verb ends with."""
     _, said = process.communicate(timeout=PATIENCE)
@@ -197,6 +207,13 @@ def _is_whole(saved: Path) -> None:
     assert store("check", base / "restored").returncode == 0
 
 
+def _are_whole(base: Path, made: Unionfs) -> None:
+    """The backup, and the store."""
+    _is_whole(base / "saved.tar.zst")
+    with made:
+        check(base / "mnt")
+
+
 @as_a_user
 def test_what_another_name_of_a_file_has_cached(base: Path, image: Path) -> None:
     """Each name is a file of its own to the kernel: a copy has what was written last."""
@@ -225,10 +242,7 @@ def test_the_daemon_is_killed_meanwhile(
     base: Path, image: Path, slow: Callable[..., dict[str, str]]
 ) -> None:
     """The backup goes on: what it reads is as the daemon has left it, and whole."""
-    made = union(base, base / "tree", image)
-    made.mount()
-    change(base / "mnt")
-    backup = begin(slow("zstd"), "backup", image, base / "saved.tar.zst")
+    made, backup = begun(base, image, slow("zstd"))
     made.die()
     (program_,) = serving(image)
     made.clear()
@@ -239,9 +253,7 @@ def test_the_daemon_is_killed_meanwhile(
     (base / "slow/go").touch()
     _ends_well(backup)
     assert not serving(image), "its end was waited for"
-    _is_whole(base / "saved.tar.zst")
-    with made:
-        check(base / "mnt")
+    _are_whole(base, made)
 
 
 @as_a_user
@@ -249,10 +261,7 @@ def test_an_unmount_does_not_wait_for_a_backup(
     base: Path, image: Path, slow: Callable[..., dict[str, str]]
 ) -> None:
     """Nor the backup for that: it is the last whom fuse2fs serves, and has it end."""
-    made = union(base, base / "tree", image)
-    made.mount()
-    change(base / "mnt")
-    backup = begin(slow("zstd"), "backup", image, base / "saved.tar.zst")
+    made, backup = begun(base, image, slow("zstd"))
     (program_,) = serving(image)
     made.umount()
     assert serving(image) == [program_]
@@ -263,9 +272,7 @@ def test_an_unmount_does_not_wait_for_a_backup(
     (base / "slow/go").touch()
     _ends_well(backup)
     assert not serving(image), "its end was waited for"
-    _is_whole(base / "saved.tar.zst")
-    with made:
-        check(base / "mnt")
+    _are_whole(base, made)
 
 
 @as_a_user
@@ -274,11 +281,7 @@ def test_the_union_ends_while_it_is_held_up(
     base: Path, image: Path, slow: Callable[..., dict[str, str]], end: str
 ) -> None:
     """A killed one: it is read anew. A stopped one that is unmounted ends when it goes on."""
-    made = union(base, base / "tree", image)
-    made.mount()
-    change(base / "mnt")
-    environment = slow("tar", calls=3, changed=base / "mnt/file")
-    backup = begin(environment, "backup", image, base / "saved.tar.zst")
+    made, backup = begun(base, image, slow("tar", calls=3, changed=base / "mnt/file"))
     assert state_of(made.pid) == "T"
     if end == "killed":
         made.die()
@@ -296,9 +299,7 @@ def test_the_union_ends_while_it_is_held_up(
         assert made.process.wait(PATIENCE) == 0
         made._check_log()
     _await(lambda: not serving(image))
-    _is_whole(base / "saved.tar.zst")
-    with made:
-        check(base / "mnt")
+    _are_whole(base, made)
 
 
 @as_a_user
@@ -306,18 +307,12 @@ def test_it_is_not_mounted_any_more_when_it_is_to_be_held_up(
     base: Path, image: Path, slow: Callable[..., dict[str, str]]
 ) -> None:
     """So nobody is stopped, and nobody mounts it while it is read."""
-    made = union(base, base / "tree", image)
-    made.mount()
-    change(base / "mnt")
-    environment = slow("tar", calls=2, changed=base / "mnt/file")
-    backup = begin(environment, "backup", image, base / "saved.tar.zst")
+    made, backup = begun(base, image, slow("tar", calls=2, changed=base / "mnt/file"))
     (base / "mnt/file").write_text("changed\n")
     made.umount()
     (base / "slow/go").touch()
     _ends_well(backup)
-    _is_whole(base / "saved.tar.zst")
-    with made:
-        check(base / "mnt")
+    _are_whole(base, made)
 
 
 @as_a_user
@@ -325,10 +320,7 @@ def test_a_backup_that_is_the_last_is_killed(
     base: Path, image: Path, slow: Callable[..., dict[str, str]]
 ) -> None:
     """fuse2fs ends by itself, and has written everything."""
-    made = union(base, base / "tree", image)
-    made.mount()
-    change(base / "mnt")
-    backup = begin(slow("zstd"), "backup", image, base / "saved.tar.zst")
+    made, backup = begun(base, image, slow("zstd"))
     made.umount()
     assert serving(image)
     backup.kill()
