@@ -21,7 +21,7 @@ import pytest
 
 from tests.rig import syscalls
 from tests.rig.mounted import PATIENCE, Unionfs
-from tests.rig.spots import wait_until
+from tests.rig.waiting import wait_until
 from unionfs.engine import Opcode, Requests
 from unionfs.operations import UnionOperations
 

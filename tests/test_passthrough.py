@@ -31,8 +31,8 @@ from tests.rig.spots import (
     open_files,
     opened,
     told,
-    wait_until,
 )
+from tests.rig.waiting import wait_until
 
 pytestmark = pytest.mark.root
 

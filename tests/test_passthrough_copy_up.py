@@ -32,8 +32,8 @@ from tests.rig.spots import (
     shared,
     skip_without,
     told,
-    wait_until,
 )
+from tests.rig.waiting import wait_until
 
 pytestmark = pytest.mark.root
 SECONDS = 3.0

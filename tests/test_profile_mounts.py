@@ -18,8 +18,8 @@ import pytest
 
 from tests.rig import ground, images, secret, snapshot, traced
 from tests.rig.mounted import PATIENCE, program, user_mount_possible
+from tests.rig.waiting import wait_until
 from tests.test_store_sharing import serving
-from tests.test_stores import _await as wait_until
 from tests.test_stores import need
 
 ROOT = os.geteuid() == 0

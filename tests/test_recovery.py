@@ -11,7 +11,8 @@ import pytest
 
 from tests.rig import ground
 from tests.rig.mounted import Unionfs, program
-from tests.test_stores import _await, base, change, union
+from tests.rig.waiting import wait_until
+from tests.test_stores import base, change, union
 
 __all__ = ["base"]
 
@@ -34,7 +35,7 @@ def killed(base: Path) -> Path:
 
 def found(made: Unionfs) -> dict[str, object]:
     """The result of the check, once it is there."""
-    _await(lambda: made.status().get("check", {}).get("state") != "running")  # type: ignore[attr-defined]
+    wait_until(lambda: made.status().get("check", {}).get("state") != "running")  # type: ignore[attr-defined]
     told = made.status()["check"]
     assert isinstance(told, dict)
     return told

@@ -13,8 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import pytest
 
 from tests.rig import as_user, ground
 from tests.rig.mounted import program
+from tests.rig.waiting import wait_until
 from unionfs import session
 from unionfs.errors import UnionfsError
 from unionfs.handshake import InitFlag, Wishes, patch_init
@@ -501,11 +501,3 @@ def test_inside_a_user_namespace(user_place: Path) -> None:
     facts = json.loads(done.stdout)
     assert facts["mounted_by"] == "mount"
     assert facts["xattrs"] == "user"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll: there is no event for a mount that goes away in another process."""
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
-        time.sleep(0.02)

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground, images, snapshot
+from tests.rig.waiting import wait_until
 from tests.test_store_commands import done, fails, killed_at, listing, shim
-from tests.test_stores import ARCH, _await, base, change, check, need, union
+from tests.test_stores import ARCH, base, change, check, need, union
 from unionfs.stores import archive
 
 __all__ = ["base", "shim"]
@@ -131,7 +132,7 @@ def test_backup_while_it_changes(base: Path) -> None:
         worker = threading.Thread(target=work)
         worker.start()
         try:
-            _await((base / "mnt/z-last").exists)
+            wait_until((base / "mnt/z-last").exists)
             done("backup", image, saved)
         finally:
             stop.set()

@@ -15,7 +15,8 @@ import pytest
 
 from tests.rig import ground, images, snapshot
 from tests.rig.mounted import PATIENCE, program
-from tests.test_stores import _await, base, change, check, need, union
+from tests.rig.waiting import wait_until
+from tests.test_stores import base, change, check, need, union
 from unionfs.cli import show
 from unionfs.errors import UnionfsError
 from unionfs.stores.tools import find
@@ -102,7 +103,7 @@ def killed_at(folder: Path, *arguments: object) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    _await((folder / "reached").exists)
+    wait_until((folder / "reached").exists)
     process.kill()
     process.wait()
     os.kill(int((folder / "reached").read_text()), signal.SIGKILL)
@@ -301,7 +302,7 @@ def test_check_repairs(base: Path) -> None:
         assert "in use" in fails("check", image, code=8)
     made.kill()
     if os.geteuid() != 0:  # fuse2fs is still writing
-        _await(lambda: "in use" not in store("check", image).stderr)
+        wait_until(lambda: "in use" not in store("check", image).stderr)
     found = store("check", image)
     assert found.returncode == 4
     assert f"/persistent_tree/{ARCH}/.unionfs/owner: the daemon was killed" in found.stdout

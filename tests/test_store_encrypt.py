@@ -20,8 +20,9 @@ import pytest
 from tests.rig import ground, images, secret, snapshot, syscalls, traced
 from tests.rig.mounted import PATIENCE, Unionfs, is_mounted, program
 from tests.rig.pair import Pair
+from tests.rig.waiting import wait_until
 from tests.test_store_commands import done, facts, fails, listing
-from tests.test_stores import _await, _children, _command, base, change, check, need, union
+from tests.test_stores import _children, _command, base, change, check, need, union
 
 __all__ = ["base"]
 
@@ -416,7 +417,7 @@ def test_the_program_killed(base: Path, up: Path, key: Path) -> None:
     (base / "mnt/kept").write_text("kept")
     (helper,) = (pid for pid in _children(made.pid) if "gocryptfs" in _command(pid))
     os.kill(helper, 9)
-    _await(lambda: "cannot be reached any more" in made.words())
+    wait_until(lambda: "cannot be reached any more" in made.words())
     assert "has ended" in str(made.status()["broken"])
     made.umount()
     with encrypted(base, up, key):
@@ -431,7 +432,7 @@ def test_the_daemon_killed(base: Path, up: Path, key: Path) -> None:
     (base / "mnt/kept").write_text("kept")
     (helper,) = (pid for pid in _children(made.pid) if "gocryptfs" in _command(pid))
     made.kill()
-    _await(lambda: not Path(f"/proc/{helper}").exists() or "\nState:\tZ" in _state(helper))
+    wait_until(lambda: not Path(f"/proc/{helper}").exists() or "\nState:\tZ" in _state(helper))
     with encrypted(base, up, key):
         assert (base / "mnt/kept").read_text() == "kept"
 

@@ -15,9 +15,10 @@ import pytest
 
 from tests.rig import ground, images, snapshot, traced
 from tests.rig.mounted import program
+from tests.rig.waiting import wait_until
 from tests.test_store_changes import hidden
 from tests.test_store_commands import done, facts, shim, store
-from tests.test_stores import ARCH, _await, base, change, check, need, union
+from tests.test_stores import ARCH, base, change, check, need, union
 from unionfs.stores.tools import delayed, interruptible, uninterrupted
 
 __all__ = ["base", "shim"]
@@ -50,12 +51,12 @@ def interrupted(folder: Path, number: signal.Signals, *words: object) -> None:
         # Of a shell's background job SIGINT is ignored, under nohup SIGHUP, and then by us too.
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
-    _await((folder / "reached").exists)
+    wait_until((folder / "reached").exists)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (8, "", "unionfs: interrupted\n")
     helper = int((folder / "reached").read_text())
-    _await(lambda: not Path(f"/proc/{helper}").exists())
+    wait_until(lambda: not Path(f"/proc/{helper}").exists())
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ import pytest
 
 from tests.rig import as_user, ground, images, secret
 from tests.rig.mounted import PATIENCE, Unionfs, program
+from tests.rig.waiting import wait_until
 from tests.test_store_backup import fill, tree_of
 from tests.test_store_commands import done, facts, fails, listing, store
 from tests.test_store_sharing import one, registers, serving
-from tests.test_stores import ARCH, _await, base, change, check, need, union
+from tests.test_stores import ARCH, base, change, check, need, union
 from unionfs.errors import UnionfsError
 from unionfs.stores import holding, mounted, writer
 from unionfs.stores.tools import find
@@ -44,7 +45,7 @@ def image(base: Path) -> Iterator[Path]:
     made = images.make(base / "s.img", megabytes=64)
     yield made
     if os.geteuid() != 0:
-        _await(lambda: not serving(made))
+        wait_until(lambda: not serving(made))
         assert not registers()
         assert not [p for p in ground.mounts_below("/") if "unionfs-stage" in p]
     ground.run("e2fsck", "-fn", made)
@@ -68,7 +69,7 @@ def writing(mnt: Path) -> Iterator[Callable[[], int]]:
     worker = threading.Thread(target=work)
     worker.start()
     try:
-        _await((mnt / "z-last").exists)
+        wait_until((mnt / "z-last").exists)
         yield lambda: number
     finally:
         stop.set()
@@ -78,7 +79,7 @@ def writing(mnt: Path) -> Iterator[Callable[[], int]]:
 def _goes_on(count: Callable[[], int]) -> int:
     """Wait until more has been written; how far he was."""
     before = count()
-    _await(lambda: count() > before + 3)
+    wait_until(lambda: count() > before + 3)
     return before
 
 
@@ -119,7 +120,7 @@ def begin(environment: dict[str, str], *arguments: object) -> subprocess.Popen[s
         text=True,
     )
     reached = Path(environment["PATH"].split(":")[0], "reached")
-    _await(lambda: reached.exists() or process.poll() is not None)
+    wait_until(lambda: reached.exists() or process.poll() is not None)
     assert reached.exists(), process.communicate()
     return process
 
@@ -298,7 +299,7 @@ def test_the_union_ends_while_it_is_held_up(
         assert made.process is not None
         assert made.process.wait(PATIENCE) == 0
         made._check_log()
-    _await(lambda: not serving(image))
+    wait_until(lambda: not serving(image))
     _are_whole(base, made)
 
 
@@ -324,7 +325,7 @@ def test_a_backup_that_is_the_last_is_killed(
     made.umount()
     assert serving(image)
     backup.kill()
-    _await(lambda: not serving(image))
+    wait_until(lambda: not serving(image))
     ground.run("e2fsck", "-fn", image)
     (base / "slow/go").touch()
     backup.communicate(timeout=PATIENCE)
@@ -411,7 +412,7 @@ def test_a_backup_killed_while_it_holds_up_who_writes(
             backup.send_signal(number)
             backup.communicate(timeout=PATIENCE)
             assert backup.returncode == (8 if number == signal.SIGTERM else -number)
-            _await(lambda: state_of(made.pid) != "T")
+            wait_until(lambda: state_of(made.pid) != "T")
             _goes_on(count)
             assert not (base / "saved.tar.zst").exists()
     (base / "slow/go").touch()

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground, images
+from tests.rig.waiting import wait_until
 from tests.test_store_commands import done, facts, store
-from tests.test_stores import _await, base, change, check, need, union
+from tests.test_stores import base, change, check, need, union
 from unionfs.stores.tools import find
 
 __all__ = ["base"]
@@ -150,8 +151,8 @@ def test_what_autogrow_asks_for(base: Path, image: Path, asked: Path) -> None:
     made = union(base, base / "tree", image, "autogrow=128M", "low-water=1K")
     with made:
         number = device_of(image)
-        _await(lambda: image.stat().st_size == 128 * MIB)
-        _await(lambda: f"has grown to {128}" in made.words())
+        wait_until(lambda: image.stat().st_size == 128 * MIB)
+        wait_until(lambda: f"has grown to {128}" in made.words())
         change(base / "mnt")
     lines = [line.split() for line in asked.read_text().splitlines()]
     assert {int(device) for device, _ in lines} == {number}
@@ -173,9 +174,9 @@ def test_autogrow(base: Path, image: Path) -> None:
     with made:
         change(base / "mnt")
         if may:
-            _await(lambda: image.stat().st_size == 128 * MIB)
+            wait_until(lambda: image.stat().st_size == 128 * MIB)
         else:
-            _await(lambda: bool((made.status().get("space") or {}).get("problem")))  # type: ignore[attr-defined]
+            wait_until(lambda: bool((made.status().get("space") or {}).get("problem")))  # type: ignore[attr-defined]
             told = made.status()["space"]
             assert isinstance(told, dict)
             assert told["problem"].endswith(" does not grow: Operation not permitted")

@@ -14,7 +14,8 @@ import pytest
 
 from tests.rig import ground, images
 from tests.rig.mounted import PATIENCE, Unionfs, is_mounted, program
-from tests.test_stores import _await, base, mount, need, refused
+from tests.rig.waiting import wait_until
+from tests.test_stores import base, mount, need, refused
 from unionfs import runtime
 from unionfs.stores import sharing
 
@@ -28,7 +29,7 @@ def image(base: Path) -> Iterator[Path]:
         pytest.skip("the kernel mounts root's images")
     made = images.make(base / "store.img")
     yield made
-    _await(lambda: not serving(made))
+    wait_until(lambda: not serving(made))
     ground.run("e2fsck", "-fn", made)
     assert not registers()
     assert not [p for p in ground.mounts_below("/") if "unionfs-stage" in p]
@@ -140,7 +141,7 @@ def test_all_that_are_killed_end_it(image: Path) -> None:
         ground.run("sync", "-f", first.mnt)
         first.die()
         second.die()
-        _await(lambda: not serving(image))
+        wait_until(lambda: not serving(image))
         first.clear()
         second.clear()
     with one(image, "a") as again:  # finds the register of the dead
@@ -154,7 +155,7 @@ def test_all_are_told_that_it_was_killed(image: Path) -> None:
         (program_,) = serving(image)
         os.kill(program_, 9)
         for made in (first, second):
-            _await(lambda made=made: "broken" in made.status())  # type: ignore[misc]
+            wait_until(lambda made=made: "broken" in made.status())  # type: ignore[misc]
             assert "has ended" in str(made.status()["broken"])
         second.umount()
         with one(image, "c"):  # the image is free, though the first is there still

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground, images
+from tests.rig.waiting import wait_until
 from tests.test_store_commands import store
-from tests.test_stores import _await, base, change, check, mount, need, refused, union
+from tests.test_stores import base, change, check, mount, need, refused, union
 from unionfs.errors import UnionfsError
 from unionfs.options import OptionReader
 from unionfs.reserve import Reserve
@@ -159,7 +160,7 @@ def test_what_is_full_can_be_emptied(base: Path, kind: str) -> None:
     made.expected = ["has only"]
     for _ in range(2):  # the reserve was filled again, and is still there after a remount
         with made:
-            _await(lambda: made.status().get("space") is not None)
+            wait_until(lambda: made.status().get("space") is not None)
             _brim(base / "mnt/fill")
         with made:
             for path in list((base / "mnt").glob("a*"))[:10]:
@@ -197,7 +198,7 @@ def test_low_water(base: Path) -> None:
     made = union(base, base / "tree", image, "low-water=99%")
     made.expected = ["has only [0-9]+ MiB left"]
     with made:
-        _await(lambda: made.status().get("space") == {"low": True, "problem": None})
+        wait_until(lambda: made.status().get("space") == {"low": True, "problem": None})
         shown = ground.run("env", *_status(base))
         assert "the store gets full" in shown
         assert "has only" in made.words()

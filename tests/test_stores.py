@@ -8,15 +8,14 @@ import os
 import stat
 import subprocess
 import threading
-import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.rig import ground, images
 from tests.rig.mounted import PATIENCE, Unionfs, is_mounted, program, user_mount_possible
+from tests.rig.waiting import wait_until
 from unionfs import locator
 from unionfs.cli.mount import parse
 from unionfs.stores.find import find as find_device
@@ -419,7 +418,7 @@ def test_a_helper_that_dies_is_told_of(base: Path) -> None:
     helper = next(pid for pid in _children(made.pid) if "fuse2fs" in _command(pid))
     os.kill(helper, 9)
     with open(made.log) as log:
-        _await(lambda: "cannot be reached any more" in log.read())
+        wait_until(lambda: "cannot be reached any more" in log.read())
     assert "has ended" in str(made.status()["broken"])
     made.umount()
     with made:
@@ -432,13 +431,6 @@ def _children(parent: int) -> list[int]:
 
 def _command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text()
-
-
-def _await(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_twice(base: Path) -> None:

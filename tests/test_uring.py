@@ -16,7 +16,6 @@ import stat
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests.rig import as_user, mounted, syscalls
 from tests.rig.at_once import begin, soon
 from tests.rig.mounted import PATIENCE, Unionfs
 from tests.rig.slow_source import SlowSource, content
+from tests.rig.waiting import wait_until
 from tests.test_engine import requests
 from unionfs import uring
 
@@ -360,10 +360,7 @@ def test_memory_is_given_back(union: Unionfs) -> None:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE)
-    deadline = time.monotonic() + PATIENCE
-    while anonymous(union.pid) > idle + 1500:
-        assert time.monotonic() < deadline, f"{idle} KiB grew to {anonymous(union.pid)} KiB"
-        time.sleep(0.1)
+    wait_until(lambda: anonymous(union.pid) <= idle + 1500)
 
 
 def test_ends(place: Path) -> None:

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from tests.rig.mounted import PATIENCE, Unionfs
+from tests.rig.mounted import Unionfs
 
 if TYPE_CHECKING:
     from tests.conftest import Stores
@@ -116,10 +115,3 @@ def descriptors(union: Unionfs) -> int:
 
 def open_files(union: Unionfs) -> int:
     return cast("dict[str, int]", union.status()["table"])["open_files"]
-
-
-def wait_until(so: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not so():
-        assert time.monotonic() < end
-        time.sleep(0.01)
