@@ -210,3 +210,15 @@ def give(path: Path, uid: int, gid: int) -> None:
         for name in folders + names:
             os.chown(os.path.join(folder, name), uid, gid, follow_symlinks=False)
     os.chown(path, uid, gid)
+
+
+def warm(path: Path) -> None:
+    """Read every file, to its end."""
+    piece = bytearray(MIB)
+    for folder, _, names in os.walk(path):
+        for name in names:
+            at = os.path.join(folder, name)
+            if not os.path.islink(at):
+                with open(at, "rb", buffering=0) as file:
+                    while file.readinto(piece):
+                        pass
