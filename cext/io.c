@@ -6,6 +6,7 @@
 #include <sys/uio.h>
 
 #include "face.h"
+#include "mapped.h"
 
 static errint_t file_add_locked(struct tree *t, struct file *f, uint64_t *ret_fh)
 {
@@ -258,7 +259,8 @@ ssize_t file_read(const struct file *f, char *buf, size_t size, off_t offset, bo
     return (ssize_t)got;
 }
 
-ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, off_t offset)
+ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, off_t offset,
+                   bool mapped)
 {
     struct file *f = file_get(t, fh);
     size_t done = 0;
@@ -266,6 +268,8 @@ ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, of
 
     if (!f)
         return -EBADF;
+    if (mapped)
+        done = mapped_store(f->fd, buf, size, offset);
     while (err == 0 && done < size) {
         ssize_t n = pwrite(f->fd, buf + done, size - done, offset + (off_t)done);
 

@@ -87,7 +87,7 @@ PyObject *py_write(PyObject *op, PyObject *args)
     const char *buf = data.buf;
     size_t size = (size_t)data.len;
     Py_BEGIN_ALLOW_THREADS
-    done = file_write(TREE(op), fh, buf, size, (off_t)offset);
+    done = file_write(TREE(op), fh, buf, size, (off_t)offset, false);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&data);
     return done < 0 ? raise_errno((errint_t)done, NULL) : PyLong_FromSsize_t(done);

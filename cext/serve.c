@@ -257,7 +257,8 @@ static ssize_t on_write(struct answer *a)
         return -EINVAL;
     if (in->write_flags & FUSE_WRITE_KILL_SUIDGID && (n = kill_set_id(a, in->fh)) < 0)
         return n;
-    n = file_write(a->s->tree, in->fh, (const char *)(in + 1), in->size, (off_t)in->offset);
+    n = file_write(a->s->tree, in->fh, (const char *)(in + 1), in->size, (off_t)in->offset,
+                   in->write_flags & FUSE_WRITE_CACHE);
     if (n < 0)
         return n;
     *REPLY(a, fuse_write_out) = (struct fuse_write_out){.size = (uint32_t)n};

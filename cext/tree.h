@@ -370,7 +370,9 @@ errint_t file_switch_to_upper(struct tree *t, struct node *n);
 /* As many bytes as there are, up to `size`; or -errno, if there are none. `nowait`: -EAGAIN rather
  * than wait for a disk. */
 ssize_t file_read(const struct file *f, char *buf, size_t size, off_t offset, bool nowait);
-ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, off_t offset);
+/* `mapped`: what was stored through a mapping, which costs the file no set-ID bits. */
+ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, off_t offset,
+                   bool mapped);
 errint_t file_sync(struct tree *t, uint64_t fh, bool datasync);
 
 /* Directories (readdir.c). */
