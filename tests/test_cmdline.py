@@ -189,6 +189,13 @@ def test_word(text: str, expected: Request) -> None:
     assert plain(parse_cmdline(f"quiet root=/dev/sda1 {text} splash")) == expected
 
 
+@pytest.mark.parametrize("text", [text for text, _ in TABLE])
+def test_what_has_said_it(text: str) -> None:
+    """`unionfs boot -n` tells of each field which word it is from."""
+    fields = {field.name for field in dataclasses.fields(Request)}
+    assert set(parse_cmdline(text).sources) <= fields
+
+
 @pytest.mark.parametrize(("text", "expected"), TABLE[HOW:])
 def test_word_beside_a_store(text: str, expected: Request) -> None:
     mode = "persist" if expected.mode == "ram" and not _says_ram(text) else expected.mode
@@ -326,6 +333,23 @@ def test_sources() -> None:
     assert request.native
     assert not parse_cmdline("cow_label=a").native
     assert parse_cmdline("overlayroot=tmpfs").sources == {"mode": "overlayroot=tmpfs"}
+    assert parse_cmdline("persistent").sources == {"store": "persistent"}
+    assert parse_cmdline("perchdir=resume").sources == {"store": "perchdir=resume"}
+    encrypted = parse_cmdline("persistence persistence-encryption=luks")
+    assert encrypted.sources["crypt"] == "persistence-encryption=luks"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "overlayroot=crypt:dev=vdb,pass=secret,timeout=9",
+        "rd.overlay.crypt=pass=secret,dev=/dev/vdb overlayroot=vdc",
+    ],
+)
+def test_a_passphrase_is_not_told(text: str) -> None:
+    request = parse_cmdline(text)
+    assert "secret" not in str(request)
+    assert "pass=..." in str(request)
 
 
 VALUES = st.one_of(

@@ -11,6 +11,7 @@ unless a word says something about the mode itself, wherever that stands.  What 
 not ask for a union.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -22,6 +23,8 @@ from unionfs.errors import printable
 _SPACE: Final = " \t\n\v\f\r"
 _ASKING: Final = ("place", "persistence", "persistent")
 _PERSISTENCE: Final = "LABEL=persistence"
+# Who wrote one into the command line shall not find it in the log besides.
+_PASSPHRASE: Final = re.compile(r"((?:^|[:,])pass=)[^,]+")
 
 
 def cut(text: str) -> list[tuple[str, str | None]]:
@@ -77,7 +80,8 @@ class _Reading:
 
     def take(self, name: str, value: str | None) -> None:
         """One word."""
-        self.word = name if value is None else f"{name}={value}"
+        shown = _PASSPHRASE.sub(r"\1...", value or "")
+        self.word = name if value is None else f"{name}={shown}"
         known = name
         if name.startswith(NATIVE):
             known = name.replace("_", "-")  # as the kernel, which takes either
@@ -167,10 +171,15 @@ class _Reading:
         return label if self.values.get("persistent") else None
 
     def _sources(self) -> dict[str, str]:
-        """Of the request's fields; the place is its store, or its mode."""
+        """Of the request's fields, and no others; the place is its store, or its mode."""
         sources = {name: printable(word) for name, word in self.sources.items()}
         place = sources.pop("place", None) or sources.pop("label", None)
         if place is not None:
             sources["store" if self.values.get("place") != MEMORY else "mode"] = place
-        sources.pop("encrypted", None)
+        asked = sources.pop("persistent", None)
+        if asked is not None and self.values["persistent"]:
+            sources.setdefault("store", asked)
+        encrypted = sources.pop("encrypted", None)
+        if encrypted is not None:
+            sources["crypt"] = encrypted
         return sources

@@ -75,6 +75,8 @@ def described(request: Request, root: str, lower: str | None) -> list[str]:
     if request.profile is not None:
         lines.append(f"profile {request.profile} below {root}")
     for name, word in request.sources.items():
+        if name == "asked":
+            continue
         value = getattr(request, name)
         lines.append(f"{name} = {value} ({word})")
     return lines
