@@ -9,6 +9,7 @@ import mmap
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -490,6 +491,35 @@ def image(base: Path, key: Path) -> Path:
         change(base / "mnt")
         (base / "mnt/made/conspicuous").write_text("plain-to-see\n")
     return path
+
+
+@as_root
+def test_the_program_left_by_who_was_killed_while_it_started(
+    base: Path, image: Path, key: Path
+) -> None:
+    """It has what it shows to itself, and nobody uses it: the next one lets it end."""
+    real = shutil.which("gocryptfs")
+    script = base / "shim/gocryptfs"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\nshift 2\nexec {real} "$@"\n')  # it never says that it serves
+    script.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{script.parent}:{os.environ['PATH']}"}
+    mount = ["mount", base / "tree", image, base / "mnt", "-o", f"key-file={key}"]
+
+    def staged() -> list[str]:
+        return [p for p in ground.mounts_below("/") if "unionfs-stage" in p]
+
+    for again in (lambda: done("grow", image, "--size", "64M"), lambda: None):
+        process = subprocess.Popen(
+            [*program(), *map(str, mount)], env=environment, start_new_session=True
+        )
+        _await(lambda: bool(staged()))
+        os.killpg(process.pid, signal.SIGKILL)  # the command, and what is to be the daemon
+        process.wait()
+        again()
+        with encrypted(base, image, key):
+            check(base / "mnt")
+        assert not staged()
 
 
 def test_in_an_image(base: Path, image: Path, key: Path) -> None:

@@ -75,7 +75,7 @@ def mounts_below(path: str | os.PathLike[str]) -> list[str]:
             point = line.split(" ")[4]
             for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
                 point = point.replace(code, char)
-            if point == top or point.startswith(top + "/"):
+            if point == top or point.startswith(f"{top.rstrip('/')}/"):
                 found.append(point)
     return found
 

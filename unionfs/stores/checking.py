@@ -208,18 +208,24 @@ def refuse_used(contents: Contents, *, patience: float = 0) -> None:
     path = contents.path
     hint = "unmount it first"
     if stat.S_ISBLK(os.stat(path).st_mode):
-        try:
-            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-        except OSError as exc:
-            if exc.errno != errno.EBUSY:
-                raise
-            raise InUse(path, path, "", hint=hint) from exc
+        if userspace.once_left(lambda: [path] if _is_busy(path) else []):
+            raise InUse(path, path, "", hint=hint)
         return
     end = time.monotonic() + patience
-    while devices := _devices(path):
+    while devices := userspace.once_left(lambda: _devices(path)):
         if time.monotonic() >= end:
             raise InUse(path, path, f"by {', '.join(devices)}", hint=hint)
         time.sleep(0.02)
+
+
+def _is_busy(device: str) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as exc:
+        if exc.errno != errno.EBUSY:
+            raise
+        return True
+    return False
 
 
 def _devices(path: str) -> list[str]:

@@ -89,7 +89,7 @@ def _loops(path: str) -> list[str]:
         return []
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return [device for device, _ in loop.devices_of(fd)]
+        return userspace.once_left(lambda: [device for device, _ in loop.devices_of(fd)])
     finally:
         os.close(fd)
 

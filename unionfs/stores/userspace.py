@@ -17,7 +17,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Final
 
@@ -35,6 +35,7 @@ _PREFIX: Final = "unionfs-stage-"
 _START_SECONDS: Final = 30
 LOCK_SECONDS: Final = 10
 _END_SECONDS: Final = 60
+_LEFT_SECONDS: Final = 2  # for a program to end that nobody uses any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +292,7 @@ def _launch(
     *,
     readonly: bool,
 ) -> Helper:
-    _clear_stages()
+    clear_stages()
     name = os.path.basename(command[0])
     stage = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=runtime.stages())
     try:
@@ -363,6 +364,8 @@ def lock_patiently(fd: int, path: str, *, readonly: bool, patience: float = 0) -
             fcntl.flock(fd, how | fcntl.LOCK_NB)
             return
         except BlockingIOError:
+            if clear_stages():
+                end = max(end, time.monotonic() + _LEFT_SECONDS)
             if time.monotonic() > end:
                 hint = "unmount the union that uses it first"
                 raise InUse(path, path, "by another program", hint=hint) from None
@@ -442,16 +445,43 @@ def _unmount(stage: str) -> None:
                 return
 
 
-def _clear_stages() -> None:
-    """What a process left that was killed between mounting and opening."""
+def clear_stages() -> bool:
+    """Let programs end that were left by who was killed between mounting and opening; whether any
+    was.
+
+    One of them has the lock of what it shows, or keeps its device busy, until then.
+    """
     folder = runtime.stages()
+    cleared = False
     for name in os.listdir(folder):
         if not name.startswith(_PREFIX):
             continue
         pid = name.removeprefix(_PREFIX).partition("-")[0]
         with contextlib.suppress(OSError, ValueError):
             stage = f"{folder}/{name}"
-            if os.path.exists(f"/proc/{int(pid)}") or os.lstat(stage).st_uid != os.geteuid():
+            if _lives(int(pid)) or os.lstat(stage).st_uid != os.geteuid():
                 continue
             _unmount(stage)
             os.rmdir(stage)
+            cleared = True
+    return cleared
+
+
+def _lives(pid: int) -> bool:
+    """Whether it does something yet: who was killed in a container may never be waited for."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] not in (b"Z", b"X", b"")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def once_left(used_by: Callable[[], list[str]]) -> list[str]:
+    """What uses something, without what only was left by who was killed."""
+    found = used_by()
+    if found and clear_stages():
+        end = time.monotonic() + _LEFT_SECONDS
+        while found and time.monotonic() < end:
+            time.sleep(0.02)
+            found = used_by()
+    return found
