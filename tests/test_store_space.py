@@ -13,7 +13,7 @@ import pytest
 
 from tests.rig import ground, images
 from tests.rig.waiting import wait_until
-from tests.test_store_commands import store
+from tests.test_store_commands import done, store
 from tests.test_stores import base, change, check, mount, need, refused, union
 from unionfs.errors import UnionfsError
 from unionfs.options import OptionReader
@@ -198,10 +198,36 @@ def test_low_water(base: Path) -> None:
     made = union(base, base / "tree", image, "low-water=99%")
     made.expected = ["has only [0-9]+ MiB left"]
     with made:
-        wait_until(lambda: made.status().get("space") == {"low": True, "problem": None})
+        low = {"low": True, "disk": False, "problem": None}
+        wait_until(lambda: made.status().get("space") == low)
         shown = ground.run("env", *_status(base))
         assert "the store gets full" in shown
         assert "has only" in made.words()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+@pytest.mark.parametrize("sparse", [True, False])
+def test_the_disk_of_an_image_is_full(base: Path, sparse: bool) -> None:
+    """What a sparse one has yet to get is free in its file system, and lost where it is written."""
+    need("ext4")
+    disk = base / "disk"
+    disk.mkdir()
+    ground.run("mount", "-t", "tmpfs", "-o", "size=26M", "tmpfs", str(disk))
+    try:
+        image = disk / "s.img"
+        done("create", image, "--size", "24M", *([] if sparse else ["--full"]))
+        if sparse:
+            (disk / "other").write_bytes(b"x" * 22 * MIB)
+        made = union(base, base / "tree", image, "low-water=50%")
+        made.expected = ["has only [0-9]+ MiB left of .* as the disk of"] if sparse else []
+        with made:
+            wait_until(lambda: "space" in made.status())
+            low = {"low": sparse, "disk": sparse, "problem": None}
+            assert made.status()["space"] == low
+            shown = ground.run("env", *_status(base))
+            assert ("the disk that the store's image lies on gets full" in shown) == sparse
+    finally:
+        ground.run("umount", str(disk))
 
 
 def _status(base: Path) -> list[str]:

@@ -459,7 +459,8 @@ class _Daemon:
 
         while True:
             await trio.to_thread.run_sync(watch.look)
-            self._facts["space"] = {"low": watch.low, "problem": watch.problem or None}
+            problem = watch.problem or None
+            self._facts["space"] = {"low": watch.low, "disk": watch.disk, "problem": problem}
             await trio.sleep(watch.seconds)
 
     async def _watch_signals(

@@ -283,6 +283,7 @@ def _watch(opened: Opened, stores: "Stores | None") -> Watch | None:
     watch = Watch(upper.fd, upper.path, mark)
     if stores is not None and stores.upper_in_volume and opened.work is not None:
         watch.reserve = opened.work.keep_reserve()
+    watch.image = stores.image if stores is not None else None
     if options.autogrow is not None and stores is not None:
         watch.largest = size_in_bytes(options.autogrow)
         watch.image_size, watch.enlarge, watch.promised = stores.growth()

@@ -47,8 +47,10 @@ class Watch:
     enlarge: Callable[[int], None] | None = None
     promised: Callable[[], int] = lambda: 0  # bytes that the file system still shows as free
     reserve: Reserve | None = None
+    image: str | None = None  # the file that the file system lies in: may have yet to get its space
     low: bool = field(default=False, init=False)
     _free: int = field(default=0, init=False)  # at the last look
+    disk: bool = field(default=False, init=False)  # it is low since the image's own disk is
     problem: str = field(default="", init=False)  # why it does not grow any more
 
     @property
@@ -75,17 +77,31 @@ class Watch:
         except OSError as exc:  # a program that mounts it for us has died: said elsewhere
             log.debug("the space of %s is not known: %s", self.name, exc)
             return
-        low = free < self.mark.bytes_of(size)
+        sure = max(0, free - self._missing(free))
+        low = sure < self.mark.bytes_of(size)
+        self.disk = low and sure < free
         if low and not self.low:
-            log.warning("%s has only %d MiB left of %d", self.name, free >> 20, size >> 20)
+            why = f", as the disk of {self.image} is full" if self.disk else ""
+            log.warning("%s has only %d MiB left of %d%s", self.name, sure >> 20, size >> 20, why)
         elif self.low and not low:
-            log.info("%s has %d MiB again", self.name, free >> 20)
+            log.info("%s has %d MiB again", self.name, sure >> 20)
         self.low = low
 
     def _measure(self) -> tuple[int, int]:
         space = os.fstatvfs(self.fd)
         free = space.f_bavail * space.f_frsize
         return space.f_blocks * space.f_frsize, max(0, free - self.promised())
+
+    def _missing(self, free: int) -> int:
+        """Of the free bytes those that the disk of a sparse image does not have."""
+        if self.image is None:
+            return 0
+        try:
+            status, disk = os.stat(self.image), os.statvfs(self.image)
+        except OSError:  # it cannot be reached from here (any more)
+            return 0
+        to_get = min(free, max(0, status.st_size - status.st_blocks * 512))
+        return max(0, to_get - disk.f_bavail * disk.f_frsize)
 
     def _grow(self) -> bool:
         """One step; False if there was none."""

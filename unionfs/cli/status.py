@@ -122,7 +122,8 @@ def _low(space: object) -> list[str]:
     """That the store gets full, and why it does not grow."""
     if not isinstance(space, dict):
         return []
-    lines = ["the store gets full"] if space.get("low") else []
+    what = "the disk that the store's image lies on" if space.get("disk") else "the store"
+    lines = [f"{what} gets full"] if space.get("low") else []
     return lines + [printable(str(space["problem"]))] * bool(space.get("problem"))
 
 

@@ -81,6 +81,14 @@ class Stores:
         return self._upper is not None and self._upper.contents is not None
 
     @property
+    def image(self) -> str | None:
+        """The file that the upper's file system lies in, if it is one."""
+        if self._upper is None or self._upper.contents is None:
+            return None
+        path = self._upper.contents.path
+        return path if os.path.isfile(path) else None
+
+    @property
     def own_root(self) -> int:
         """The root of the file system that only the upper lies in, if the kernel mounts it; -1."""
         volume = self._upper
