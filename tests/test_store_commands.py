@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -253,7 +254,10 @@ def test_create_never_overwrites(base: Path) -> None:
         (["--size", "16M", "--label", "x" * 17], "too long"),
         (["--size", "16M", "--label", "é" * 9], "too long"),
         (["--size", "16M", "--label", "a\nb"], "not printable"),
+        (["--size", "16M", "--label", "a "], "ends in a blank"),
         (["--size", "0"], "not a size"),
+        (["--size", "9" * 400], "too large"),
+        (["--size", "99999999T"], "too large"),
         ([], "no --size"),
     ],
 )
@@ -397,6 +401,50 @@ def test_grow_offline_keeps_owner_and_mode(base: Path) -> None:
     image.chmod(0o640)
     done("grow", image, "--size", "32M")
     assert image.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_resize2fs_refuses(base: Path) -> None:
+    """The way out is no fsck."""
+    need("ext4")
+    image = images.make(base / "s.img", megabytes=32)
+    told = fails("shrink", image, "--size", "1M")
+    smallest = re.search("it has more in it than that; write --size ([0-9]+M) or more", told)
+    assert smallest is not None, told
+    done("shrink", image, "--size", smallest[1])
+    assert "check it" not in fails("grow", image, "--size", "4000000T")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+def test_clone_to_a_full_disk(base: Path) -> None:
+    (base / "up").mkdir()
+    with union(base, base / "tree", base / "up"):
+        (base / "mnt/large").write_bytes(os.urandom(8 << 20))
+    disk = base / "disk"
+    disk.mkdir()
+    ground.run("mount", "-t", "tmpfs", "-o", "size=6M", "tmpfs", str(disk))
+    try:
+        told = fails("clone", base / "up", disk / "s.img", "--size", "64M")
+        assert "the disk that it lies on is full" in told
+        assert not listing(disk)
+        assert "too large" in fails(
+            "clone", base / "up", disk / "s.img", "--size", "9999999T", code=1
+        )
+    finally:
+        ground.run("umount", str(disk))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts read-only")
+def test_verbs_where_nothing_can_be_written(base: Path) -> None:
+    (base / "disk/up").mkdir(parents=True)
+    with union(base, base / "tree", base / "disk/up"):
+        change(base / "mnt")
+    ground.run("mount", "--bind", str(base / "disk"), str(base / "disk"))
+    ground.run("mount", "-o", "remount,bind,ro", str(base / "disk"))
+    try:
+        told = fails("reset", base / "disk/up")
+        assert f"cannot write beside {base / 'disk/up'}: Read-only file system" in told
+    finally:
+        ground.run("umount", str(base / "disk"))
 
 
 def test_grow_killed(base: Path, shim: Callable[[str], Path]) -> None:

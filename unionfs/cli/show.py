@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _NAME: Final = 24  # characters
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+_LARGEST: Final = 1 << 62
 _SIZE: Final = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGT]?)(?:I?B)?", re.IGNORECASE)
 
 
@@ -37,7 +38,10 @@ def read_size(text: str, what: str = "--size") -> int:
     if match is None or float(match[1]) == 0:
         raise usage_error(f"{what} {text} is not a size", "write 512M or 8G")
     power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
-    return int(float(match[1]) * 1024**power)
+    size = float(match[1]) * 1024**power
+    if size > _LARGEST:
+        raise usage_error(f"{what} {text} is too large", "write 512M or 8G")
+    return int(size)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

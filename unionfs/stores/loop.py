@@ -110,7 +110,7 @@ def attach(path: str, *, readonly: bool) -> Loop:
         image = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
-        hint = "the image must be writable; or mount with --ro" if not readonly else None
+        hint = "it must be writable; a mount can do without, by --ro" if not readonly else None
         raise UnionfsError(f"cannot open the image {path}: {reason}", hint=hint) from exc
     try:
         with _alone():

@@ -55,6 +55,8 @@ def check_wish(fstype: str, size: int | None, label: str) -> None:
         raise usage_error(f"the label {label!r} is too long", hint)
     if any(not c.isprintable() for c in label):
         raise usage_error(f"the label {label!r} has a character that is not printable")
+    if label != label.rstrip():
+        raise usage_error(f"the label {label!r} ends in a blank, which blkid does not show")
 
 
 def make_filesystem(path: str, fstype: str, label: str, *, discard: bool = True) -> None:
@@ -171,7 +173,7 @@ def create_image(
                 os.posix_fallocate(fd, start, step)
                 advance(step)
         except OSError as exc:
-            hint = "choose a smaller --size" + (", or --sparse" if not sparse else "")
+            hint = "choose a smaller --size" + (", or leave --full out" if not sparse else "")
             reason = os.strerror(exc.errno or errno.EIO)
             raise UnionfsError(f"cannot make {path}: {reason}", hint=hint) from exc
         make_filesystem(temporary, fstype, label, discard=sparse)
@@ -181,11 +183,22 @@ def create_image(
 def new_image(path: str, size: int, fstype: FileSystem, label: str) -> Iterator[str]:
     """A sparse image under its temporary name, to be filled; at the end it gets its own."""
     with new_file(path) as (fd, temporary):
-        os.ftruncate(fd, size)
+        try:
+            os.ftruncate(fd, size)
+        except OSError as exc:
+            reason = os.strerror(exc.errno or errno.EIO)
+            hint = "choose a smaller --size"
+            raise UnionfsError(f"cannot make {path}: {reason}", hint=hint) from exc
         make_filesystem(temporary, fstype, label)
         # Whoever mounts it takes a lock of his own.
         fcntl.flock(fd, fcntl.LOCK_UN)
-        yield temporary
+        try:
+            yield temporary
+        except (OSError, UnionfsError) as exc:
+            # What is in the image sees an I/O error, or an ENOSPC that it takes for its own.
+            if os.statvfs(temporary).f_bavail:
+                raise
+            raise UnionfsError(f"cannot fill {path}: the disk that it lies on is full") from exc
 
 
 def format_device(path: str, fstype: FileSystem, label: str) -> None:

@@ -52,7 +52,13 @@ def replace(
     try:
         tidy(top, name)
         temporary = names.temporary(name, names.NEW)
-        os.mkdir(temporary, 0o700, dir_fd=top)
+        try:
+            os.mkdir(temporary, 0o700, dir_fd=top)
+        except OSError as exc:
+            reason = os.strerror(exc.errno or errno.EIO)
+            where = f"{volume.locator.source}{'' if directory == '/' else f':{directory}'}"
+            hint = "what takes its place is made there"
+            raise UnionfsError(f"cannot write beside {where}: {reason}", hint=hint) from exc
         try:
             fd = os.open(temporary, _OPEN, dir_fd=top)
             try:

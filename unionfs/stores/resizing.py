@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Iterator
@@ -135,6 +136,8 @@ def _resize_mounted(contents: Contents, device: str) -> None:
                 "this kernel does not let us resize a mounted ext4 (CAP_SYS_RESOURCE is missing)"
             )
             hint = "unmount the union, and grow it then"
+            if device == contents.path:  # not an image, which is grown as a copy
+                hint = "back it up, and grow it by resize2fs(8) while nobody has it mounted"
         raise UnionfsError(f"{contents.path} cannot be grown: {reason}", hint=hint) from exc
 
 
@@ -325,10 +328,26 @@ def _resize_copy(path: str, size: int, advance: Progress) -> None:
             _run([tool("e2fsck", "e2fsprogs"), "-f", "-p", temporary], path, good=1)
             advance.phase("resizing")
             blocks = f"{size // 512}s"  # in sectors
-            _run([tool("resize2fs", "e2fsprogs"), temporary, blocks], path, good=0)
+            _run_resize2fs([tool("resize2fs", "e2fsprogs"), temporary, blocks], path, lock)
             os.ftruncate(fd, size)
     finally:
         os.close(lock)
+
+
+def _run_resize2fs(command: list[str], path: str, image: int) -> None:
+    """What it refuses, e2fsck would find nothing wrong with."""
+    done = run(command)
+    if not done.returncode:
+        return
+    lines = lines_of(done.stderr or done.stdout)
+    reason = lines[-1] if lines else f"exit code {done.returncode}"
+    hint = None
+    if smallest := re.search(r"smaller than minimum \(([0-9]+)\)", reason):
+        # s_log_block_size, at 24 in the super block
+        block = 1024 << int.from_bytes(os.pread(image, 4, 1024 + 24), "little")
+        mebibytes = -(-int(smallest[1]) * block >> 20)
+        reason, hint = "it has more in it than that", f"write --size {mebibytes}M or more"
+    raise UnionfsError(f"{path} cannot be resized: {reason}", hint=hint)
 
 
 def _run(command: list[str], path: str, *, good: int, what: str = "resized") -> None:

@@ -345,7 +345,7 @@ def lock_image(path: str, *, readonly: bool, patience: float = 0) -> int:
         fd = os.open(path, (os.O_RDONLY if readonly else os.O_RDWR) | os.O_CLOEXEC)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
-        hint = None if readonly else "it must be writable by the user who mounts; or use --ro"
+        hint = None if readonly else "it must be writable by you; a mount can do without, by --ro"
         raise UnionfsError(f"cannot open {path}: {reason}", hint=hint) from exc
     try:
         lock_patiently(fd, path, readonly=readonly, patience=patience)
