@@ -513,7 +513,7 @@ def test_the_program_left_by_who_was_killed_while_it_started(
         process = subprocess.Popen(
             [*program(), *map(str, mount)], env=environment, start_new_session=True
         )
-        _await(lambda: bool(staged()))
+        wait_until(lambda: bool(staged()))
         os.killpg(process.pid, signal.SIGKILL)  # the command, and what is to be the daemon
         process.wait()
         again()
