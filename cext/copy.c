@@ -6,7 +6,6 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/sendfile.h>
-#include <sys/statvfs.h>
 #include <sys/xattr.h>
 
 #include "sys.h"
@@ -143,30 +142,6 @@ errint_t copy_data(int src, int dst, const struct stat *from, uint64_t size, boo
         at = hole;
     }
     return 0;
-}
-
-enum { ASK_BYTES = 1 << 20, RESERVE_BYTES = 4 << 20 };
-
-errint_t check_room(int src, int dst, uint64_t size)
-{
-    struct stat from, to;
-    struct statvfs space;
-    uint64_t free_bytes, reserve, needed;
-
-    if (size < ASK_BYTES)
-        return 0;
-    if (fstat(src, &from) < 0 || fstat(dst, &to) < 0 || fstatvfs(dst, &space) < 0)
-        return errno_or_eio();
-    if (from.st_dev == to.st_dev) /* they may be shared */
-        return 0;
-    free_bytes = (geteuid() == 0 ? space.f_bfree : space.f_bavail) * space.f_frsize;
-    reserve = space.f_blocks * space.f_frsize / 100;
-    if (reserve > RESERVE_BYTES)
-        reserve = RESERVE_BYTES;
-    needed = (uint64_t)from.st_blocks * 512;
-    if (needed > size)
-        needed = size;
-    return needed + reserve > free_bytes ? -ENOSPC : 0;
 }
 
 errint_t give_owner(const char *path, uid_t uid, gid_t gid, mode_t *mode)

@@ -17,11 +17,6 @@
 errint_t copy_data(int src, int dst, const struct stat *from, uint64_t size, bool in_order,
                    bool *ret_settled);
 
-/* -ENOSPC if so many bytes of src will not fit beside dst, and leave a little free, so that names
- * can still be removed, which takes whiteouts. Not asked for what is small: that is known at once.
- */
-errint_t check_room(int src, int dst, uint64_t size);
-
 /* Gives a file of ours (a path; links are followed) owner and group. What we may not give stays
  * ours, and `mode` then loses set-user-ID and set-group-ID, as with cp(1). */
 errint_t give_owner(const char *path, uid_t uid, gid_t gid, mode_t *mode);

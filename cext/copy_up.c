@@ -11,6 +11,7 @@
 #include "loan.h"
 #include "marks.h"
 #include "plain.h"
+#include "room.h"
 
 /* One copy-up on its way. */
 struct copying {
@@ -273,7 +274,7 @@ static errint_t fill_temp(const struct tree *t, struct copying *c)
     if (S_ISDIR(c->st.st_mode))
         return 0;
     if (!c->metacopy) {
-        errint_t err = check_room(c->src, c->fd, (uint64_t)c->st.st_size);
+        errint_t err = check_room(c->src, c->fd, t->image_fd, (uint64_t)c->st.st_size);
 
         return err < 0 ? err
                        : copy_data(c->src, c->fd, &c->st, (uint64_t)c->st.st_size,

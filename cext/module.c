@@ -9,6 +9,7 @@
 #include "copy.h"
 #include "flags.h"
 #include "loan.h"
+#include "room.h"
 
 /* OSError(errno, text, name). */
 PyObject *raise_errno(errint_t err, const char *name)
@@ -166,13 +167,24 @@ static PyObject *py_set_mode(PyObject *module, PyObject *args)
 
 static PyObject *py_check_room(PyObject *module, PyObject *args)
 {
-    int src, dst;
+    int src, dst, image;
     unsigned long long size;
 
     (void)module;
-    if (!PyArg_ParseTuple(args, "iiK:check_room", &src, &dst, &size))
+    if (!PyArg_ParseTuple(args, "iiiK:check_room", &src, &dst, &image, &size))
         return NULL;
-    return none_or_errno(check_room(src, dst, size), NULL);
+    return none_or_errno(check_room(src, dst, image, size), NULL);
+}
+
+static PyObject *py_room_missing(PyObject *module, PyObject *args)
+{
+    int image;
+    unsigned long long free_bytes;
+
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iK:room_missing", &image, &free_bytes))
+        return NULL;
+    return PyLong_FromUnsignedLongLong(room_missing(image, free_bytes));
 }
 
 /* The mode that may be set afterwards. */
@@ -281,6 +293,7 @@ static PyMethodDef functions[] = {
     {"give_back", py_give_back, METH_VARARGS, NULL},
     {"set_mode", py_set_mode, METH_VARARGS, NULL},
     {"check_room", py_check_room, METH_VARARGS, NULL},
+    {"room_missing", py_room_missing, METH_VARARGS, NULL},
     {"give_owner", py_give_owner, METH_VARARGS, NULL},
     {"mode_of", py_mode_of, METH_VARARGS, NULL},
     {"renameat2", py_renameat2, METH_VARARGS, NULL},

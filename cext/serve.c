@@ -7,6 +7,7 @@
 #include "chute.h"
 #include "face.h"
 #include "plain.h"
+#include "room.h"
 #include "serve.h"
 #include "xattrs.h"
 
@@ -99,9 +100,13 @@ static ssize_t on_statfs(struct answer *a)
 {
     struct fuse_statfs_out *out = REPLY(a, fuse_statfs_out);
     struct statvfs st;
+    uint64_t missing;
 
     if (fstatvfs(a->s->options.statfs_fd, &st) < 0)
         return errno_or_eio();
+    missing = room_missing(a->s->tree->image_fd, st.f_bfree * st.f_frsize) / st.f_frsize;
+    st.f_bfree -= missing;
+    st.f_bavail -= missing < st.f_bavail ? missing : st.f_bavail;
     *out = (struct fuse_statfs_out){
         .st =
             {

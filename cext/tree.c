@@ -386,6 +386,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     t->prefix = options->user_prefix ? "user.overlay." : "trusted.overlay.";
     t->override_mode = options->override_mode;
     t->numbers_fd = options->numbers_fd;
+    t->image_fd = options->image_fd;
     t->work_fd = options->work_fd;
     t->plain = options->plain;
     t->all_ids = options->all_ids;
@@ -445,7 +446,7 @@ void tree_shut(struct tree *t)
         t->layers[i].fd = t->layers[i].root->fd = -1;
     if (t->index)
         t->index->fd = -1;
-    t->device = t->work_fd = t->numbers_fd = -1;
+    t->device = t->work_fd = t->numbers_fd = t->image_fd = -1;
     unlock_and_close(t);
 }
 

@@ -127,6 +127,7 @@ struct tree {
     uint32_t nuids, ngids;
     struct rdir *index; /* immutable: the index directory, or NULL */
     int numbers_fd;     /* immutable: records of numbers that no xattr can hold, or -1 */
+    int image_fd;       /* immutable: what the upper's file system lies in (room.h), or -1 */
 
     /* For changes that are made here (plain.h). Immutable but for `temps`. */
     bool plain;              /* marks in attributes, devices for whiteouts, owners as on disk */
@@ -190,6 +191,7 @@ struct tree_options {
     uint32_t max_open_dirs;
     int index_fd;   /* -1: none */
     int numbers_fd; /* -1: none */
+    int image_fd;   /* -1: none */
     int work_fd;    /* -1: none */
     bool plain, all_ids, sync_copies, sync_names;
     uint64_t metacopy_bytes;

@@ -87,13 +87,12 @@ static int parse_layers(PyObject *list, struct layer **ret_layers, uint16_t *ret
 static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
     static char *names[] = {
-        "layers",        "has_upper",      "live",       "upper_xattrs", "user_prefix",
-        "override",      "squash_uid",     "squash_gid", "uids",         "gids",
-        "max_open_dirs", "index_fd",       "numbers_fd", "static_nlink", "noxattrs",
-        "noacl",         "work_fd",        "plain",      "all_ids",      "sync_copies",
-        "sync_names",    "metacopy_bytes", NULL};
+        "layers",     "has_upper",  "live",         "upper_xattrs", "user_prefix",    "override",
+        "squash_uid", "squash_gid", "uids",         "gids",         "max_open_dirs",  "index_fd",
+        "numbers_fd", "image_fd",   "static_nlink", "noxattrs",     "noacl",          "work_fd",
+        "plain",      "all_ids",    "sync_copies",  "sync_names",   "metacopy_bytes", NULL};
     PyObject *layer_list, *uid_list, *gid_list;
-    int has_upper, live, upper_xattrs, user_prefix, override, index_fd, numbers_fd;
+    int has_upper, live, upper_xattrs, user_prefix, override, index_fd, numbers_fd, image_fd;
     int static_nlink, noxattrs, noacl, work_fd, plain, all_ids, sync_copies, sync_names;
     unsigned long long metacopy_bytes;
     long long squash_uid, squash_gid;
@@ -106,10 +105,10 @@ static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *k
     errint_t err;
 
     if (!PyArg_ParseTupleAndKeywords(
-            args, kwargs, "O$ppppiLLOOIiipppippppK:Tree", names, &layer_list, &has_upper, &live,
+            args, kwargs, "O$ppppiLLOOIiiipppippppK:Tree", names, &layer_list, &has_upper, &live,
             &upper_xattrs, &user_prefix, &override, &squash_uid, &squash_gid, &uid_list, &gid_list,
-            &max_open_dirs, &index_fd, &numbers_fd, &static_nlink, &noxattrs, &noacl, &work_fd,
-            &plain, &all_ids, &sync_copies, &sync_names, &metacopy_bytes))
+            &max_open_dirs, &index_fd, &numbers_fd, &image_fd, &static_nlink, &noxattrs, &noacl,
+            &work_fd, &plain, &all_ids, &sync_copies, &sync_names, &metacopy_bytes))
         return NULL;
     if (parse_layers(layer_list, &layers, &nlayers) < 0 ||
         parse_ranges(uid_list, &uids, &o.nuids) < 0 || parse_ranges(gid_list, &gids, &o.ngids) < 0)
@@ -129,6 +128,7 @@ static PyObject *tree_new_object(PyTypeObject *type, PyObject *args, PyObject *k
     o.max_open_dirs = max_open_dirs;
     o.index_fd = index_fd;
     o.numbers_fd = numbers_fd;
+    o.image_fd = image_fd;
     o.work_fd = work_fd;
     o.plain = plain != 0;
     o.all_ids = all_ids != 0;

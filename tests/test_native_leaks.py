@@ -134,6 +134,7 @@ def _tree(stack: Stack) -> None:
                 "max_open_dirs": 1,
                 "index_fd": -1,
                 "numbers_fd": -1,
+                "image_fd": -1,
                 "static_nlink": False,
                 "noxattrs": False,
                 "noacl": False,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -218,12 +219,21 @@ def test_the_disk_of_an_image_is_full(base: Path, sparse: bool) -> None:
         done("create", image, "--size", "24M", *([] if sparse else ["--full"]))
         if sparse:
             (disk / "other").write_bytes(b"x" * 22 * MIB)
+        with open(base / "tree/large", "wb") as file:
+            file.write(os.urandom(9 * MIB))
         made = union(base, base / "tree", image, "low-water=50%")
-        made.expected = ["has only [0-9]+ MiB left of .* as the disk of"] if sparse else []
+        made.expected = ["has only [0-9]+ MiB left of .* as the disk that"] if sparse else []
         with made:
             wait_until(lambda: "space" in made.status())
             low = {"low": sparse, "disk": sparse, "problem": None}
             assert made.status()["space"] == low
+            space = os.statvfs(base / "mnt")
+            assert (space.f_bavail * space.f_frsize < 8 * MIB) == sparse
+            with pytest.raises(OSError, match="No space") if sparse else contextlib.nullcontext():
+                os.chmod(base / "mnt/large", 0o600)
+                with open(base / "mnt/large", "ab") as file:
+                    file.write(b"x")
+            assert os.path.getsize(base / "mnt/large") == 9 * MIB + (not sparse)
             shown = ground.run("env", *_status(base))
             assert ("the disk that the store's image lies on gets full" in shown) == sparse
     finally:

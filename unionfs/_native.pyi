@@ -60,6 +60,7 @@ class Tree:
         max_open_dirs: int,
         index_fd: int,
         numbers_fd: int,
+        image_fd: int,
         work_fd: int,
         # changes of the plain kind are made in C: marks in attributes, devices for whiteouts
         plain: bool,
@@ -184,7 +185,10 @@ class Tree:
 def copy_data(src: int, dst: int, size: int, /) -> bool: ...
 
 # OSError (ENOSPC) if so much will not fit, and leave a little free for whiteouts.
-def check_room(src: int, dst: int, size: int, /) -> None: ...
+def check_room(src: int, dst: int, image: int, size: int, /) -> None: ...
+
+# Of so many free bytes of the file system in an image those that the image's own disk cannot give.
+def room_missing(image: int, free: int, /) -> int: ...
 def copy_xattrs(src: int, dst: int, prefix: str, override: str | None, /) -> None: ...
 def birth_time(fd: int, /) -> int: ...
 

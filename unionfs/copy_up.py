@@ -287,7 +287,7 @@ def _make_temp(
             elif size:
                 data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
                 try:
-                    _native.check_room(data, fd, size)
+                    _native.check_room(data, fd, union.image, size)
                     settled = _native.copy_data(data, fd, size)
                 finally:
                     os.close(data)
@@ -485,7 +485,7 @@ def _fill(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
             if size:
                 data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
                 try:
-                    _native.check_room(data, fd, size)
+                    _native.check_room(data, fd, union.image, size)
                     settled = _native.copy_data(data, fd, size)
                 finally:
                     os.close(data)

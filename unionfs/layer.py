@@ -62,6 +62,7 @@ class Layer:
     """The root of one layer.
 
     All fields are immutable after the daemon's checks, but for `features`, set by Work.open().
+    `image`: a descriptor of the file that the file system lies in, or -1; closed with the layer.
     """
 
     __slots__ = (
@@ -72,6 +73,7 @@ class Layer:
         "dev",
         "fd",
         "features",
+        "image",
         "ino",
         "mount",
         "path",
@@ -100,6 +102,7 @@ class Layer:
         self.upper = upper
         self.readonly = not upper or detach == "readonly"
         self.features = Features()
+        self.image = -1
         self.mount = mount_number(base)
         self.position: Position | None = locate(base, mounts)
         self._cleanup: Callable[[], None] | None = None
@@ -146,8 +149,8 @@ class Layer:
 
     def close(self) -> None:
         """Close the descriptors; a second call does nothing."""
-        fds = (self.fd, self._tree)
-        self.fd = self._tree = -1
+        fds = (self.fd, self._tree, self.image)
+        self.fd = self._tree = self.image = -1
         for fd in fds:
             if fd >= 0:
                 os.close(fd)

@@ -161,6 +161,8 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
         stack.callback(os.close, lock_shared(upper, options))
         _recognize(opened, upper.path, identity_of(upper, options), base)
     elif upper is not None:
+        if stores is not None and stores.image is not None:
+            upper.image = os.open(stores.image, os.O_PATH | os.O_CLOEXEC)
         work = opened.work = Work.open(upper, options)
         # Not mounted after all: take away what was made.
         stack.callback(lambda: work.close() if asked.was_live() else work.abandon())
@@ -283,7 +285,7 @@ def _watch(opened: Opened, stores: "Stores | None") -> Watch | None:
     watch = Watch(upper.fd, upper.path, mark)
     if stores is not None and stores.upper_in_volume and opened.work is not None:
         watch.reserve = opened.work.keep_reserve()
-    watch.image = stores.image if stores is not None else None
+    watch.image = upper.image
     if options.autogrow is not None and stores is not None:
         watch.largest = size_in_bytes(options.autogrow)
         watch.image_size, watch.enlarge, watch.promised = stores.growth()

@@ -24,7 +24,7 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, StatvfsData
 
-from unionfs import attributes, copy_up, create, flags, remove, rename
+from unionfs import _native, attributes, copy_up, create, flags, remove, rename
 from unionfs._native import ROOT_INO
 from unionfs.attributes import Change
 from unionfs.create import New
@@ -176,12 +176,14 @@ class UnionOperations(pyfuse3.Operations):
         union = self.union
         layer = union.upper if union.upper is not None else union.lowers[0]
         found = os.fstatvfs(layer.fd)
+        missing = _native.room_missing(union.image, found.f_bfree * found.f_frsize)
+        missing //= found.f_frsize
         data = StatvfsData()
         data.f_bsize = found.f_bsize
         data.f_frsize = found.f_frsize
         data.f_blocks = found.f_blocks
-        data.f_bfree = found.f_bfree
-        data.f_bavail = found.f_bavail
+        data.f_bfree = found.f_bfree - missing
+        data.f_bavail = max(0, found.f_bavail - missing)
         data.f_files = found.f_files
         data.f_ffree = found.f_ffree
         data.f_favail = found.f_favail

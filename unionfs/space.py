@@ -2,7 +2,7 @@
 """How full the upper is, watched while the union is mounted.
 
 Owns the low-water mark, the decision to grow an image, and when the reserve is filled; a copy-up
-asks by itself (cext/copy.h).  Does not know how a file system grows (stores/resizing.py).  Called
+asks by itself (cext/room.h).  Does not know how a file system grows (stores/resizing.py).  Called
 by daemon.py.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from unionfs import _native
 from unionfs.reserve import Reserve
 
 log = logging.getLogger("unionfs")
@@ -47,7 +48,7 @@ class Watch:
     enlarge: Callable[[int], None] | None = None
     promised: Callable[[], int] = lambda: 0  # bytes that the file system still shows as free
     reserve: Reserve | None = None
-    image: str | None = None  # the file that the file system lies in: may have yet to get its space
+    image: int = -1  # what the file system lies in (Layer)
     low: bool = field(default=False, init=False)
     _free: int = field(default=0, init=False)  # at the last look
     disk: bool = field(default=False, init=False)  # it is low since the image's own disk is
@@ -77,11 +78,11 @@ class Watch:
         except OSError as exc:  # a program that mounts it for us has died: said elsewhere
             log.debug("the space of %s is not known: %s", self.name, exc)
             return
-        sure = max(0, free - self._missing(free))
+        sure = free - _native.room_missing(self.image, free)
         low = sure < self.mark.bytes_of(size)
         self.disk = low and sure < free
         if low and not self.low:
-            why = f", as the disk of {self.image} is full" if self.disk else ""
+            why = ", as the disk that its image lies on is full" if self.disk else ""
             log.warning("%s has only %d MiB left of %d%s", self.name, sure >> 20, size >> 20, why)
         elif self.low and not low:
             log.info("%s has %d MiB again", self.name, sure >> 20)
@@ -91,17 +92,6 @@ class Watch:
         space = os.fstatvfs(self.fd)
         free = space.f_bavail * space.f_frsize
         return space.f_blocks * space.f_frsize, max(0, free - self.promised())
-
-    def _missing(self, free: int) -> int:
-        """Of the free bytes those that the disk of a sparse image does not have."""
-        if self.image is None:
-            return 0
-        try:
-            status, disk = os.stat(self.image), os.statvfs(self.image)
-        except OSError:  # it cannot be reached from here (any more)
-            return 0
-        to_get = min(free, max(0, status.st_size - status.st_blocks * 512))
-        return max(0, to_get - disk.f_bavail * disk.f_frsize)
 
     def _grow(self) -> bool:
         """One step; False if there was none."""

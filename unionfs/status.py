@@ -5,6 +5,8 @@ import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from unionfs import _native
+
 if TYPE_CHECKING:
     from unionfs.union import Union
 
@@ -37,7 +39,8 @@ def describe(union: "Union") -> dict[str, Any]:
         # Not if a program that mounts it for us has died.
         with contextlib.suppress(OSError):
             space = os.fstatvfs(union.upper.fd)
-            status["free"] = space.f_bavail * space.f_frsize
+            free = space.f_bavail * space.f_frsize
+            status["free"] = free - _native.room_missing(union.image, free)
             status["size"] = space.f_blocks * space.f_frsize
         features = union.upper.features
         status["features"].update({name: getattr(features, name) for name in FEATURES})

@@ -168,6 +168,7 @@ class Union:
         self._allowed = threading.local()
         self._incompat = False
         # Descriptors; -1: none.
+        self.image = upper.image if upper is not None else -1  # see Layer
         self.index = work.index if work is not None else self._open_area("index")
         self.numbers = work.numbers if work is not None else self._open_area("numbers")
         self.tree = self._make_tree()
@@ -239,6 +240,7 @@ class Union:
             max_open_dirs=MAX_OPEN_DIRS,
             index_fd=self.index,
             numbers_fd=self.numbers,
+            image_fd=self.image,
             work_fd=-1 if self.work is None else self.work.fd,
             plain=self._is_plain(),
             all_ids=reads_all_ids(),

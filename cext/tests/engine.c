@@ -412,8 +412,12 @@ static void nothing(int number)
 
 int main(int argc, char **argv)
 {
-    struct tree_options options = {
-        .squash_uid = -1, .squash_gid = -1, .max_open_dirs = 3, .index_fd = -1, .numbers_fd = -1};
+    struct tree_options options = {.squash_uid = -1,
+                                   .squash_gid = -1,
+                                   .max_open_dirs = 3,
+                                   .index_fd = -1,
+                                   .numbers_fd = -1,
+                                   .image_fd = -1};
     char base[] = "/tmp/unionfs-engine-XXXXXX", command[64];
     struct sigaction action = {.sa_handler = nothing}; /* not SA_RESTART: it interrupts read(2) */
     struct layer layer = {0};

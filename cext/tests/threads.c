@@ -308,7 +308,8 @@ static void run(void)
                                    .squash_gid = -1,
                                    .max_open_dirs = 3, /* so that they come and go */
                                    .index_fd = -1,
-                                   .numbers_fd = -1};
+                                   .numbers_fd = -1,
+                                   .image_fd = -1};
     pthread_t threads[READERS];
     unsigned seed = 1;
     struct stat st;

@@ -173,7 +173,8 @@ int main(void)
                                    .squash_gid = -1,
                                    .max_open_dirs = 3,
                                    .index_fd = -1,
-                                   .numbers_fd = -1};
+                                   .numbers_fd = -1,
+                                   .image_fd = -1};
     char base[] = "/tmp/unionfs-uring-XXXXXX", command[64];
     struct layer layer = {0};
     struct stat st;

@@ -52,6 +52,7 @@ class Stack:
             "max_open_dirs": self.max_open_dirs,
             "index_fd": self.fds[3],
             "numbers_fd": -1,
+            "image_fd": -1,
             "static_nlink": False,
             "noxattrs": False,
             "noacl": False,

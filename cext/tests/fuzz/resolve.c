@@ -252,6 +252,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         .max_open_dirs = 2,
         .index_fd = data[0] & 16 ? index_fd : -1,
         .numbers_fd = -1,
+        .image_fd = -1,
     };
     parse(data + 1, size - 1);
     for (int i = 0; i < LAYERS; i++) {

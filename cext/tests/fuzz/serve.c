@@ -104,7 +104,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                                    .squash_gid = -1,
                                    .max_open_dirs = 3,
                                    .index_fd = -1,
-                                   .numbers_fd = -1};
+                                   .numbers_fd = -1,
+                                   .image_fd = -1};
     struct server s = {.options = {.statfs_fd = layer_fds[0], .only_uid = -1, .call = call}};
     struct layer layers[2] = {{.fd = layer_fds[0]}, {.fd = layer_fds[1]}};
     struct stat st;
