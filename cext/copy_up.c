@@ -226,7 +226,9 @@ static errint_t publish(struct tree *t, struct node *n, struct copying *c)
     bool at_hand = find_target(t, n, &g);
     errint_t err = 0;
 
-    if (!g.parent) {
+    if (!g.parent && c->metacopy) {
+        err = NOT_PLAIN; /* nothing leads to its data any more */
+    } else if (!g.parent) {
         /* Unlinked, it may be while its bytes moved; open descriptors live on. */
         err = discard(t, c);
         done.orphan_fd = c->fd;

@@ -240,6 +240,31 @@ def test_unlinked_file_opened_for_reading_can_be_written_through_proc(arena: Are
         os.close(fd)
 
 
+@pytest.mark.without_overlay(STALE)
+def test_unlinked_file_opened_for_reading_can_be_changed(arena: Arena) -> None:
+    """One so large that its metadata alone are copied up: those need a name that leads to the data
+    below."""
+    content = b"lower" * 100_000
+    (arena.lower / "f").write_bytes(content)
+    with arena.mounted() as mnt:
+        fd = os.open(mnt / "f", os.O_RDONLY)
+        other = os.open(mnt / "f", os.O_RDONLY)
+        os.unlink(mnt / "f")
+        os.fchmod(fd, 0o604)
+        os.utime(fd, (1, 2))
+        os.setxattr(fd, "user.x", b"y")
+        assert stat.S_IMODE(os.fstat(other).st_mode) == 0o604
+        assert os.fstat(other).st_mtime == 2
+        assert os.getxattr(other, "user.x") == b"y"
+        assert os.pread(other, len(content) + 1, 0) == content
+        again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
+        os.pwrite(again, b"UPPER", 5)
+        assert os.pread(other, 15, 0) == b"lowerUPPERlower"
+        for each in (fd, other, again):
+            os.close(each)
+        assert not (mnt / "f").exists()
+
+
 def test_renamed_over_open_file_goes_on(arena: Arena) -> None:
     (arena.lower / "f").write_bytes(b"old file")
     (arena.lower / "g").write_bytes(b"new file")

@@ -199,11 +199,14 @@ def _disk_id(number: int, ranges: Sequence[IdRange]) -> int:
 
 
 def _wants_metacopy(
-    union: Union, info: Info, status: os.stat_result, src: int, *, data: bool
+    union: Union, ino: int, info: Info, status: os.stat_result, src: int, *, data: bool
 ) -> bool:
     """Whether data that nobody asked for stay below. So do those that an ordinary user's daemon
-    may not read: the user may rename such a file all the same."""
+    may not read: the user may rename such a file all the same. Of a file that has no name any more
+    nothing leads to them."""
     if not stat.S_ISREG(info.type) or data or not (union.options.metacopy and union.marks.xattrs):
+        return False
+    if union.tree.name_of(ino) is None:
         return False
     if info.metacopy or status.st_size >= METACOPY_BYTES:
         return True
@@ -217,7 +220,7 @@ def _copy_node(union: Union, ino: int, info: Info, *, data: bool, truncate: int 
     is_dir = stat.S_ISDIR(info.type)
     try:
         status = os.stat(fd_path(src)) if not stat.S_ISLNK(info.type) else os.fstat(src)
-        metacopy = truncate is None and _wants_metacopy(union, info, status, src, data=data)
+        metacopy = truncate is None and _wants_metacopy(union, ino, info, status, src, data=data)
         with temporary(union, temp, directory=is_dir):
             fd, settled = _make_temp(
                 union, ino, temp, status, src, metacopy=metacopy, truncate=truncate
@@ -369,8 +372,10 @@ def _publish(
         place = tree.name_of(ino)
         if place is None:
             # Unlinked, it may be while its bytes moved; open descriptors live on.
+            if metacopy:
+                _write_data(union, ino, fd, None)
             (os.rmdir if stat.S_ISDIR(status.st_mode) else os.unlink)(temp, dir_fd=work)
-            tree.copied_up(ino, 0, b"", metacopy=metacopy, orphan_fd=fd)
+            tree.copied_up(ino, 0, b"", metacopy=False, orphan_fd=fd)
             return
         parent, name, _ = place
         ensure_upper(union, parent)
@@ -426,7 +431,8 @@ def _complete(union: Union, ino: int, truncate: int | None) -> None:
         replaced = before.st_nlink == 1 and not union.info(ino).indexed
         if not (replaced and _replace(union, ino, src, before, truncate)):
             with union.committing(ino):  # a change of attributes meanwhile would be undone
-                _fill(union, ino, src, truncate)
+                _write_data(union, ino, src, truncate)
+                union.tree.data_copied(ino)
     finally:
         os.close(src)
 
@@ -467,8 +473,8 @@ def _replace(
     return True
 
 
-def _fill(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
-    """Write the data into a metadata-only copy."""
+def _write_data(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
+    """Write the data into a metadata-only copy, which has its place, or will have none."""
     before, mode = os.stat(path_fd), _native.mode_of(path_fd)
     caps = _capabilities(path_fd)
     size = before.st_size if truncate is None else min(truncate, before.st_size)
@@ -498,7 +504,6 @@ def _fill(union: Union, ino: int, path_fd: int, truncate: int | None) -> None:
         union.marks.remove(path_fd, "metacopy")
     finally:
         os.close(fd)
-    union.tree.data_copied(ino)
 
 
 def _capabilities(path_fd: int) -> bytes | None:
