@@ -181,7 +181,7 @@ static ssize_t on_open(struct answer *a)
         return -ENOSYS; /* never asked again: the kernel opens by itself, and keeps the pages */
     if (in->flags & O_TRUNC) {
         err = plain_truncate(a->s->tree, a->r->head->nodeid, 0, TRUNCATE_AT_OPEN, 0,
-                             a->r->head->uid == 0);
+                             a->r->head->uid == 0 && !(in->open_flags & FUSE_OPEN_KILL_SUIDGID));
         if (err == NOT_PLAIN)
             return by_call(a);
         if (err < 0)
@@ -236,7 +236,7 @@ static ssize_t on_read(struct answer *a)
 static errint_t kill_set_id(struct answer *a, uint64_t fh)
 {
     struct fuse_in_header head = *a->r->head;
-    struct fuse_setattr_in in = {0};
+    struct fuse_setattr_in in = {.valid = FATTR_KILL_SUIDGID};
     struct request r = {.head = &head, .body = (const char *)&in, .len = sizeof in};
     struct file *f = file_get(a->s->tree, fh);
     struct stat st;

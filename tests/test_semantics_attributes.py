@@ -8,6 +8,8 @@ import errno
 import os
 import stat
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 
 from tests.rig import layers, snapshot, syscalls
 from tests.rig.arena import Arena
+from tests.rig.mounted import DRIVER_VARIABLE
 from tests.rig.syscalls import UTIME_NOW, UTIME_OMIT
 
 OLD = 1_000_000_000_123_456_789
@@ -259,6 +262,36 @@ def test_set_id_bits_and_who_changes_the_file(arena: Arena, change: str, capable
             assert oct(mode(path)) == oct(left)
             assert "security.capability" not in os.listxattr(path)
             arena.remount()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("change", ["write", "ftruncate", "truncate", "O_TRUNC"])
+@pytest.mark.parametrize("where", ["lower", "upper"])
+def test_set_id_bits_and_a_root_without_cap_fsetid(arena: Arena, change: str, where: str) -> None:
+    if change == "O_TRUNC" and DRIVER_VARIABLE in os.environ:
+        pytest.skip("pyfuse3 does not tell of FUSE_OPEN_KILL_SUIDGID")
+    (arena.lower / "f").write_text("program")
+    (arena.lower / "f").chmod(0o6777)
+    program = (
+        "import os, sys\n"
+        "change, path = sys.argv[1:]\n"
+        "if change == 'truncate':\n"
+        "    os.truncate(path, 3)\n"
+        "    sys.exit()\n"
+        "fd = os.open(path, os.O_RDWR | (os.O_TRUNC if change == 'O_TRUNC' else 0))\n"
+        "if change == 'write':\n"
+        "    os.write(fd, b'P')\n"
+        "elif change == 'ftruncate':\n"
+        "    os.ftruncate(fd, 3)\n"
+    )
+    with arena.mounted() as mnt:
+        if where == "upper":
+            os.utime(mnt / "f")
+        less = ["setpriv", "--bounding-set=-fsetid", "--inh-caps=-fsetid", sys.executable, "-c"]
+        subprocess.run([*less, program, change, mnt / "f"], check=True)
+        assert oct(mode(mnt / "f")) == oct(0o777)
+        arena.remount()
+        assert oct(mode(mnt / "f")) == oct(0o777)
 
 
 @pytest.mark.root

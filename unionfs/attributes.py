@@ -119,7 +119,7 @@ def _with_privileges_killed(union: Union, ino: int, ctx: Caller) -> Change:
     to_write = union.capabilities_killed.take(ctx.pid, ino, time.monotonic_ns())
     if not stat.S_ISREG(mode):
         return Change()
-    if ctx.uid != 0:
+    if not _keeps_set_id(ctx):
         mode = without_set_id(mode, attr[4], ctx)
     elif not to_write:
         mode &= ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
@@ -146,12 +146,18 @@ def truncate_at_open(union: Union, ino: int, ctx: Caller) -> None:
 def without_set_id(mode: int, gid: int, ctx: Caller) -> int:
     """What is left of a file's mode when the caller changes its content
     (setattr_should_drop_suidgid of fs/attr.c)."""
-    if ctx.uid == 0:
+    if _keeps_set_id(ctx):
         return mode
     mode &= ~stat.S_ISUID
     if mode & stat.S_IXGRP or not in_group(gid, ctx):
         mode &= ~stat.S_ISGID
     return mode
+
+
+def _keeps_set_id(ctx: Caller) -> bool:
+    """Whether the caller has CAP_FSETID: root mostly has. The kernel tells the engine of a root
+    that has not (pyfuse3 cannot say so)."""
+    return ctx.uid == 0 and not getattr(ctx, "kills_set_id", False)
 
 
 def _resize(fd: int, size: int, handle_fd: int | None, *, resized: bool) -> None:

@@ -51,6 +51,7 @@ _IOCTL_OUT: Final = struct.Struct("=iIII")
 _SETATTR: Final = struct.Struct("=IIQQQqqqIIIIIIII")
 _KEEP_CACHE: Final = 1 << 1
 _DATASYNC: Final = 1
+_OPEN_KILL_SUIDGID: Final = 1
 
 
 class Opcode(IntEnum):
@@ -114,6 +115,7 @@ class _Valid(IntEnum):
     FH = 1 << 6
     ATIME_NOW = 1 << 7
     MTIME_NOW = 1 << 8
+    KILL_SUIDGID = 1 << 11
 
 
 @dataclass(slots=True)
@@ -124,6 +126,7 @@ class Context:
     gid: int
     pid: int
     umask: int = 0
+    kills_set_id: bool = False  # the kernel says so: whoever it is has no CAP_FSETID
 
 
 @dataclass(slots=True)
@@ -260,6 +263,7 @@ class Requests:
         valid, _, fh, size, _, atime, mtime, _, atime_rest, mtime_rest, _, mode, _, uid, gid, _ = (
             _SETATTR.unpack_from(body)
         )
+        ctx.kills_set_id = bool(valid & _Valid.KILL_SUIDGID)
         now = time.time_ns() if valid & (_Valid.ATIME_NOW | _Valid.MTIME_NOW) else 0
         fields = Fields(
             update_mode=bool(valid & _Valid.MODE),
@@ -321,7 +325,8 @@ class Requests:
         return _entry(_run(self._operations.link(old, ino, _name(body, _LINK.size), ctx)))
 
     def _open(self, ino: int, ctx: Context, body: bytes) -> Answer:
-        flags, _ = _OPEN.unpack_from(body)
+        flags, how = _OPEN.unpack_from(body)
+        ctx.kills_set_id = bool(how & _OPEN_KILL_SUIDGID)
         return _open_out(_run(self._operations.open(ino, flags, ctx)))
 
     def _create(self, ino: int, ctx: Context, body: bytes) -> Answer:
