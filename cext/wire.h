@@ -101,9 +101,8 @@ static inline void wire_attr(struct fuse_attr *out, const struct stat *st)
         .nlink = (uint32_t)st->st_nlink,
         .uid = st->st_uid,
         .gid = st->st_gid,
-        /* the kernel's new_encode_dev */
-        .rdev = (uint32_t)((st->st_rdev & 0xff) | (st->st_rdev & 0xfff00)) |
-                (uint32_t)(((st->st_rdev >> 12) & 0xfff00000)),
+        /* the kernel's new_encode_dev, which is what dev_t has in these bits */
+        .rdev = (uint32_t)st->st_rdev,
         .blksize = (uint32_t)st->st_blksize,
     };
 }

@@ -301,6 +301,23 @@ def test_special_files(arena: Arena) -> None:
         assert stat.S_ISSOCK(os.lstat(mnt / "bound").st_mode)
 
 
+@pytest.mark.root
+def test_devices_with_large_numbers(arena: Arena) -> None:
+    """A minor number of more than 8 bits, as the three hundredth loop device's or terminal's."""
+    loop, other = os.makedev(7, 300), os.makedev(0xFFE, 0x3FF03)
+    for name, number in (("loop", loop), ("other", other)):
+        os.mknod(arena.lower / name, stat.S_IFBLK | 0o600, number)
+    with arena.mounted() as mnt:
+        for name, number in (("newloop", loop), ("newother", other)):
+            os.mknod(mnt / name, stat.S_IFBLK | 0o600, number)
+        os.chmod(mnt / "loop", 0o640)
+        for _ in range(2):
+            for name, number in (("loop", loop), ("other", other)):
+                assert os.lstat(mnt / name).st_rdev == number
+                assert os.lstat(mnt / f"new{name}").st_rdev == number
+            arena.remount()
+
+
 ODD = [
     b"n" * 255,
     b"\xff\xfe\x80\x01\x1f",
