@@ -180,13 +180,13 @@ static void note_touched(struct ring_worker *w)
         w->touched = size;
 }
 
-static void stay_on_processor(unsigned number)
+static void keep_on_processor(pthread_t thread, unsigned number)
 {
     cpu_set_t set;
 
     CPU_ZERO(&set);
     CPU_SET(number, &set);
-    (void)pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+    (void)pthread_setaffinity_np(thread, sizeof set, &set);
 }
 
 static void answer(struct ring_worker *w)
@@ -204,7 +204,7 @@ static void answer(struct ring_worker *w)
     atomic_fetch_add(&w->turns, 1);
     if (atomic_load(&w->strays)) {
         atomic_store(&w->strays, false);
-        stay_on_processor(w->queue);
+        keep_on_processor(w->thread, w->queue);
     }
     put_command(w, FUSE_IO_URING_CMD_COMMIT_AND_FETCH, commit_id, NULL);
 }
@@ -214,7 +214,7 @@ static errint_t begin(struct ring_worker *w)
     errint_t err = ring_enable(&w->ring);
 
     w->thread = pthread_self();
-    stay_on_processor(w->queue);
+    keep_on_processor(w->thread, w->queue);
     if (err == 0)
         err = register_buffers(w);
     if (err == 0 && w->helps)
@@ -331,6 +331,9 @@ bool ring_worker_is_stuck(struct ring_worker *w)
         memset(&all, 0xff, sizeof all);
         atomic_store(&w->strays, true);
         (void)pthread_setaffinity_np(w->thread, sizeof all, &all);
+        /* It has gone on meanwhile, and may have been back on its processor before we let it go. */
+        if (atomic_load(&w->turns) != turns)
+            keep_on_processor(w->thread, w->queue);
     }
     return true;
 }
