@@ -48,7 +48,7 @@ static void stand(const struct decoy *d)
     while (now_ns() < atomic_load(&d->stands)) {
         int wanted = atomic_load(&d->processor);
 
-        if (wanted != at)
+        if (wanted != at && wanted != ANY_PROCESSOR)
             go_to(wanted);
         at = wanted;
         for (int i = 0; i < PAUSES; i++)
@@ -121,9 +121,9 @@ static int processor_of(uint32_t thread)
 static void send_out(struct decoy *d)
 {
     atomic_store(&d->stands, now_ns() + STANDS_NS);
-    if (!d->started && !d->failed) {
+    if (!d->started) {
         d->started = pthread_create(&d->thread, NULL, wait_and_stand, d) == 0;
-        d->failed = !d->started;
+        d->retired = !d->started;
     }
     pthread_mutex_lock(&d->lock);
     if (!d->wanted)
@@ -169,12 +169,26 @@ static bool one_asks(struct decoy *d)
     return d->quiet < QUIET_MOST;
 }
 
+void decoy_retire(struct decoy *d)
+{
+    atomic_store(&d->stands, 0);
+    d->retired = true;
+}
+
+static int other_of(const struct decoy *d, int processor)
+{
+    for (int i = 0; i < 2; i++)
+        if (d->pair[i] == processor)
+            return d->pair[1 - i];
+    return ANY_PROCESSOR;
+}
+
 int decoy_look(struct decoy *d, bool held_up)
 {
     uint32_t asker = atomic_load(&d->asker);
     int at = atomic_load(&d->processor);
 
-    if (d->pair[0] == ANY_PROCESSOR || d->failed)
+    if (d->pair[0] == ANY_PROCESSOR || d->retired)
         return ANY_PROCESSOR;
     if (!one_asks(d) || !asker) {
         atomic_store(&d->stands, 0);
@@ -182,14 +196,15 @@ int decoy_look(struct decoy *d, bool held_up)
         return ANY_PROCESSOR;
     }
     if (d->looks++ % PLACE_EVERY == 0) {
-        at = processor_of(asker) == d->pair[0] ? d->pair[1] : d->pair[0];
+        at = other_of(d, processor_of(asker));
         atomic_store(&d->processor, at);
     }
-    if (held_up)
+    /* ANY_PROCESSOR: the asker may use others than we, or we cannot see where it is. */
+    if (held_up || at == ANY_PROCESSOR)
         atomic_store(&d->stands, 0);
     else
         send_out(d);
-    return at == d->pair[0] ? d->pair[1] : d->pair[0];
+    return other_of(d, at);
 }
 
 void decoy_free(struct decoy *d)

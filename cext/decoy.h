@@ -28,7 +28,7 @@ struct decoy {
     _Atomic uint64_t turns; /* how often another thread asked than before */
     _Atomic uint32_t asker; /* the last one; 0: none that we can see */
     /* The watch's: */
-    bool started, failed;
+    bool started, retired;
     int quiet;             /* looks since one program was seen to ask */
     unsigned looks;        /* since it began to */
     uint64_t seen, turned; /* brief and turns, at the last look */
@@ -40,6 +40,8 @@ void decoy_note(struct decoy *d, const struct request *r);
 /* Each millisecond. `held_up`: a thread of the engine is at work for longer, and needs the other
  * processor itself. Gives the processor that those are to be on who answer at once. */
 int decoy_look(struct decoy *d, bool held_up);
+/* No processor is given from now on. For the watch. */
+void decoy_retire(struct decoy *d);
 /* At the end, when the watch has ended. */
 void decoy_free(struct decoy *d);
 

@@ -428,18 +428,39 @@ static bool is_stuck(struct worker *w)
     return stuck;
 }
 
-static void place(struct engine *e, struct worker *w, int processor)
+static cpu_set_t set_of(const struct engine *e, int processor)
 {
     cpu_set_t set = e->all;
 
-    if (w->placed == processor)
-        return;
-    w->placed = processor;
     if (processor != ANY_PROCESSOR) {
         CPU_ZERO(&set);
         CPU_SET(processor, &set);
     }
-    (void)pthread_setaffinity_np(w->thread, sizeof set, &set);
+    return set;
+}
+
+/* False: somebody else has said where the thread is to be, by taskset(1) or a cpuset, or the
+ * processor is gone. */
+static bool is_where_we_put_it(const struct engine *e, pthread_t thread, int processor)
+{
+    cpu_set_t set = set_of(e, processor), now;
+
+    return pthread_getaffinity_np(thread, sizeof now, &now) == 0 && CPU_EQUAL(&now, &set);
+}
+
+static void place(struct engine *e, struct worker *w, int processor)
+{
+    cpu_set_t set = set_of(e, processor);
+
+    if (w->placed == processor)
+        return;
+    if (is_where_we_put_it(e, w->thread, w->placed)) {
+        w->placed = processor;
+        (void)pthread_setaffinity_np(w->thread, sizeof set, &set);
+    } else {
+        w->placed = ANY_PROCESSOR;
+        decoy_retire(&e->decoy);
+    }
 }
 
 /* Who answers at once is near who asks, and who is held up in nobody's way. */
@@ -454,6 +475,8 @@ static void place_all(struct engine *e)
         held_up = held_up || w->stuck;
     }
     pthread_mutex_unlock(&e->lock);
+    if (!is_where_we_put_it(e, pthread_self(), ANY_PROCESSOR))
+        decoy_retire(&e->decoy);
     near = decoy_look(&e->decoy, held_up);
     pthread_mutex_lock(&e->lock);
     for (struct worker *w = e->workers; w; w = w->next)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import mmap
 import os
@@ -13,6 +14,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import cast
@@ -332,30 +334,63 @@ def affinities(union: Unionfs, name: str) -> list[set[int]]:
     return found
 
 
+@contextlib.contextmanager
+def asking(union: Unionfs) -> Iterator[None]:
+    """One program that asks for one thing after another."""
+    going_on = threading.Event()
+    going_on.set()
+
+    def ask() -> None:
+        number = 0
+        while going_on.is_set():
+            number += 1
+            (union.mnt / f"missing{number}").exists()
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        yield
+    finally:
+        going_on.clear()
+        asker.join()
+
+
+def apart(union: Unionfs) -> bool:
+    """Is the decoy on one processor, and the engine on the other?"""
+    decoys = affinities(union, "unionfs-decoy")
+    near = affinities(union, "unionfs-engine")
+    return len(decoys) == 1 and all(len(at) == 1 and at != decoys[0] for at in near)
+
+
 def test_the_engine_stays_with_who_asks(union: Unionfs) -> None:
     """And a decoy takes the other processor, until nobody asks any more (docs/adr/0027)."""
     both = os.sched_getaffinity(0)
     if len(both) != 2:
         pytest.skip("there are not two processors")
-    asking = threading.Event()
-    asking.set()
-
-    def ask() -> None:
-        number = 0
-        while asking.is_set():
-            number += 1
-            (union.mnt / f"missing{number}").exists()
-
-    def apart() -> bool:
-        decoys = affinities(union, "unionfs-decoy")
-        near = affinities(union, "unionfs-engine")
-        return len(decoys) == 1 and all(len(at) == 1 and at != decoys[0] for at in near)
-
-    asker = threading.Thread(target=ask)
-    asker.start()
-    try:
-        wait_until(apart)
-    finally:
-        asking.clear()
-        asker.join()
+    with asking(union):
+        wait_until(lambda: apart(union))
     wait_until(lambda: all(at == both for at in affinities(union, "unionfs-engine")))
+
+
+def more_lookups(union: Unionfs, than: int) -> bool:
+    return requests(union, "lookup") > than
+
+
+def test_the_engine_stays_where_its_user_puts_it(union: Unionfs) -> None:
+    """taskset -ap: what it was free to choose before it is not any more."""
+    both = os.sched_getaffinity(0)
+    if len(both) != 2:
+        pytest.skip("there are not two processors")
+    with asking(union):
+        wait_until(lambda: apart(union))
+    wait_until(lambda: all(at == both for at in affinities(union, "unionfs-engine")))
+    only = {min(both)}
+    for thread in os.listdir(f"/proc/{union.pid}/task"):
+        os.sched_setaffinity(int(thread), only)
+    for _ in range(2):
+        before = requests(union, "lookup")
+        with asking(union):
+            wait_until(functools.partial(more_lookups, union, before + 3000))
+        time.sleep(0.1)  # as long as the watch looks after the last request
+        for name in ("unionfs-engine", "unionfs-watch", "unionfs-decoy"):
+            assert all(at == only for at in affinities(union, name)), name
