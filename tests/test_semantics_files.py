@@ -240,7 +240,7 @@ def test_unlinked_file_opened_for_reading_can_be_written_through_proc(arena: Are
         os.close(fd)
 
 
-@pytest.mark.without_overlay(STALE)
+@pytest.mark.without_overlay("kernel overlayfs: EEXIST")
 def test_unlinked_file_opened_for_reading_can_be_changed(arena: Arena) -> None:
     """One so large that its metadata alone are copied up: those need a name that leads to the data
     below."""
