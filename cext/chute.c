@@ -83,7 +83,7 @@ static ssize_t fill(struct chute *c, const struct file *f, const struct fuse_out
     if (write(c->to, head, sizeof *head) != (ssize_t)sizeof *head)
         return -EIO;
     while (got < size) {
-        ssize_t n = splice(f->fd, &at, c->to, NULL, size - got, SPLICE_F_MOVE);
+        ssize_t n = splice(f->fd, &at, c->to, NULL, size - got, 0);
 
         if (n < 0 && errno == EINTR)
             continue;
@@ -124,9 +124,12 @@ ssize_t chute_read(struct chute *c, int device, const struct file *f, struct fus
             return taken > 0 ? taken : more;
         return taken + more;
     }
-    /* Shorter than asked for, or an error: nobody waits for the answer, or the device is gone, as
+    /* Not SPLICE_F_MOVE: that takes the pages out of the layer's own cache, for which the next to
+     * read them, by this union or another way, has to go to the disk.
+     *
+     * Shorter than asked for, or an error: nobody waits for the answer, or the device is gone, as
      * read(2) will tell. What is left in the pipe must not come into the next answer. */
-    if (splice(c->from, NULL, device, NULL, sizeof *head + size, SPLICE_F_MOVE) !=
+    if (splice(c->from, NULL, device, NULL, sizeof *head + size, 0) !=
         (ssize_t)(sizeof *head + size)) {
         chute_close(c);
         c->room = 0; /* a new one for the next */

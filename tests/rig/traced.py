@@ -44,7 +44,8 @@ _CALLS = [
     "sendfile",
     "pwrite64",
 ]
-_LINE = re.compile(r"^\d+ +(\w+)\(")
+_LINE = re.compile(r"^(\d+) +(\w+)\(")
+_KILL_SECONDS = 10
 
 
 def why_not() -> str:
@@ -82,10 +83,12 @@ def killed(
 class Traced(Stepping):
     """`unionfs mount -f` in a forked child that is traced between arm() and disarm().
 
-    `stop_at`: as for Stepping, with the steps of the whole run in `steps`.
+    `stop_at`: as for Stepping, with the steps of the whole run in `steps`.  `spread`: several
+    threads took steps; strace counts those of each by itself, and kills at another or at none.
     """
 
     steps: tuple[str, ...] = ()
+    spread = False
     tracer: subprocess.Popen[bytes] | None = None
 
     def instrument(self) -> None:
@@ -114,12 +117,15 @@ class Traced(Stepping):
 
     def disarm(self) -> list[str]:
         assert self.tracer is not None
-        if not self.stop_at:
+        try:
+            self.tracer.wait(_KILL_SECONDS if self.stop_at else 0)  # it ends with the daemon
+        except subprocess.TimeoutExpired:
             self.tracer.send_signal(signal.SIGINT)
-        self.tracer.wait(PATIENCE)  # it ends with the daemon
+            self.tracer.wait(PATIENCE)
         self.tracer = None
-        found = (_LINE.match(line) for line in self.trace.read_text().splitlines())
-        return [match[1] for match in found if match]
+        found = [_LINE.match(line) for line in self.trace.read_text().splitlines()]
+        self.spread = len({match[1] for match in found if match}) > 1
+        return [match[2] for match in found if match]
 
     def abandon(self) -> None:
         if self.tracer is not None:
