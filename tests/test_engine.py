@@ -394,3 +394,23 @@ def test_the_engine_stays_where_its_user_puts_it(union: Unionfs) -> None:
         time.sleep(0.1)  # as long as the watch looks after the last request
         for name in ("unionfs-engine", "unionfs-watch", "unionfs-decoy"):
             assert all(at == only for at in affinities(union, name)), name
+
+
+def test_what_is_read_stays_in_the_cache_of_the_lower(place: Path) -> None:
+    """Whoever reads it next, by another way, has not to go to the disk."""
+    content = os.urandom(512 << 10)
+    for name in ("lower", "upper", "mnt"):
+        (place / name).mkdir()
+    (place / "lower/f").write_bytes(content)
+    options = ["driver=engine", "passthrough=off"]
+    with Unionfs([place / "lower"], place / "upper", place / "mnt", options=options) as union:
+        assert (union.mnt / "f").read_bytes() == content
+    with open(place / "lower/f", "rb") as file:
+        found = bytearray(len(content))
+        try:
+            assert os.preadv(file.fileno(), [found], 0, os.RWF_NOWAIT) == len(content)
+        except OSError as exc:
+            if exc.errno != errno.EOPNOTSUPP:
+                raise
+            pytest.skip("this file system does not tell what it has in memory")
+    assert found == content
