@@ -100,13 +100,16 @@ static ssize_t on_statfs(struct answer *a)
 {
     struct fuse_statfs_out *out = REPLY(a, fuse_statfs_out);
     struct statvfs st;
-    uint64_t missing;
+    int image = a->s->tree->image_fd;
 
     if (fstatvfs(a->s->options.statfs_fd, &st) < 0)
         return errno_or_eio();
-    missing = room_missing(a->s->tree->image_fd, st.f_bfree * st.f_frsize) / st.f_frsize;
-    st.f_bfree -= missing;
-    st.f_bavail -= missing < st.f_bavail ? missing : st.f_bavail;
+    if (image >= 0 && st.f_frsize > 0) {
+        uint64_t missing = room_missing(image, st.f_bfree * st.f_frsize) / st.f_frsize;
+
+        st.f_bfree -= missing;
+        st.f_bavail -= missing < st.f_bavail ? missing : st.f_bavail;
+    }
     *out = (struct fuse_statfs_out){
         .st =
             {

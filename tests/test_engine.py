@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
 import mmap
 import os
@@ -14,7 +13,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import cast
@@ -362,36 +360,30 @@ def apart(union: Unionfs) -> bool:
     return len(decoys) == 1 and all(len(at) == 1 and at != decoys[0] for at in near)
 
 
-def test_the_engine_stays_with_who_asks(union: Unionfs) -> None:
-    """And a decoy takes the other processor, until nobody asks any more (docs/adr/0027)."""
+def came_apart(union: Unionfs) -> set[int]:
+    """The two processors, once the decoy was on one of them and has been called back."""
     both = os.sched_getaffinity(0)
     if len(both) != 2:
         pytest.skip("there are not two processors")
     with asking(union):
         wait_until(lambda: apart(union))
     wait_until(lambda: all(at == both for at in affinities(union, "unionfs-engine")))
+    return both
 
 
-def more_lookups(union: Unionfs, than: int) -> bool:
-    return requests(union, "lookup") > than
+def test_the_engine_stays_with_who_asks(union: Unionfs) -> None:
+    """And a decoy takes the other processor, until nobody asks any more (docs/adr/0027)."""
+    came_apart(union)
 
 
 def test_the_engine_stays_where_its_user_puts_it(union: Unionfs) -> None:
     """taskset -ap: what it was free to choose before it is not any more."""
-    both = os.sched_getaffinity(0)
-    if len(both) != 2:
-        pytest.skip("there are not two processors")
-    with asking(union):
-        wait_until(lambda: apart(union))
-    wait_until(lambda: all(at == both for at in affinities(union, "unionfs-engine")))
-    only = {min(both)}
+    only = {min(came_apart(union))}
     for thread in os.listdir(f"/proc/{union.pid}/task"):
         os.sched_setaffinity(int(thread), only)
-    for _ in range(2):
-        before = requests(union, "lookup")
-        with asking(union):
-            wait_until(functools.partial(more_lookups, union, before + 3000))
-        time.sleep(0.1)  # as long as the watch looks after the last request
+    before = requests(union, "lookup")
+    with asking(union):
+        wait_until(lambda: requests(union, "lookup") > before + 3000)
         for name in ("unionfs-engine", "unionfs-watch", "unionfs-decoy"):
             assert all(at == only for at in affinities(union, name)), name
 

@@ -18,7 +18,7 @@ SIZE = 3 * mmap.PAGESIZE + 100
 CAPABILITY = bytes.fromhex("01000002 00200000 00000000 00000000 00000000")
 
 
-@pytest.fixture(params=["plain", "passed through", "by the daemon"])
+@pytest.fixture(params=["plain", "by default", "by the daemon"])
 def folder(request: pytest.FixtureRequest, place: Path) -> Iterator[Path]:
     for name in ("lower", "upper", "mnt"):
         (place / name).mkdir()
@@ -43,7 +43,7 @@ def store(path: Path, *, only_writer_last: bool = False) -> bytes:
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("mode", [0o4755, 0o2755, 0o6777, 0o2644])
+@pytest.mark.parametrize("mode", [0o4755, 0o2755, 0o6777, 0o2644], ids=oct)
 def test_set_id_bits_stay(folder: Path, mode: int, last: bool) -> None:
     path = folder / "f"
     path.write_bytes(b"x" * SIZE)
@@ -76,7 +76,7 @@ def test_who_may_not_read_his_file_keeps_what_he_stored(folder: Path) -> None:
 
 
 @pytest.mark.root
-def test_on_a_full_disk(place: Path) -> None:
+def test_on_a_full_disk() -> None:
     """Holes have no room there: the program is told when it syncs, and the daemon goes on."""
     with ground.Ground("unionfs-mapped-") as base:
         store_on = base.filesystem("store", "tmpfs", 4)

@@ -177,7 +177,7 @@ class UnionOperations(pyfuse3.Operations):
         layer = union.upper if union.upper is not None else union.lowers[0]
         found = os.fstatvfs(layer.fd)
         missing = _native.room_missing(union.image, found.f_bfree * found.f_frsize)
-        missing //= found.f_frsize
+        missing //= found.f_frsize or 1  # a file system may tell of none
         data = StatvfsData()
         data.f_bsize = found.f_bsize
         data.f_frsize = found.f_frsize
