@@ -116,13 +116,19 @@ static bool takes_o_direct(int fd)
 struct opening {
     uint64_t id;
     struct file *f;
-    struct stat st; /* of the file behind the handle */
+    struct stat st; /* of the file behind the handle, if that may be backed */
     uint32_t generation;
     int32_t backing; /* of it, not yet anybody's */
     bool direct;
     bool moved; /* changed place meanwhile: once more */
     bool inval_attr;
 };
+
+/* What may be copied up while it is open would go on showing the lower file. */
+static bool backs_lowers(const struct tree *t)
+{
+    return !t->has_upper || t->passthrough == PASSTHROUGH_ALL;
+}
 
 static bool pays(const struct tree *t, const struct opening *o, bool lower)
 {
@@ -135,8 +141,7 @@ static bool pays(const struct tree *t, const struct opening *o, bool lower)
         return true;
     if (o->id & FACE_BIT)
         return false; /* somebody is about to write, and must not be sent away once more */
-    /* What may be copied up while it is open would go on showing the lower file. */
-    return !t->has_upper || (t->passthrough == PASSTHROUGH_ALL && st->st_size >= LOWER_LEAST);
+    return backs_lowers(t) && (!t->has_upper || st->st_size >= LOWER_LEAST);
 }
 
 /* The kernel's number for the file, or 0: then it goes without. */
@@ -278,12 +283,14 @@ static errint_t try_to_settle(struct tree *t, struct opening *o, struct fuse_ope
         o->moved = true;
         return 0;
     }
-    err = stat_fd(f->fd, &o->st);
-    if (err < 0)
-        return err;
     o->backing = 0;
-    if (first && !o->direct && pays(t, o, lower))
-        o->backing = open_backing(t, f->fd);
+    if (!lower || backs_lowers(t)) {
+        err = stat_fd(f->fd, &o->st);
+        if (err < 0)
+            return err;
+        if (first && !o->direct && pays(t, o, lower))
+            o->backing = open_backing(t, f->fd);
+    }
     pthread_mutex_lock(&t->lock);
     err = settle_locked(t, o, out);
     pthread_mutex_unlock(&t->lock);

@@ -4,9 +4,9 @@
  * One thread waits in read(2) of the device; a second would be woken in vain by every request. So
  * long as each request is answered at once, that one thread answers them all. A *watch* looks every
  * millisecond, while there is work, whether requests wait and nobody does: then whoever has one in
- * hand is held up, or there are more than one thread can answer, and another thread is let to the
- * device, unless as many as there are pairs of processors answer them quickly: the askers need
- * processors too. A thread that comes back and finds another waiting there rests.
+ * hand is held up (held_up.h), or there are more than one thread can answer, and another thread is
+ * let to the device, unless as many as there are pairs of processors get on with them: the askers
+ * need processors too. A thread that comes back and finds another waiting there rests.
  *
  * To be woken on another processor takes longer than most answers. So while requests follow one
  * another closely, the thread looks for the next one for a moment before it sleeps (docs/adr/0010);
@@ -20,6 +20,7 @@
 #include "chute.h"
 #include "decoy.h"
 #include "face.h"
+#include "held_up.h"
 #include "uring.h"
 
 #include <malloc.h>
@@ -33,7 +34,6 @@
 enum {
     MAX_THREADS = 400,
     WATCH_NS = 1000000,
-    QUICK_MANY = 20,     /* requests answered between two looks of the watch: nobody is held up */
     QUIET_TICKS = 50,    /* of nothing, after which the watch sleeps */
     NODES_MANY = 20000,  /* some megabytes */
     RESTING_KEPT = 2,    /* threads that rest rather than end */
@@ -85,10 +85,23 @@ struct worker {
     int64_t uneager;        /* how long it was not looked for the last time */
     _Atomic uint64_t turns; /* odd: it is at a request */
     /* The watch's, protected by lock: */
+    struct held_up held_up;
     uint64_t seen; /* turns */
     bool stuck;
     int placed; /* the processor that it is kept on, or ANY_PROCESSOR */
 };
+
+static struct worker *worker_new(struct engine *e)
+{
+    struct worker *w = calloc(1, sizeof *w);
+
+    if (w) {
+        w->e = e;
+        w->placed = ANY_PROCESSOR;
+        w->held_up.stat_fd = -1;
+    }
+    return w;
+}
 
 static void *buffer_new(void)
 {
@@ -99,6 +112,7 @@ static void *buffer_new(void)
 static void worker_free(struct worker *w)
 {
     ring_worker_free(w->ring);
+    held_up_free(&w->held_up);
     chute_close(&w->chute);
     free(w->in);
     free(w->out);
@@ -237,6 +251,7 @@ static void serve_device(struct worker *w)
 {
     struct engine *e = w->e;
 
+    held_up_init(&w->held_up);
     while (may_read(e)) {
         ssize_t n;
 
@@ -286,8 +301,6 @@ static bool launch_locked(struct engine *e, struct worker *w)
     pthread_attr_t attr;
     bool started;
 
-    w->e = e;
-    w->placed = ANY_PROCESSOR;
     pthread_attr_init(&attr);
     pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
     started = pthread_create(&w->thread, &attr, work, w) == 0;
@@ -304,7 +317,7 @@ static bool launch_locked(struct engine *e, struct worker *w)
 
 static bool start_worker_locked(struct engine *e)
 {
-    struct worker *w = e->threads < MAX_THREADS ? calloc(1, sizeof *w) : NULL;
+    struct worker *w = e->threads < MAX_THREADS ? worker_new(e) : NULL;
 
     if (!w)
         return false;
@@ -320,12 +333,12 @@ static bool start_worker_locked(struct engine *e)
 /* With `given`, or a ring of its own. */
 static bool start_ring_worker_locked(struct engine *e, unsigned queue, struct ring *given)
 {
-    struct worker *w = calloc(1, sizeof *w);
+    struct worker *w = worker_new(e);
 
     if (!w)
         return false;
     if (ring_worker_new(e, queue, given, &w->ring) < 0) {
-        free(w);
+        worker_free(w);
         return false;
     }
     return launch_locked(e, w);
@@ -338,11 +351,33 @@ static void nap(long ns)
     (void)nanosleep(&t, NULL);
 }
 
-/* `quick`: those who are at work get on. */
-static void let_one_more_read(struct engine *e, bool quick)
+static bool is_held_up(struct worker *w)
 {
+    uint64_t turn = atomic_load(&w->turns);
+
+    return turn % 2 && held_up_by(&w->held_up, w->thread, turn);
+}
+
+/* How many get on, or will when they have a processor. */
+static int running_locked(struct engine *e)
+{
+    int n = e->wanted - e->resting;
+
+    for (struct worker *w = e->workers; w; w = w->next)
+        if (!w->ring && !is_held_up(w))
+            n++;
+    return n;
+}
+
+/* Those who get on leave some processors to the askers; one of them is enough where there are but
+ * two. */
+static void let_one_more_read(struct engine *e)
+{
+    int running;
+
     pthread_mutex_lock(&e->lock);
-    if (quick && !e->queues && 2 * (e->threads - e->resting + e->wanted + 1) > e->processors) {
+    running = running_locked(e);
+    if (running > 0 && 2 * (running + 1) > e->processors) {
         ; /* enough */
     } else if (e->resting > e->wanted) {
         e->wanted++;
@@ -499,7 +534,7 @@ static void *watch(void *arg)
         if (atomic_load(&e->waiting) == 0) {
             quiet = 0;
             if (requests_wait(e))
-                let_one_more_read(e, now - seen >= QUICK_MANY);
+                let_one_more_read(e);
         } else if (busy || now != seen) {
             quiet = 0;
         } else if (++quiet > QUIET_TICKS) {
