@@ -154,7 +154,7 @@ errint_t give_owner(const char *path, uid_t uid, gid_t gid, mode_t *mode)
         return 0;
     if (chown(path, uid, gid) == 0)
         return 0;
-    if (errno != EPERM && errno != EINVAL)
+    if (errno != EPERM && errno != EINVAL && errno != EOVERFLOW)
         return errno_or_eio();
     if (st.st_uid != uid)
         *mode &= ~(mode_t)S_ISUID;

@@ -3,7 +3,6 @@
 
 import errno
 import os
-import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,33 +175,6 @@ class TestUpper:
         with pytest.raises(OSError, match="Read-only"):
             os.mkdir("x", dir_fd=upper.fd)
         upper.close()
-
-    @pytest.mark.root
-    def test_ephemeral_is_a_tmpfs_of_its_size_that_nobody_sees(self) -> None:
-        before = mounts.read_mounts()
-        upper = layer.open_ephemeral("4M")
-        assert mounts.read_mounts() == before
-        assert os.fstatvfs(upper.fd).f_blocks * os.fstatvfs(upper.fd).f_frsize == 4 << 20
-        assert stat.S_IMODE(os.fstat(upper.fd).st_mode) == 0o755
-        upper.close()
-        with pytest.raises(UnionfsError, match="not understood"):
-            layer.open_ephemeral("4 apples")
-
-    def test_ephemeral_of_a_user_is_removed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(_options: dict[str, str]) -> int:
-            raise PermissionError(errno.EPERM, "no")
-
-        monkeypatch.setattr(syscalls, "private_tmpfs", refuse)
-        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-        upper = layer.open_ephemeral(None)
-        assert upper.path.startswith("/dev/shm/unionfs-")
-        os.mkdir("locked", 0o700, dir_fd=upper.fd)
-        (Path(upper.path) / "locked/file").touch()
-        os.chmod("locked", 0, dir_fd=upper.fd)
-        upper.close()
-        assert not os.path.exists(upper.path)
-        with pytest.raises(UnionfsError, match="size"):
-            layer.open_ephemeral("1M")
 
 
 @pytest.mark.root

@@ -19,7 +19,6 @@ import os
 import secrets
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -291,54 +290,6 @@ def check_writable(upper: Layer) -> None:
         raise UnionfsError(
             f"the upper directory {upper.path} is not writable by user {os.geteuid()}", hint=hint
         )
-
-
-def open_ephemeral(size: str | None) -> Layer:
-    """An upper in memory, gone when it is closed.
-
-    A tmpfs that is mounted nowhere; for a user who may not make one, a directory in the
-    session's or the machine's tmpfs, which has no size limit of its own.
-    """
-    options = {"mode": "0755"} | ({"size": size} if size is not None else {})
-    try:
-        base = syscalls.private_tmpfs(options)
-    except OSError as exc:
-        if exc.errno == errno.EINVAL and size is not None:
-            raise UnionfsError(
-                f"ephemeral size {size!r} is not understood by tmpfs",
-                hint="give a number of bytes with K, M or G, or a percentage of memory",
-            ) from exc
-        if exc.errno not in (errno.EPERM, errno.ENOSYS):
-            raise
-    else:
-        keep = os.dup(base)
-        layer = Layer("(memory)", base, upper=True, mounts=[], detach="no")
-        layer.careful = False
-        layer.on_close(lambda: os.close(keep))
-        return layer
-    if size is not None:
-        raise UnionfsError(
-            "an ephemeral upper with a size needs the right to make a tmpfs",
-            hint="leave the size out, or mount as root or in a user namespace (unshare -Urm)",
-        )
-    return _ephemeral_directory()
-
-
-def _ephemeral_directory() -> Layer:
-    for parent in (os.environ.get("XDG_RUNTIME_DIR"), "/dev/shm"):
-        if parent and os.access(parent, os.W_OK | os.X_OK):
-            break
-    else:
-        raise UnionfsError(
-            "no tmpfs for an ephemeral upper",
-            hint="set XDG_RUNTIME_DIR to a writable directory, or name an upper",
-        )
-    path = tempfile.mkdtemp(prefix="unionfs-", dir=parent)
-    base = os.open(path, os.O_PATH | os.O_DIRECTORY)
-    layer = Layer(path, base, upper=True, mounts=[], detach="no")
-    os.fchmod(layer.fd, 0o755)
-    layer.on_close(lambda: remove_tree(Path(path)))
-    return layer
 
 
 def remove_tree(path: Path) -> None:

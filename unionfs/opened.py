@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from unionfs import checks, holder, identity, layer, locator
+from unionfs import checks, holder, identity, layer, locator, memory
 from unionfs.errors import ExitCode, UnionfsError, usage_error
 from unionfs.holder import Owner
 from unionfs.identity import Base, StoreRecord, parse_store
@@ -102,13 +102,13 @@ def _degraded(
     error: UnionfsError,
 ) -> Opened:
     """Without the upper.  If it was not the upper that was wrong, the first error stands."""
-    memory = options.fallback == "tmpfs" and not options.readonly
+    in_memory = options.fallback == "tmpfs" and not options.readonly
     other = dataclasses.replace(
         options,
         upper=None,
         work=None,
-        readonly=not memory,
-        ephemeral=memory,
+        readonly=not in_memory,
+        ephemeral=in_memory,
         autogrow=None,
         key_file=None,
         credential=None,
@@ -318,7 +318,7 @@ def _open_upper(
     options: MountOptions, mounts: Sequence[MountEntry], *, readonly: bool
 ) -> Layer | None:
     if options.ephemeral and not readonly:
-        return layer.open_ephemeral(options.ephemeral_size)
+        return memory.open_memory(options.ephemeral_size)
     if options.upper is None:
         return None
     return layer.open_upper(options.upper, list(mounts), work=options.work, readonly=readonly)

@@ -44,6 +44,7 @@ _FSPICK_CLOEXEC: Final = 1
 _FSPICK_EMPTY_PATH: Final = 8
 _MS_PRIVATE: Final = 1 << 18
 _CLONE_NEWNS: Final = 0x20000
+_CLONE_NEWUSER: Final = 0x10000000
 _STATFS_BYTES: Final = 256
 _FICLONE: Final = 0x40049409
 _GETFLAGS: Final = 0x80086601
@@ -242,6 +243,12 @@ def syncfs(fd: int) -> None:
 def unshare_mounts() -> None:
     """A copy of all mounts for this thread alone; while there is but one, for the process."""
     _checked("unshare", _libc.unshare(ctypes.c_int(_CLONE_NEWNS)))
+
+
+def unshare_user() -> None:
+    """A user namespace for this process, of one thread, and mounts that belong to it."""
+    flags = _CLONE_NEWUSER | _CLONE_NEWNS
+    _checked("unshare", _libc.unshare(ctypes.c_int(flags)))
 
 
 def renameat2(old_dir: int, old: str, new_dir: int, new: str, flags: RenameFlag) -> None:
