@@ -221,6 +221,30 @@ def test_backup_names_what_there_is(base: Path) -> None:
         check(base / "mnt")
 
 
+def test_restore_to_what_is_new(base: Path) -> None:
+    need("ext4")
+    images.make(base / "old.img")
+    with union(base, base / "tree", base / "old.img"):
+        change(base / "mnt")
+    done("backup", base / "old.img", base / "x")
+    images.make(base / "new.img")
+    done("restore", base / "x", base / "new.img")
+    with union(base, base / "tree", base / "new.img"):
+        check(base / "mnt")  # where it was: a mount finds it there
+    done("restore", base / "x", base / "made")
+    with union(base, base / "tree", base / "made"):
+        check(base / "mnt")
+    done("backup", base / "made", base / "y")  # of a directory: as a mount has it, by its base
+    images.make(base / "other.img")
+    done("restore", base / "y", base / "other.img")
+    with union(base, base / "tree", base / "other.img"):
+        check(base / "mnt")
+    assert "store create" in fails("restore", base / "x", base / "none.img")
+    (base / "bad").write_bytes((base / "x").read_bytes()[:-100])
+    assert "damaged" in fails("restore", base / "bad", base / "vain")
+    assert not (base / "vain").exists()
+
+
 def test_header_is_readable() -> None:
     frame = archive._frame(b"{}")
     assert frame[:4] == bytes([0x5E, 0x2A, 0x4D, 0x18]), "a skippable frame of RFC 8878"

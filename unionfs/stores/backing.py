@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Final
 
-from unionfs import holder, syscalls
+from unionfs import holder, locator, syscalls
 from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.passphrase import Ask
@@ -34,6 +34,7 @@ from unionfs.stores.replacing import replace
 from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_IMAGES: Final = (".img", ".ext4", ".raw")  # meant to be one
 _ATTEMPTS: Final = 3
 PRIVATE: Final = 0o700  # what make_directory() makes
 _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
@@ -77,9 +78,15 @@ class NoUpper(UnionfsError):
 
 @contextlib.contextmanager
 def chosen(
-    text: str, *, write: bool, make: bool = False, ask: Ask | None = None, beside: bool = False
+    text: str,
+    *,
+    write: bool,
+    make: bool = False,
+    ask: Ask | None = None,
+    beside: bool = False,
+    otherwise: str | None = None,
 ) -> Iterator[Chosen]:
-    """The upper that a locator names; without `:/dir` the only one in the store.
+    """The upper that a locator names; without `:/dir` the only one in the store, or `otherwise`.
 
     With `write` it must not be in use, and is locked; but `beside`: what is written is not the
     union's.  `make`: it need not be there.  `ask`: for the passphrase of an encrypted one, so that
@@ -91,7 +98,7 @@ def chosen(
         exc.shared = not write
         raise
     try:
-        directory = volume.locator.directory or _only(volume, make=make)
+        directory = volume.locator.directory or _only(volume, otherwise)
         try:
             fd = walk(volume, directory)
         except FileNotFoundError:
@@ -128,7 +135,39 @@ def chosen(
         volume.close()
 
 
-def _only(volume: Volume, *, make: bool) -> str:
+@contextlib.contextmanager
+def target(text: str, *, missing: str, otherwise: str | None = None) -> Iterator[Chosen]:
+    """The upper that a whole one is written to; it need not be there.
+
+    A directory that is not there is made, and is gone again if it was in vain.  `missing`: what
+    is to be done if an image is not there.
+    """
+    where = locator.parse(text)
+    new = where.tag is None and not os.path.lexists(where.value)
+    if new and (where.directory is not None or where.value.endswith(_IMAGES)):
+        raise UnionfsError(f"there is no {where.value}", hint=missing)
+    with contextlib.ExitStack() as stack:
+        if new:
+            stack.enter_context(_made(where.value))
+        yield stack.enter_context(chosen(text, write=True, make=True, otherwise=otherwise))
+
+
+@contextlib.contextmanager
+def _made(directory: str) -> Iterator[None]:
+    """A new directory, which is not there if it was in vain."""
+    try:
+        os.mkdir(directory)
+    except OSError as exc:
+        raise UnionfsError(f"cannot make {directory}: {exc.strerror}") from exc
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+        raise
+
+
+def _only(volume: Volume, otherwise: str | None) -> str:
     if volume.contents is None:
         return "/"
     found = uppers_of(volume)
@@ -138,6 +177,8 @@ def _only(volume: Volume, *, make: bool) -> str:
     if found:
         hint = f"name one: {', '.join(f'{source}:{directory}' for directory in found)}"
         raise UnionfsError(f"{source} has the changes of {len(found)} unions", hint=hint)
+    if otherwise is not None:
+        return otherwise
     hint = "name the directory by :/dir"
     raise UnionfsError(f"{source} has no changes of a union in it", hint=hint)
 
@@ -289,6 +330,16 @@ def tree_bytes(fd: int) -> int:
         1024 + (status.st_blocks * 512 if stat.S_ISREG(status.st_mode) else 0)
         for status in _walk(fd)
     )
+
+
+def place_of(header: Header) -> str | None:
+    """Where what a backup has lies in a file system: where it lay, or as a mount would have it."""
+    from unionfs.stores.base import default_directory
+
+    _, directory = locator.cut(header.store)
+    if directory is None and header.base is not None and header.base.get("name"):
+        return default_directory(header.base["name"])
+    return directory
 
 
 def restore(

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`unionfs store clone`."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
 from unionfs import locator
 from unionfs.cli import show
 from unionfs.cli.parser import Parser
-from unionfs.errors import ExitCode, UnionfsError
-
-_IMAGES = (".img", ".ext4", ".raw")  # meant to be one
+from unionfs.errors import ExitCode
 
 USAGE = """\
 unionfs store clone STORE NEW [--size SIZE [--fs FS] [--label LABEL]]"""
@@ -47,21 +43,14 @@ def run(argv: Sequence[str]) -> int:
     with backing.chosen(given.store, write=False) as source:
         changing.refuse_used(source)
         where = locator.parse(given.new)
-        new = given.size is None and where.tag is None and not os.path.lexists(where.value)
-        if new and (where.directory is not None or where.value.endswith(_IMAGES)):
-            hint = "say how large the image shall be: --size 8G"
-            raise UnionfsError(f"there is no {where.value}", hint=hint)
         total = backing.tree_bytes(source.fd)
         with show.progress(given.new, total, quiet=given.quiet) as advance:
             if given.size is None:
-                directory = None if locator.is_directory(given.new) else where.directory
-                if directory is None and not locator.is_directory(given.new):
-                    directory = changing.default_directory(source)
-                text = given.new if directory is None else f"{where.source}:{directory}"
-                with (
-                    _made(where.value) if new else nullcontext(),
-                    backing.chosen(text, write=True, make=True) as target,
-                ):
+                text = given.new
+                if where.directory is None and not locator.is_directory(text):
+                    text = f"{where.source}:{changing.default_directory(source)}"
+                hint = "say how large the image shall be: --size 8G"
+                with backing.target(text, missing=hint) as target:
                     changing.clone(source, target, advance)
                 return ExitCode.OK
             size = show.read_size(given.size)
@@ -72,14 +61,3 @@ def run(argv: Sequence[str]) -> int:
                 with backing.chosen(text, write=True, make=True) as target:
                     changing.clone(source, target, advance)
     return ExitCode.OK
-
-
-@contextmanager
-def _made(directory: str) -> Iterator[None]:
-    """A new directory, which is not there if it was in vain."""
-    os.mkdir(directory)
-    try:
-        yield
-    except BaseException:
-        os.rmdir(directory)
-        raise

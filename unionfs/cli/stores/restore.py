@@ -14,7 +14,8 @@ unionfs store restore FILE STORE [--keep]
 DESCRIPTION = """\
 Puts what the backup FILE has in the place of the changes in STORE, which must not be in use.
 It is unpacked beside them first, and takes their place by one call when all of it is there
-and its checksum is right: on any error, and if it is killed, they are as they were."""
+and its checksum is right: on any error, and if it is killed, they are as they were. A directory
+that is not there is made; in a file system without changes they come where they were."""
 
 EPILOG = """
 exit codes: 0 restored (--verify: it is whole), 1 wrong usage, 2 a program is missing,
@@ -51,7 +52,9 @@ def run(argv: Sequence[str]) -> int:
                 kept = None
             else:
                 source.seek(0)
-                with backing.chosen(given.store, write=True, make=True) as upper:
+                hint = f"make it first: unionfs store create {given.store} --size SIZE"
+                place = backing.place_of(header)
+                with backing.target(given.store, missing=hint, otherwise=place) as upper:
                     kept = backing.restore(upper, source, given.file, advance, keep=given.keep)
     if not given.quiet:
         of = f"{header.store} of {header.created}"
