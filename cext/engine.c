@@ -175,6 +175,7 @@ static void stop_all(struct engine *e)
     pthread_cond_broadcast(&e->rest);
     pthread_cond_broadcast(&e->wake);
     pthread_mutex_unlock(&e->lock);
+    hold_end(&e->server.hold);
 }
 
 static void answer(struct worker *w, size_t n)
@@ -595,6 +596,7 @@ errint_t engine_start(struct tree *t, const struct engine_options *options, stru
     (void)mallopt(M_ARENA_MAX, 1);
     e->server.tree = t;
     e->server.options = *options;
+    hold_init(&e->server.hold);
     pthread_mutex_init(&e->lock, NULL);
     pthread_cond_init(&e->rest, NULL);
     pthread_cond_init(&e->wake, NULL);

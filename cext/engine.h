@@ -8,6 +8,7 @@
 
 #include <stdatomic.h>
 
+#include "hold.h"
 #include "tree.h"
 #include "wire.h"
 
@@ -64,6 +65,7 @@ struct server {
     struct tree *tree;
     struct engine_options options;
     _Atomic uint64_t called[WIRE_OPCODES];
+    struct hold hold;
 };
 size_t serve(struct server *s, const struct request *r, char *out);
 /* The answer found nobody: what it gave to the kernel is taken back. */

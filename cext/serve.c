@@ -569,6 +569,22 @@ void serve_undo(struct server *s, const struct request *r, const char *out)
     }
 }
 
+static ssize_t run(struct answer *a, handler *handler)
+{
+    bool change;
+    ssize_t n;
+
+    if (!is_whole(a->r))
+        return -EINVAL;
+    change = changes_something(a->r);
+    if (change)
+        hold_pass(&a->s->hold);
+    n = with_faces(a, handler);
+    if (change)
+        hold_passed(&a->s->hold);
+    return n;
+}
+
 size_t serve(struct server *s, const struct request *r, char *out)
 {
     struct fuse_out_header *head = (void *)out;
@@ -585,7 +601,7 @@ size_t serve(struct server *s, const struct request *r, char *out)
     else if (in.nodeid != a.id && !in.nodeid)
         n = opcode == FUSE_FORGET ? SILENT : -ESTALE;
     else if (opcode < WIRE_OPCODES && handlers[opcode].handler)
-        n = is_whole(r) ? with_faces(&a, handlers[opcode].handler) : -EINVAL;
+        n = run(&a, handlers[opcode].handler);
     if (opcode == FUSE_OPEN && n > 0)
         give_ahead(&a);
     if (n == SILENT)

@@ -103,9 +103,30 @@ static ssize_t set_flags(struct answer *a, size_t size)
     return n;
 }
 
-/* File flags; every other is not for a regular file or a directory. Each open() of a Python program
- * asks for a terminal's settings, so that must cost little: no answer keeps the kernel from
- * asking (fuse_send_ioctl). */
+static ssize_t hold(struct answer *a)
+{
+    const struct fuse_ioctl_in *in = BODY(a, fuse_ioctl_in);
+    uint32_t uid = a->r->head->uid;
+    struct hold_wish wish;
+    errint_t err;
+
+    if (a->r->head->nodeid != ROOT_INO || in->in_size < sizeof wish || in->out_size < sizeof wish ||
+        in->in_size > a->r->len - sizeof *in)
+        return -ENOTTY;
+    if (uid != 0 && uid != geteuid())
+        return -EPERM;
+    memcpy(&wish, in + 1, sizeof wish);
+    err = hold_ask(&a->s->hold, &wish);
+    if (err < 0)
+        return err;
+    *REPLY(a, fuse_ioctl_out) = (struct fuse_ioctl_out){0};
+    memcpy(a->data + sizeof(struct fuse_ioctl_out), &wish, sizeof wish);
+    return (ssize_t)(sizeof(struct fuse_ioctl_out) + sizeof wish);
+}
+
+/* File flags, and what is ours; every other is not for a regular file or a directory. Each open()
+ * of a Python program asks for a terminal's settings, so that must cost little: no answer keeps the
+ * kernel from asking (fuse_send_ioctl). */
 ssize_t on_ioctl(struct answer *a)
 {
     switch (BODY(a, fuse_ioctl_in)->cmd) {
@@ -118,6 +139,8 @@ ssize_t on_ioctl(struct answer *a)
         return set_flags(a, sizeof(int));
     case FS_IOC_FSSETXATTR:
         return set_flags(a, sizeof(struct fsxattr));
+    case UNIONFS_IOC_HOLD:
+        return hold(a);
     default:
         return -ENOTTY;
     }

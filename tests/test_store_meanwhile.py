@@ -8,8 +8,7 @@ the union and the program if the backup does.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import fcntl
+import errno
 import os
 import signal
 import subprocess
@@ -27,10 +26,9 @@ from tests.test_store_commands import done, facts, fails, listing, store
 from tests.test_store_sharing import one, registers, serving
 from tests.test_stores import ARCH, base, change, check, need, union
 from unionfs.errors import UnionfsError
-from unionfs.stores import holding, mounted, writer
+from unionfs.stores import holding, mounted
 from unionfs.stores.tools import find
 from unionfs.stores.volume import Volume, open_volume
-from unionfs.stores.writer import Writer
 
 __all__ = ["base"]
 
@@ -108,6 +106,19 @@ def slow(base: Path) -> Iterator[Callable[..., dict[str, str]]]:
 
     yield make
     (folder / "go").touch()
+    wait_until(lambda: not any(_is_at(process, base) for process in Path("/proc").glob("[0-9]*")))
+
+
+def _is_at(process: Path, base: Path) -> bool:
+    """Whether another process has a word or an open file of ours: it waits, or is about to end."""
+    if int(process.name) == os.getpid():
+        return False
+    try:
+        if os.fsencode(base) in (process / "cmdline").read_bytes():
+            return True
+        return any(os.readlink(fd).startswith(f"{base}/") for fd in (process / "fd").iterdir())
+    except OSError:
+        return False
 
 
 def begin(environment: dict[str, str], *arguments: object) -> subprocess.Popen[str]:
@@ -144,18 +155,30 @@ def one_line(process: subprocess.Popen[str]) -> str:
     return line
 
 
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+def is_held_up(mnt: Path) -> bool:
+    """Whether somebody else has those held up who write there."""
+    try:
+        ticket = holding._ask(str(mnt), 60, 0)
+    except OSError as exc:
+        assert exc.errno == errno.EBUSY
+        return True
+    holding._ask(str(mnt), 0, ticket)
+    return False
 
 
-def test_a_backup_while_somebody_writes(base: Path, image: Path) -> None:
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_a_backup_while_somebody_writes(base: Path, image: Path, kind: str) -> None:
     """It is the tree of one moment, whole; who writes is held up at most, and goes on."""
     saved = base / "saved.tar.zst"
-    with union(base, base / "tree", image):
+    (base / "up").mkdir()
+    store_ = image if kind == "image" else base / "up"
+    # What passes through is the kernel's to write, and not held up.
+    words = [] if kind == "image" else ["passthrough=off"]
+    with union(base, base / "tree", store_, *words):
         fill(base / "mnt")
         quiet = tree_of(base / "mnt/made")
         with writing(base / "mnt") as count:
-            done("backup", image, saved)
+            done("backup", store_, saved)
             after = _goes_on(count)
     assert "is whole" in done("restore", "--verify", saved)
     (base / "other").mkdir()
@@ -166,7 +189,7 @@ def test_a_backup_while_somebody_writes(base: Path, image: Path) -> None:
         assert tree_of(base / "mnt/made") == quiet
         assert (base / "mnt/with space\n").stat().st_size == 50_000
     assert store("check", base / "other").returncode == 0
-    with union(base, base / "tree", image):
+    with union(base, base / "tree", store_):
         assert int((base / "mnt/z-last").read_text()) > after
 
 
@@ -178,17 +201,6 @@ def joined(image: Path) -> Iterator[Volume]:
         yield volume
     finally:
         volume.close()
-
-
-@contextlib.contextmanager
-def writer_of(image: Path, directory: str = UPPER) -> Iterator[Writer]:
-    with joined(image) as volume:
-        found = writer.writer_of(volume, directory)
-        assert found is not None
-        try:
-            yield found
-        finally:
-            found.close()
 
 
 def _ends_well(process: subprocess.Popen[str]) -> None:
@@ -281,9 +293,9 @@ def test_an_unmount_does_not_wait_for_a_backup(
 def test_the_union_ends_while_it_is_held_up(
     base: Path, image: Path, slow: Callable[..., dict[str, str]], end: str
 ) -> None:
-    """A killed one: it is read anew. A stopped one that is unmounted ends when it goes on."""
+    """It is read anew."""
     made, backup = begun(base, image, slow("tar", calls=3, changed=base / "mnt/file"))
-    assert state_of(made.pid) == "T"
+    assert is_held_up(base / "mnt")
     if end == "killed":
         made.die()
         made.clear()
@@ -292,13 +304,9 @@ def test_the_union_ends_while_it_is_held_up(
         _ends_well(backup)
         made.umount()
     else:
-        ground.run("fusermount3", "-u", base / "mnt")
-        assert state_of(made.pid) == "T"
+        made.umount()
         (base / "slow/go").touch()
         _ends_well(backup)
-        assert made.process is not None
-        assert made.process.wait(PATIENCE) == 0
-        made._check_log()
     wait_until(lambda: not serving(image))
     _are_whole(base, made)
 
@@ -354,130 +362,103 @@ def test_fuse2fs_is_killed_meanwhile(
 
 
 @as_a_user
-def test_only_the_writer_of_the_upper_is_held_up(
+def test_only_who_writes_to_the_upper_is_held_up(
     base: Path, image: Path, slow: Callable[..., dict[str, str]]
 ) -> None:
     with one(image, "a") as first, one(image, "b") as second:
         change(first.mnt)
         environment = slow("tar", calls=3, changed=first.mnt / "file")
         backup = begin(environment, "backup", f"{image}:/a", base / "saved.tar.zst")
-        assert state_of(first.pid) == "T"
-        assert state_of(second.pid) != "T"
+        assert is_held_up(first.mnt)
+        check(first.mnt)  # reading goes on
         change(second.mnt)
         second.umount()
         second.mount()
         check(second.mnt)
         (base / "slow/go").touch()
         _ends_well(backup)
-        check(first.mnt)
+        assert not is_held_up(first.mnt)
+        (first.mnt / "after").touch()
     _is_whole(base / "saved.tar.zst")
 
 
-@as_a_user
-def test_nobody_else_is_stopped(base: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a union says of its daemon is looked at."""
-    with union(base, base / "tree", image), joined(image) as volume:
-        (true,) = mounted.mounted_unions()
-        other = subprocess.Popen(["sleep", "60"])
-        try:
-            lies = [
-                dataclasses.replace(true, facts={**true.facts, "pid": other.pid}),
-                dataclasses.replace(true, owner=true.owner + 1),
-                dataclasses.replace(true, store={**true.store, "directory": "/b"}),
-            ]
-            for lie in lies:
-                monkeypatch.setattr(writer, "mounted_unions", lambda _, lie=lie: [lie])
-                assert writer.writer_of(volume, UPPER) is None
-            elsewhere = {**true.facts, "pid_namespace": "pid:[1]"}
-            lie = dataclasses.replace(true, facts=elsewhere)
-            monkeypatch.setattr(writer, "mounted_unions", lambda _: [lie])
-            with pytest.raises(UnionfsError, match="in another container"):
-                writer.writer_of(volume, UPPER)
-        finally:
-            other.kill()
-            other.wait()
+@pytest.fixture(params=["directory", "image"])
+def upper(request: pytest.FixtureRequest, base: Path) -> Path:
+    """Of a kind that cannot be frozen."""
+    if request.param == "directory":
+        (base / "up").mkdir()
+        return base / "up"
+    if os.geteuid() == 0:
+        pytest.skip("root's images are the kernel's")
+    need("ext4")
+    return images.make(base / "s.img", megabytes=64)
 
 
-@as_a_user
 def test_a_backup_killed_while_it_holds_up_who_writes(
-    base: Path, image: Path, slow: Callable[..., dict[str, str]]
+    base: Path, upper: Path, slow: Callable[..., dict[str, str]]
 ) -> None:
-    """The daemon goes on; so does it after a backup that was interrupted."""
-    with union(base, base / "tree", image) as made, writing(base / "mnt") as count:
+    """They go on; so they do after a backup that was interrupted."""
+    with union(base, base / "tree", upper), writing(base / "mnt") as count:
         for number in (signal.SIGKILL, signal.SIGTERM):
             (base / "slow/reached").unlink(missing_ok=True)
             (base / "slow/calls").unlink(missing_ok=True)
-            backup = begin(slow("tar", calls=3), "backup", image, base / "saved.tar.zst")
-            assert state_of(made.pid) == "T"
+            backup = begin(slow("tar", calls=3), "backup", upper, base / "saved.tar.zst")
+            assert is_held_up(base / "mnt")
             backup.send_signal(number)
             backup.communicate(timeout=PATIENCE)
             assert backup.returncode == (8 if number == signal.SIGTERM else -number)
-            wait_until(lambda: state_of(made.pid) != "T")
+            wait_until(lambda: not is_held_up(base / "mnt"))
             _goes_on(count)
             assert not (base / "saved.tar.zst").exists()
     (base / "slow/go").touch()
 
 
-@as_a_user
 def test_nobody_is_held_up_for_ever(
-    base: Path, image: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, upper: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by who does not get on, as he needs what lies in the union itself."""
-    monkeypatch.setattr(holding, "_SILENCE", 0.5)
-    with union(base, base / "tree", image) as made:
+    """Not by who does not get on, as he needs what is held up himself."""
+    monkeypatch.setattr(holding, "_SILENCE", 1)
+    with union(base, base / "tree", upper):
         change(base / "mnt")
-        pid = made.pid
-        with writer_of(image) as found:
 
-            def hold() -> None:
-                with holding.stopped(found, "it") as beat:
-                    beat()
-                    assert state_of(pid) == "T"
-                    check(base / "mnt")  # waits for the daemon, and the daemon for us
-                    beat()
+        def hold() -> None:
+            with holding.held(str(base / "mnt"), "it") as beat:
+                beat()
+                check(base / "mnt")  # is only read
+                (base / "mnt/file").write_text("changed\n")  # waits for us, and we for it
+                beat()
 
-            with pytest.raises(UnionfsError, match="takes too long to read"):
-                hold()
+        with pytest.raises(UnionfsError, match="takes too long to read"):
+            hold()
+        assert (base / "mnt/file").read_text() == "changed\n"
 
 
-@as_a_user
-def test_two_backups_at_once(base: Path, image: Path, slow: Callable[..., dict[str, str]]) -> None:
-    """The one does not let go on whom the other has stopped."""
-    with union(base, base / "tree", image) as made, writing(base / "mnt"):
-        first = begin(slow("tar", calls=3), "backup", image, base / "1.tar.zst")
-        second = os.open(f"/proc/{made.pid}/status", os.O_RDONLY)
-        with pytest.raises(BlockingIOError):
-            fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.kill(made.pid, signal.SIGCONT)  # by somebody else
+def test_two_backups_at_once(base: Path, upper: Path, slow: Callable[..., dict[str, str]]) -> None:
+    """The one does not let go on whom the other holds up."""
+    with union(base, base / "tree", upper), writing(base / "mnt"):
+        first = begin(slow("tar", calls=3), "backup", upper, base / "1.tar.zst")
+        second = begin(slow("zstd"), "backup", upper, base / "2.tar.zst")
+        assert is_held_up(base / "mnt")
         (base / "slow/go").touch()
-        assert "did not stay stopped" in one_line(first)
-        fcntl.flock(second, fcntl.LOCK_EX)
-        os.close(second)
-        done("backup", image, base / "2.tar.zst")
+        _ends_well(first)
+        _ends_well(second)
+    for name in ("1.tar.zst", "2.tar.zst"):
+        assert "is whole" in done("restore", "--verify", base / name)
 
 
-@as_a_user
-def test_a_service_manager_gets_its_signs_of_life(base: Path, image: Path) -> None:
-    """With a watchdog a daemon is held up for less than a third of its time."""
-    made = union(base, base / "tree", image)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WATCHDOG_USEC", "3000000")
-        made.mount()
-    try:
-        with writer_of(image) as found:
-            assert found.patience() == 1
-
-            def hold() -> None:
-                with holding.stopped(found, "it") as beat:
-                    while True:
-                        beat()
-                        threading.Event().wait(0.05)
-
-            with pytest.raises(UnionfsError, match="takes too long to read"):
-                hold()
+@pytest.mark.parametrize("ask", [(0, 7), (1, 7), (0, 0)])
+def test_a_wish_that_means_nothing(base: Path, ask: tuple[int, int]) -> None:
+    (base / "up").mkdir()
+    with union(base, base / "tree", base / "up"):
         change(base / "mnt")
-    finally:
-        made.umount()
+        if ask == (0, 0):
+            assert holding._ask(str(base / "mnt"), *ask) == 0
+        else:
+            with pytest.raises(OSError, match="Stale"):
+                holding._ask(str(base / "mnt"), *ask)
+        with pytest.raises(OSError, match="Inappropriate ioctl"):
+            holding._ask(str(base / "mnt/made"), 1, 0)
+        check(base / "mnt")
 
 
 @as_a_user

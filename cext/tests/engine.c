@@ -278,6 +278,85 @@ static void test_ioctl(void)
     CHECK(answer(NULL, 0).unique == unique);
 }
 
+/* The number of the request; nobody waits for the answer. */
+static uint64_t ask_hold(uint32_t seconds, uint32_t ticket)
+{
+    struct {
+        struct fuse_ioctl_in in;
+        struct hold_wish wish;
+    } body = {.in = {.cmd = (uint32_t)UNIONFS_IOC_HOLD,
+                     .in_size = sizeof(struct hold_wish),
+                     .out_size = sizeof(struct hold_wish)},
+              .wish = {seconds, ticket}};
+
+    return ask(FUSE_IOCTL, &body, sizeof body);
+}
+
+static struct fuse_out_header hold_answer(uint32_t *ticket)
+{
+    struct {
+        struct fuse_ioctl_out out;
+        struct hold_wish wish;
+    } data = {0};
+    struct fuse_out_header head = answer((char *)&data, sizeof data);
+
+    if (head.len == sizeof head + sizeof data)
+        *ticket = data.wish.ticket;
+    return head;
+}
+
+static uint64_t ask_mkdir(void)
+{
+    char body[sizeof(struct fuse_mkdir_in) + 2] = {0};
+
+    body[sizeof(struct fuse_mkdir_in)] = 'd';
+    return ask(FUSE_MKDIR, body, sizeof body);
+}
+
+/* Two answers, in any order. */
+static void both(uint64_t one, int error, uint64_t other, uint32_t *ticket)
+{
+    for (int i = 0; i < 2; i++) {
+        struct fuse_out_header head = hold_answer(ticket);
+
+        CHECK(head.unique == one || head.unique == other);
+        CHECK(head.error == (head.unique == one ? error : 0));
+    }
+}
+
+static void test_changes_are_held_up(void)
+{
+    uint32_t ticket = 0, none = 0;
+    uint64_t change, hold;
+
+    change = ask(FUSE_UNLINK, "file", 5);
+    while (sem_wait(&stuck) < 0)
+        CHECK(errno == EINTR);
+    hold = ask_hold(PATIENCE_MS / 1000, 0); /* waits for what is under way */
+    ping(10);
+    let_go(1);
+    both(change, -ENOTEMPTY, hold, &ticket);
+    CHECK(ticket != 0);
+    (void)ask_hold(1, 0);
+    CHECK(hold_answer(&none).error == -EBUSY);
+    (void)ask_hold(1, ticket + 1);
+    CHECK(hold_answer(&none).error == -ESTALE);
+    change = ask_mkdir();
+    ping(10); /* reading goes on */
+    hold = ask_hold(0, ticket);
+    both(change, 0, hold, &ticket);
+    (void)ask_hold(1, ticket);
+    CHECK(hold_answer(&none).error == -ETIME);
+
+    /* By itself, some time. */
+    (void)ask_hold(1, 0);
+    CHECK(hold_answer(&ticket).error == 0);
+    change = ask_mkdir();
+    CHECK(answer(NULL, 0).unique == change);
+    (void)ask_hold(1, ticket);
+    CHECK(hold_answer(&none).error == -ETIME);
+}
+
 static uint64_t open_file(uint64_t nodeid, uint32_t flags, struct fuse_out_header *ret_notice,
                           char *ret_data, size_t size)
 {
@@ -442,6 +521,7 @@ int main(int argc, char **argv)
     test_malformed();
     test_statx();
     test_ioctl();
+    test_changes_are_held_up();
     test_syncfs();
     test_pages_are_given_ahead();
     test_one_after_another(device[0]);

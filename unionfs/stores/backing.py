@@ -4,10 +4,9 @@
 Owns which upper is meant, what is read of it, and when that is consistent.
 
 A backup of a mounted store is read while the union works, then everything is looked at again: if
-anything changed since the start it is read anew.  After a few attempts, on a file system of the
-store's own, writers are held up while it is read once more (holding.py).  It is the same whether
-the kernel has mounted it, here once more, or a program, which then serves us too: so the union may
-be unmounted meanwhile, and we are the last whom that program serves (sharing.py).
+anything changed since the start it is read anew.  After a few attempts writers are held up while
+it is read once more (holding.py).  An image that a program has mounted is read by that program too:
+so the union may be unmounted meanwhile, and we are the last whom it serves (sharing.py).
 
 A restore unpacks beside the old upper; how it takes its place is for replacing.py.
 """
@@ -26,10 +25,10 @@ from unionfs import holder, locator, syscalls
 from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.passphrase import Ask
-from unionfs.stores import archive, fscrypt, holding, unlocking, writer
+from unionfs.stores import archive, fscrypt, holding, unlocking
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import read_record, uppers_of
-from unionfs.stores.mounted import mounted_unions
+from unionfs.stores.mounted import mounted_unions, union_of
 from unionfs.stores.replacing import replace
 from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
 
@@ -39,6 +38,7 @@ _ATTEMPTS: Final = 3
 PRIVATE: Final = 0o700  # what make_directory() makes
 _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
 _SECOND: Final = 1_000_000_000  # nanoseconds
+_TICK: Final = 1_000_000  # less than one of a clock
 
 Read = Callable[[Advance], archive.Trailer]
 
@@ -235,37 +235,34 @@ def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Traile
     if not upper.in_use:
         return read(advance)
     for _ in range(_ATTEMPTS):
-        start = _settle(upper.fd, seconds=upper.volume.shared)
+        start = _settle(upper.fd, shared=upper.volume.shared)
         with contextlib.suppress(archive.Changed):
             trailer = read(advance)
             if not changed_since(upper.fd, start):
                 return trailer
-    if upper.volume.shared:
-        return _read_without_writer(upper, read, advance)
-    if upper.volume.contents is None:
-        raise UnionfsError(f"{upper.name} changes all the time", hint=holding.HINT)
+    if upper.volume.contents is None or upper.volume.shared:
+        return _read_while_held(upper, read, advance)
     with holding.frozen(upper.fd, upper.name) as beat:
         return read(_both(beat, advance))
 
 
-def _read_without_writer(upper: Chosen, read: Read, advance: Advance) -> archive.Trailer:
-    """Read what the daemon of a union writes to, by a program, while that is stopped.
+def _read_while_held(upper: Chosen, read: Read, advance: Advance) -> archive.Trailer:
+    """Read what the daemon of a union writes to, while it keeps those waiting who change it.
 
     It may end meanwhile, even be killed, and another one begin.
     """
     for _ in range(_ATTEMPTS):
-        found = writer.writer_of(upper.volume, upper.directory)
-        if found is None:  # it was unmounted: so it stays while we read
+        union = union_of(upper.volume.path, upper.directory)
+        if union is None:  # it was unmounted: so it stays while we read
             area = f"/proc/self/fd/{upper.fd}/{AREA_NAME}"
             holder.lock(upper.fd, fcntl.LOCK_SH, upper.name, area)
             return read(advance)
-        try:
-            with holding.stopped(found, upper.name) as beat:
-                return read(_both(beat, advance))
-        except writer.Ended:
-            continue
-        finally:
-            found.close()
+        with contextlib.suppress(holding.Ended):
+            with holding.held(union.point, upper.name) as beat:
+                start = _settle(upper.fd, shared=upper.volume.shared)
+                trailer = read(_both(beat, advance))
+                if not changed_since(upper.fd, start):  # by passthrough
+                    return trailer
     raise UnionfsError(f"{upper.name} changes all the time", hint=holding.HINT)
 
 
@@ -277,20 +274,20 @@ def _both(beat: holding.Beat, advance: Advance) -> Advance:
     return step
 
 
-def _settle(fd: int, *, seconds: bool) -> int:
-    """Write what is held back; then the time from which on changes are later than now.
+def _settle(fd: int, *, shared: bool) -> int:
+    """The time from which on changes are later than now, and none before.
 
-    By the clock that inodes get their ctime from, which goes in ticks: what happens later in this
-    tick has this very time.  `seconds`: it goes in those (fuse2fs), and a new one is waited for.
+    By the clock that inodes get their ctime from, or a later one within the same tick: so a new
+    tick of it is waited for.  What a program has mounted (`shared`) shows whole seconds; what it
+    holds back is written first, since it changes a ctime too.
     """
-    syscalls.syncfs(fd)
-    now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
-    if not seconds:
-        return now
-    start = now - now % _SECOND + _SECOND
-    while (now := time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)) < start:
-        time.sleep((start - now) / _SECOND)
-    return start
+    before = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+    if shared:
+        syscalls.syncfs(fd)
+        before = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) // _SECOND * _SECOND + _SECOND - 1
+    while (now := time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)) <= before:
+        time.sleep(max(before - now, _TICK) / _SECOND)
+    return before + 1 if shared else now
 
 
 def _walk(fd: int) -> Iterator[os.stat_result]:

@@ -1,34 +1,37 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Holding up who writes to a store while it is read once more.
+"""Holding up who writes to a store while it is read once more; reading it goes on.
 
-Owns that they go on however we end: a child waits for that.  What the kernel has mounted is frozen
-(FIFREEZE).  What a program has mounted for a user cannot be; there the only writer of an upper, the
-daemon of its union (writer.py), is stopped (SIGSTOP), where a kill could have hit it too: between
-two system calls, each of which leaves the upper whole.  A stopped daemon answers nobody, so what we
-need could lie in its union, and wait for us as we for it: the child does not wait longer than a
-while for a sign of progress.  Called by backing.py.
+Owns that they go on however we end: a child waits for that.  A file system that the kernel has
+mounted is frozen (FIFREEZE).  What is not a file system of its own, or is a program's, cannot be;
+there the daemon of the union, by which alone its upper is changed, keeps the requests that change
+something (cext/hold.h), for as long as we say that we get on.  Called by backing.py.
 """
 
 import contextlib
 import errno
 import fcntl
-import math
 import os
-import select
 import signal
+import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from unionfs.errors import UnionfsError
-from unionfs.stores.writer import Writer
 
 _FIFREEZE: Final = 0xC0045877
 _FITHAW: Final = 0xC0045878
-_SILENCE: Final = 30.0  # seconds
+_HOLD: Final = 0xC0085548  # UNIONFS_IOC_HOLD
+_WISH: Final = struct.Struct("=II")
+_SILENCE: Final = 30  # seconds
+_SOON: Final = 1.0
 HINT: Final = "unmount the union, or stop what writes to it"
 
 Beat = Callable[[], None]
+
+
+class Ended(Exception):
+    """The union has ended: somebody else may write to its upper from now on."""
 
 
 @contextlib.contextmanager
@@ -38,7 +41,7 @@ def frozen(fd: int, name: str) -> Iterator[Beat]:
     def thaw() -> None:
         fcntl.ioctl(fd, _FITHAW, 0)
 
-    with _guarded(thaw, name, silence=math.inf, whole=math.inf) as beat:
+    with _guarded(thaw):
         try:
             fcntl.ioctl(fd, _FIFREEZE, 0)
         except OSError as exc:
@@ -46,83 +49,99 @@ def frozen(fd: int, name: str) -> Iterator[Beat]:
             what = f"{name} changes all the time, and cannot be frozen: {reason}"
             raise UnionfsError(what, hint=HINT) from exc
         try:
-            yield beat
+            yield lambda: None
         finally:
             thaw()
 
 
 @contextlib.contextmanager
-def stopped(writer: Writer, name: str) -> Iterator[Beat]:
-    """Stop the daemon that writes to an upper.
+def held(point: str, name: str) -> Iterator[Beat]:
+    """Hold up who changes the union at a mount point.
 
-    What is yielded tells that we get on, and raises an error once it goes on, by whomever, or
-    Ended.
+    What is yielded is to be called whenever we get on: the daemon waits for it no longer than a
+    while, since what we need could be held up too.  It raises an error once that is over, or Ended.
     """
-    if not writer.itself:
-        raise UnionfsError(f"{name} changes all the time", hint=HINT)
-    whole = writer.patience() or math.inf
-    with contextlib.ExitStack() as held:
-        held.callback(os.close, writer.lock())
-        go_on = writer.let_go_on
-        beat = held.enter_context(_guarded(go_on, name, silence=_SILENCE, whole=whole))
-        held.callback(go_on)
-        writer.stop()
+    ticket = _take(point, name)
+    last = time.monotonic()
 
-        def beat_stopped() -> None:
-            beat()
-            writer.check()
-            if not writer.is_stopped():
-                what = f"{name} changes all the time, and its daemon did not stay stopped"
-                raise UnionfsError(what, hint=HINT)
+    def beat() -> None:
+        nonlocal last
+        if time.monotonic() - last > _SOON:
+            _keep(point, ticket, name)
+            last = time.monotonic()
 
-        yield beat_stopped
-        beat_stopped()
+    def let_go() -> None:
+        _ask(point, 0, ticket)
+
+    with _guarded(let_go):
+        try:
+            yield beat
+            _keep(point, ticket, name)
+        finally:
+            with contextlib.suppress(OSError):
+                let_go()
+
+
+def _take(point: str, name: str) -> int:
+    """A ticket, when whoever has one is ready."""
+    while True:
+        try:
+            return _ask(point, _SILENCE, 0)
+        except OSError as exc:
+            if exc.errno == errno.EBUSY:
+                time.sleep(0.05)
+            elif exc.errno == errno.EAGAIN:
+                what = f"what is being written to {name} takes longer than {_SILENCE} s"
+                raise UnionfsError(what, hint="begin again when it has less to do") from exc
+            elif exc.errno == errno.ENOTCONN:
+                raise Ended from exc
+            else:  # ENOTTY: the reference driver
+                raise UnionfsError(f"{name} changes all the time", hint=HINT) from exc
+
+
+def _keep(point: str, ticket: int, name: str) -> None:
+    try:
+        _ask(point, _SILENCE, ticket)
+    except OSError as exc:
+        if exc.errno == errno.ETIME:
+            what = f"{name} changes all the time, and takes too long to read while that is held up"
+            raise UnionfsError(what, hint=HINT) from exc
+        raise Ended from exc
+
+
+def _ask(point: str, seconds: int, ticket: int) -> int:
+    """The ticket.  What is at the mount point is opened for a moment only: it can be unmounted."""
+    fd = os.open(point, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        answer: bytes = fcntl.ioctl(fd, _HOLD, _WISH.pack(seconds, ticket))
+    finally:
+        os.close(fd)
+    return int(_WISH.unpack(answer)[1])
 
 
 @contextlib.contextmanager
-def _guarded(
-    release: Callable[[], None], name: str, *, silence: float, whole: float
-) -> Iterator[Beat]:
-    """A child that releases when we are gone, say nothing for too long or take too long."""
+def _guarded(release: Callable[[], None]) -> Iterator[None]:
+    """A child that releases when we are gone."""
     reading, writing = os.pipe()
-    end = time.monotonic() + whole
     child = os.fork()
     if child == 0:
-        _guard(release, reading, writing, silence, end)
+        _guard(release, reading, writing)
     os.close(reading)
-
-    def beat() -> None:
-        try:
-            os.write(writing, b".")
-        except BrokenPipeError:
-            what = f"{name} changes all the time, and takes too long to read while that is held up"
-            raise UnionfsError(what, hint=HINT) from None
-
     try:
-        yield beat
+        yield
     finally:
         os.close(writing)
         os.waitpid(child, 0)
 
 
-def _guard(
-    release: Callable[[], None], reading: int, writing: int, silence: float, end: float
-) -> None:
-    """In the child.  As a rule all go on already when it ends.
-
-    The pipe is closed first: who can still write to it knows that nobody was let go on before.
-    """
+def _guard(release: Callable[[], None], reading: int, writing: int) -> None:
+    """In the child.  As a rule all go on already when it ends."""
     try:
         os.close(writing)
         os.setsid()  # what the terminal sends us (^Z, say) does not reach it
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        while True:
-            wait = min(silence, end - time.monotonic())
-            limit = None if wait == math.inf else max(wait, 0.0)
-            if not select.select([reading], [], [], limit)[0] or not os.read(reading, 65536):
-                break
-        os.close(reading)
+        os.read(reading, 1)
         with contextlib.suppress(OSError):
             release()
     finally:
