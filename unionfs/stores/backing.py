@@ -257,12 +257,14 @@ def _read_while_held(upper: Chosen, read: Read, advance: Advance) -> archive.Tra
             area = f"/proc/self/fd/{upper.fd}/{AREA_NAME}"
             holder.lock(upper.fd, fcntl.LOCK_SH, upper.name, area)
             return read(advance)
-        with contextlib.suppress(holding.Ended):
-            with holding.held(union.point, upper.name) as beat:
-                start = _settle(upper.fd, shared=upper.volume.shared)
-                trailer = read(_both(beat, advance))
-                if not changed_since(upper.fd, start):  # by passthrough
-                    return trailer
+        with (
+            contextlib.suppress(holding.Ended),
+            holding.held(union.point, upper.name) as beat,
+        ):
+            start = _settle(upper.fd, shared=upper.volume.shared)
+            trailer = read(_both(beat, advance))
+            if not changed_since(upper.fd, start):  # by passthrough
+                return trailer
     raise UnionfsError(f"{upper.name} changes all the time", hint=holding.HINT)
 
 
