@@ -13,14 +13,12 @@ import pytest
 
 from tests.rig import ground, images, initramfs
 from tests.rig.mounted import program
+from tests.rig.sanitized import not_sanitized
 from tests.test_stores import label, need
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="a system is booted by root"),
-    pytest.mark.skipif(
-        "libasan" in os.environ.get("LD_PRELOAD", ""),
-        reason="the sanitizers' libraries are not in the initramfs",
-    ),
+    not_sanitized("the sanitizers' libraries are not in the initramfs"),
 ]
 
 SYSTEM = ("sh", "cat", "ls", "mkdir", "mv", "rm", "ln", "chmod", "chown", "touch", "sync", "stat")

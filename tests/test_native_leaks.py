@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.rig.native import NOT_PLAIN, PREFIX, Stack, refused
+from tests.rig.sanitized import SANITIZED
 from unionfs import _native
 from unionfs._native import ROOT_INO, Tree
 
@@ -333,5 +334,5 @@ def test_nothing_leaks(stack: Stack, name: str) -> None:
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= descriptors
     # 64 bytes a call would be 128 kB. A sanitizer keeps what was freed for a while.
-    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+    if not SANITIZED:
         assert _resident() - memory < 100_000, "memory grows"

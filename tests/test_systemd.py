@@ -20,9 +20,13 @@ import pytest
 from tests.rig import container, ground, images
 from tests.rig.container import Machine
 from tests.rig.ground import Ground
+from tests.rig.sanitized import not_sanitized
 from unionfs.stores.tools import find
 
-pytestmark = pytest.mark.root
+pytestmark = [
+    pytest.mark.root,
+    not_sanitized("the container's systemd starts services without the sanitizers' libraries"),
+]
 
 USER = "stranger"
 UID = 1234

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground
+from tests.rig.sanitized import plain_environment
 from unionfs import logs, notify, survive
 from unionfs.boot import generator, units
 from unionfs.boot.units import Needs
@@ -326,7 +327,9 @@ def test_manual_pages(tmp_path: Path) -> None:
     assert {"unionfs(8)", "unionfs-profile(5)", "umount.fuse.unionfs(8)"} <= names.keys()
     for page in names.values():
         command = ["groff", "-ww", "-t", "-man", "-Tutf8", "-P-cbou", str(page)]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=plain_environment()
+        )
         assert (found.returncode, found.stderr) == (0, "")
         assert "NAME" in found.stdout
         for word in re.findall(r"\b((?:[a-z]+\.)*unionfs[a-z-]*\([58]\))", page.read_text()):
