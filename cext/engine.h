@@ -66,6 +66,8 @@ struct server {
     struct engine_options options;
     _Atomic uint64_t called[WIRE_OPCODES];
     struct hold hold;
+    _Atomic int freeing; /* requests by which files are closed or forgotten */
+    _Atomic uint64_t freed;
 };
 size_t serve(struct server *s, const struct request *r, char *out);
 /* The answer found nobody: what it gave to the kernel is taken back. */

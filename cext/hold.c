@@ -7,6 +7,9 @@
 
 #include "engine.h"
 
+/* As each keeps a thread: when there are more, it is over. */
+enum { MOST_WAITING = 300 };
+
 static const int64_t SECOND_NS = 1000000000;
 
 void hold_init(struct hold *h)
@@ -18,7 +21,6 @@ void hold_init(struct hold *h)
     pthread_mutex_init(&h->lock, NULL);
     pthread_cond_init(&h->turned, &attr);
     pthread_condattr_destroy(&attr);
-    h->ticket = (uint32_t)now_ns(); /* others than an earlier daemon's of this mount point */
 }
 
 static void end_locked(struct hold *h)
@@ -42,31 +44,28 @@ static void wait_locked(struct hold *h)
     (void)pthread_cond_timedwait(&h->turned, &h->lock, &until);
 }
 
-static errint_t begin_locked(struct hold *h, struct hold_wish *wish)
+static errint_t begin_locked(struct hold *h, const struct hold_wish *wish)
 {
     if (is_held_locked(h))
         return -EBUSY;
-    if (!wish->seconds)
-        return 0;
-    if (++h->ticket == 0)
-        h->ticket = 1;
-    wish->ticket = h->ticket;
+    h->ticket = wish->ticket;
     h->until = now_ns() + wish->seconds * SECOND_NS;
     atomic_store(&h->held, true);
-    while (atomic_load(&h->changing) > 0)
-        if (is_held_locked(h))
-            wait_locked(h);
-        else
+    while (atomic_load(&h->changing) > 0) {
+        if (!is_held_locked(h) || h->ticket != wish->ticket)
             return -EAGAIN;
+        wait_locked(h);
+    }
+    h->until = now_ns() + wish->seconds * SECOND_NS;
     return 0;
 }
 
-errint_t hold_ask(struct hold *h, struct hold_wish *wish)
+errint_t hold_ask(struct hold *h, const struct hold_wish *wish)
 {
     errint_t err = 0;
 
     pthread_mutex_lock(&h->lock);
-    if (!wish->ticket)
+    if (wish->begins)
         err = begin_locked(h, wish);
     else if (wish->ticket != h->ticket)
         err = -ESTALE;
@@ -95,8 +94,11 @@ void hold_pass(struct hold *h)
             return;
         hold_passed(h);
         pthread_mutex_lock(&h->lock);
+        if (++h->waiting > MOST_WAITING)
+            end_locked(h);
         while (is_held_locked(h))
             wait_locked(h);
+        h->waiting--;
         pthread_mutex_unlock(&h->lock);
     }
 }
@@ -125,7 +127,6 @@ bool changes_something(const struct request *r)
     case FUSE_RENAME:
     case FUSE_RENAME2:
     case FUSE_LINK:
-    case FUSE_WRITE:
     case FUSE_SETXATTR:
     case FUSE_REMOVEXATTR:
     case FUSE_CREATE:
@@ -134,6 +135,9 @@ bool changes_something(const struct request *r)
     case FUSE_COPY_FILE_RANGE:
     case WIRE_COPY_FILE_RANGE_64:
         return true;
+    case FUSE_WRITE:
+        flags = ((const struct fuse_write_in *)body)->write_flags;
+        return !(flags & FUSE_WRITE_CACHE);
     case FUSE_OPEN:
         flags = ((const struct fuse_open_in *)body)->flags;
         return (flags & O_ACCMODE) != O_RDONLY || flags & O_TRUNC;

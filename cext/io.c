@@ -170,8 +170,10 @@ void file_put(struct tree *t, struct file *f)
         node_put_locked(t, f->node);
     }
     unlock_and_close(t);
-    if (last)
+    if (last) {
+        free(f->missed);
         free(f);
+    }
 }
 
 void file_release(struct tree *t, uint64_t fh)

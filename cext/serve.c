@@ -11,7 +11,10 @@
 #include "serve.h"
 #include "xattrs.h"
 
-enum { SILENT = -0x10000 }; /* no answer is due */
+enum {
+    SILENT = -0x10000, /* no answer is due */
+    FREEING_MS = 1000,
+};
 
 uint64_t valid_seconds(const struct answer *a)
 {
@@ -209,11 +212,9 @@ static ssize_t on_open(struct answer *a)
 static ssize_t by_chute(struct answer *a, const struct file *f, size_t size, off_t offset)
 {
     struct fuse_out_header *head = (void *)(a->data - sizeof *head);
-    ssize_t n;
 
     head->unique = a->r->head->unique;
-    n = chute_read(a->r->chute, a->s->options.device, f, head, a->data, size, offset);
-    return n == CHUTE_SENT ? SILENT : n;
+    return chute_read(a->r->chute, a->s->options.device, f, head, a->data, size, offset);
 }
 
 static ssize_t on_read(struct answer *a)
@@ -229,10 +230,10 @@ static ssize_t on_read(struct answer *a)
         return n;
     if (a->r->chute && chute_takes(a->r->chute, f, in->size))
         n = by_chute(a, f, in->size, (off_t)in->offset);
-    else
+    else if ((n = read_around(a, f)) == NOT_AROUND)
         n = file_read(f, a->data, in->size, (off_t)in->offset, false);
     file_put(a->s->tree, f);
-    return n;
+    return n == CHUTE_SENT ? SILENT : n;
 }
 
 /* FUSE_WRITE_KILL_SUIDGID: asked as a change of nothing, which stands for a write to come. */
@@ -569,20 +570,55 @@ void serve_undo(struct server *s, const struct request *r, const char *out)
     }
 }
 
-static ssize_t run(struct answer *a, handler *handler)
+static bool frees_something(uint32_t opcode)
 {
-    bool change;
+    return opcode == FUSE_RELEASE || opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET;
+}
+
+/* Whether something has been freed since `before`, or is being freed, which is waited for. */
+static bool was_freed(struct server *s, uint64_t before)
+{
+    for (int i = 0; i < FREEING_MS && atomic_load(&s->freeing) > 0; i++)
+        (void)usleep(1000);
+    return atomic_load(&s->freed) != before;
+}
+
+static ssize_t free_something(struct answer *a, handler *handler)
+{
     ssize_t n;
 
+    atomic_fetch_add(&a->s->freeing, 1);
+    n = with_faces(a, handler);
+    atomic_fetch_add(&a->s->freed, 1);
+    atomic_fetch_sub(&a->s->freeing, 1);
+    return n;
+}
+
+/* A program that has closed and removed a file may use its space at once; but the kernel tells of
+ * the closing without waiting for us, and another thread may be at it still. */
+static ssize_t change_something(struct answer *a, handler *handler)
+{
+    uint64_t before;
+    ssize_t n;
+
+    hold_pass(&a->s->hold);
+    before = atomic_load(&a->s->freed);
+    n = with_faces(a, handler);
+    if (n == -ENOSPC && was_freed(a->s, before))
+        n = with_faces(a, handler);
+    hold_passed(&a->s->hold);
+    return n;
+}
+
+static ssize_t handle(struct answer *a, handler *handler)
+{
     if (!is_whole(a->r))
         return -EINVAL;
-    change = changes_something(a->r);
-    if (change)
-        hold_pass(&a->s->hold);
-    n = with_faces(a, handler);
-    if (change)
-        hold_passed(&a->s->hold);
-    return n;
+    if (changes_something(a->r))
+        return change_something(a, handler);
+    if (frees_something(a->r->head->opcode))
+        return free_something(a, handler);
+    return with_faces(a, handler);
 }
 
 size_t serve(struct server *s, const struct request *r, char *out)
@@ -601,7 +637,7 @@ size_t serve(struct server *s, const struct request *r, char *out)
     else if (in.nodeid != a.id && !in.nodeid)
         n = opcode == FUSE_FORGET ? SILENT : -ESTALE;
     else if (opcode < WIRE_OPCODES && handlers[opcode].handler)
-        n = run(&a, handlers[opcode].handler);
+        n = handle(&a, handlers[opcode].handler);
     if (opcode == FUSE_OPEN && n > 0)
         give_ahead(&a);
     if (n == SILENT)

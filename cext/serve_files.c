@@ -103,25 +103,19 @@ static ssize_t set_flags(struct answer *a, size_t size)
     return n;
 }
 
-static ssize_t hold(struct answer *a)
+static errint_t hold(const struct answer *a)
 {
     const struct fuse_ioctl_in *in = BODY(a, fuse_ioctl_in);
     uint32_t uid = a->r->head->uid;
     struct hold_wish wish;
-    errint_t err;
 
-    if (a->r->head->nodeid != ROOT_INO || in->in_size < sizeof wish || in->out_size < sizeof wish ||
+    if (a->r->head->nodeid != ROOT_INO || in->in_size < sizeof wish ||
         in->in_size > a->r->len - sizeof *in)
         return -ENOTTY;
     if (uid != 0 && uid != geteuid())
         return -EPERM;
     memcpy(&wish, in + 1, sizeof wish);
-    err = hold_ask(&a->s->hold, &wish);
-    if (err < 0)
-        return err;
-    *REPLY(a, fuse_ioctl_out) = (struct fuse_ioctl_out){0};
-    memcpy(a->data + sizeof(struct fuse_ioctl_out), &wish, sizeof wish);
-    return (ssize_t)(sizeof(struct fuse_ioctl_out) + sizeof wish);
+    return hold_ask(&a->s->hold, &wish);
 }
 
 /* File flags, and what is ours; every other is not for a regular file or a directory. Each open()
@@ -129,6 +123,8 @@ static ssize_t hold(struct answer *a)
  * kernel from asking (fuse_send_ioctl). */
 ssize_t on_ioctl(struct answer *a)
 {
+    errint_t err;
+
     switch (BODY(a, fuse_ioctl_in)->cmd) {
     case FS_IOC_GETFLAGS: /* a long by its number, an int in truth */
     case FS_IOC_GETVERSION:
@@ -140,7 +136,11 @@ ssize_t on_ioctl(struct answer *a)
     case FS_IOC_FSSETXATTR:
         return set_flags(a, sizeof(struct fsxattr));
     case UNIONFS_IOC_HOLD:
-        return hold(a);
+        err = hold(a);
+        if (err < 0)
+            return err;
+        *REPLY(a, fuse_ioctl_out) = (struct fuse_ioctl_out){0};
+        return sizeof(struct fuse_ioctl_out);
     default:
         return -ENOTTY;
     }

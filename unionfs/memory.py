@@ -3,8 +3,7 @@
 
 Owns where the memory comes from: a tmpfs that is mounted nowhere.  An ordinary user may make one
 in a user namespace only; it is made there by a process of ours that hands over its root and ends.
-Only his own group exists on it, no other that he is in.  So where no size is asked for, his upper
-is a directory in a tmpfs that is there.  Called by opened.py.
+Where no size is asked for, his upper is a directory in a tmpfs that is there.  Called by opened.py.
 """
 
 import errno
@@ -85,7 +84,7 @@ def _tmpfs(options: dict[str, str], *, lent: bool) -> int:
             _lend(theirs, options)
         try:
             theirs.close()
-            said, fds, _, _ = socket.recv_fds(ours, _SAID, 1)
+            said, fds, _, _ = socket.recv_fds(ours, _SAID, 1, socket.MSG_CMSG_CLOEXEC)
         finally:
             os.waitpid(child, 0)
     if fds:

@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from unionfs.mounts import MountEntry, topmost
@@ -61,7 +61,7 @@ def ask(entry: MountEntry, mounts: Sequence[MountEntry], deadline: float = DEADL
     """The status of one union, from its daemon."""
     if topmost(entry.point, mounts) != entry:
         return Answer("covered", {}, "another mount lies over it")
-    reply = _ask_in_child(entry, deadline)
+    reply = ask_in_child(lambda: _status(entry), deadline)
     if reply is None:
         return Answer("silent", {}, f"the daemon has not answered for {deadline:g} s")
     if isinstance(reply, int):
@@ -85,8 +85,8 @@ def _failed(code: int) -> Answer:
     return Answer("no access", {}, os.strerror(code))
 
 
-def _ask_in_child(entry: MountEntry, deadline: float) -> bytes | int | None:
-    """The attribute, an errno, or None when the time is over.
+def ask_in_child(question: Callable[[], bytes], deadline: float) -> bytes | int | None:
+    """What is asked of a daemon: the answer, an errno, or None when the time (seconds) is over.
 
     A request that a daemon has taken and does not answer cannot be left, not even by SIGKILL.  So
     a child asks, holding nothing of ours (a store that must be able to end), and is left behind if
@@ -97,7 +97,7 @@ def _ask_in_child(entry: MountEntry, deadline: float) -> bytes | int | None:
     if child == 0:
         os.closerange(0, write_end)
         os.closerange(write_end + 1, os.sysconf("SC_OPEN_MAX"))
-        _child(entry, write_end)
+        _child(question, write_end)
     os.close(write_end)
     reply = _read_until(read_end, time.monotonic() + deadline)
     os.close(read_end)
@@ -109,16 +109,10 @@ def _ask_in_child(entry: MountEntry, deadline: float) -> bytes | int | None:
     return reply[1:] if reply[:1] == b"+" else int(reply[1:] or errno.EIO)
 
 
-def _child(entry: MountEntry, write_end: int) -> None:
-    """Ask, write +ATTRIBUTE or -ERRNO, and end without any of Python's farewells."""
+def _child(question: Callable[[], bytes], write_end: int) -> None:
+    """Ask, write +ANSWER or -ERRNO, and end without any of Python's farewells."""
     try:
-        uid, gid = owner(entry)
-        if os.geteuid() == 0 and uid != 0:
-            # Without allow_other FUSE answers its owner only, and not even root.
-            os.setgroups([])
-            os.setresgid(gid, gid, gid)
-            os.setresuid(uid, uid, uid)
-        reply = b"+" + os.getxattr(entry.point, STATUS_XATTR)
+        reply = b"+" + question()
     except OSError as error:
         reply = b"-%d" % (error.errno or errno.EIO)
     except BaseException:
@@ -127,6 +121,17 @@ def _child(entry: MountEntry, write_end: int) -> None:
         while reply:
             reply = reply[file.write(reply) :]
     os._exit(0)
+
+
+def _status(entry: MountEntry) -> bytes:
+    """As the user whose mount it is, for whom alone it may be.  In a child."""
+    uid, gid = owner(entry)
+    if os.geteuid() == 0 and uid != 0:
+        # Without allow_other FUSE answers its owner only, and not even root.
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    return os.getxattr(entry.point, STATUS_XATTR)
 
 
 def _read_until(fd: int, end: float) -> bytes | None:

@@ -279,30 +279,24 @@ static void test_ioctl(void)
 }
 
 /* The number of the request; nobody waits for the answer. */
-static uint64_t ask_hold(uint32_t seconds, uint32_t ticket)
+static uint64_t ask_hold(uint32_t seconds, uint32_t ticket, bool begins)
 {
     struct {
         struct fuse_ioctl_in in;
         struct hold_wish wish;
-    } body = {.in = {.cmd = (uint32_t)UNIONFS_IOC_HOLD,
-                     .in_size = sizeof(struct hold_wish),
-                     .out_size = sizeof(struct hold_wish)},
-              .wish = {seconds, ticket}};
+    } body = {.in = {.cmd = (uint32_t)UNIONFS_IOC_HOLD, .in_size = sizeof(struct hold_wish)},
+              .wish = {seconds, ticket, begins}};
 
     return ask(FUSE_IOCTL, &body, sizeof body);
 }
 
-static struct fuse_out_header hold_answer(uint32_t *ticket)
+static int hold_error(uint32_t seconds, uint32_t ticket, bool begins)
 {
-    struct {
-        struct fuse_ioctl_out out;
-        struct hold_wish wish;
-    } data = {0};
-    struct fuse_out_header head = answer((char *)&data, sizeof data);
+    uint64_t unique = ask_hold(seconds, ticket, begins);
+    struct fuse_out_header head = answer(NULL, 0);
 
-    if (head.len == sizeof head + sizeof data)
-        *ticket = data.wish.ticket;
-    return head;
+    CHECK(head.unique == unique);
+    return head.error;
 }
 
 static uint64_t ask_mkdir(void)
@@ -314,10 +308,10 @@ static uint64_t ask_mkdir(void)
 }
 
 /* Two answers, in any order. */
-static void both(uint64_t one, int error, uint64_t other, uint32_t *ticket)
+static void both(uint64_t one, int error, uint64_t other)
 {
     for (int i = 0; i < 2; i++) {
-        struct fuse_out_header head = hold_answer(ticket);
+        struct fuse_out_header head = answer(NULL, 0);
 
         CHECK(head.unique == one || head.unique == other);
         CHECK(head.error == (head.unique == one ? error : 0));
@@ -326,35 +320,54 @@ static void both(uint64_t one, int error, uint64_t other, uint32_t *ticket)
 
 static void test_changes_are_held_up(void)
 {
-    uint32_t ticket = 0, none = 0;
     uint64_t change, hold;
 
     change = ask(FUSE_UNLINK, "file", 5);
     while (sem_wait(&stuck) < 0)
         CHECK(errno == EINTR);
-    hold = ask_hold(PATIENCE_MS / 1000, 0); /* waits for what is under way */
+    hold = ask_hold(PATIENCE_MS / 1000, 7, true); /* waits for what is under way */
     ping(10);
     let_go(1);
-    both(change, -ENOTEMPTY, hold, &ticket);
-    CHECK(ticket != 0);
-    (void)ask_hold(1, 0);
-    CHECK(hold_answer(&none).error == -EBUSY);
-    (void)ask_hold(1, ticket + 1);
-    CHECK(hold_answer(&none).error == -ESTALE);
+    both(change, -ENOTEMPTY, hold);
+    CHECK(hold_error(1, 8, true) == -EBUSY);
+    CHECK(hold_error(1, 8, false) == -ESTALE);
     change = ask_mkdir();
     ping(10); /* reading goes on */
-    hold = ask_hold(0, ticket);
-    both(change, 0, hold, &ticket);
-    (void)ask_hold(1, ticket);
-    CHECK(hold_answer(&none).error == -ETIME);
+    hold = ask_hold(0, 7, false);
+    both(change, 0, hold);
+    CHECK(hold_error(1, 7, false) == -ETIME);
 
     /* By itself, some time. */
-    (void)ask_hold(1, 0);
-    CHECK(hold_answer(&ticket).error == 0);
+    CHECK(hold_error(1, 9, true) == 0);
     change = ask_mkdir();
     CHECK(answer(NULL, 0).unique == change);
-    (void)ask_hold(1, ticket);
-    CHECK(hold_answer(&none).error == -ETIME);
+    CHECK(hold_error(1, 9, false) == -ETIME);
+
+    /* Given up while it was waited for. */
+    change = ask(FUSE_UNLINK, "file", 5);
+    while (sem_wait(&stuck) < 0)
+        CHECK(errno == EINTR);
+    hold = ask_hold(PATIENCE_MS / 1000, 10, true);
+    for (int error = -ESTALE; error == -ESTALE;) { /* not yet begun */
+        (void)ask_hold(0, 10, false);
+        error = answer(NULL, 0).error;
+        CHECK(error == -ESTALE || error + answer(NULL, 0).error == -EAGAIN); /* and 0 */
+    }
+    let_go(1);
+    CHECK(answer(NULL, 0).unique == change);
+}
+
+/* Each keeps a thread, and there are not so many. */
+static void test_many_that_are_held_up(void)
+{
+    enum { MANY = 301 };
+
+    CHECK(hold_error(PATIENCE_MS / 1000, 11, true) == 0);
+    for (int i = 0; i < MANY; i++)
+        (void)ask_mkdir();
+    for (int i = 0; i < MANY; i++)
+        CHECK(answer(NULL, 0).error == 0);
+    CHECK(hold_error(1, 11, false) == -ETIME);
 }
 
 static uint64_t open_file(uint64_t nodeid, uint32_t flags, struct fuse_out_header *ret_notice,
@@ -522,6 +535,7 @@ int main(int argc, char **argv)
     test_statx();
     test_ioctl();
     test_changes_are_held_up();
+    test_many_that_are_held_up();
     test_syncfs();
     test_pages_are_given_ahead();
     test_one_after_another(device[0]);

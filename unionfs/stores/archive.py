@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import select
 import struct
 import subprocess
 from collections.abc import Callable
@@ -44,9 +45,9 @@ class Header:
 
     created: str
     store: str  # as it was named
-    id: str | None
-    base: dict[str, str] | None
     bytes: int  # of the files, as an estimate for progress
+    id: str | None = None
+    base: dict[str, str] | None = None
     encrypted: str = ""  # how: what is archived is a cipher directory as it is
 
 
@@ -99,6 +100,7 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
                 stdout=subprocess.PIPE,
                 stderr=said,
                 env=environment(),
+                pipesize=_CHUNK,
             )
             pack = subprocess.Popen(
                 [tool("zstd", "zstd"), "-q", "-c", "-3", "-T0", "--check"],
@@ -109,7 +111,7 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
         assert tar.stdout is not None
         assert pack.stdin is not None
         try:
-            while data := tar.stdout.read(_CHUNK):
+            while data := _read_next(tar, advance):
                 digest.update(data)
                 pack.stdin.write(data)
                 count += len(data)
@@ -126,6 +128,20 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
     tail = json.dumps({"kind": _WHOLE, **_asdict(trailer)}).encode().ljust(_TRAILER)
     target.write(_frame(tail))
     return trailer
+
+
+def _read_next(tar: "subprocess.Popen[bytes]", advance: Advance) -> bytes:
+    """What tar has ready.  While it looks for holes it says nothing, but gets on."""
+    assert tar.stdout is not None
+    fd = tar.stdout.fileno()
+    worked = b""
+    while not select.select([fd], [], [], 1.0)[0]:
+        with open(f"/proc/{tar.pid}/stat", "rb") as file:
+            now = b" ".join(file.read().rpartition(b")")[2].split()[11:13])  # utime, stime
+        if now != worked:
+            advance(0)
+        worked = now
+    return os.read(fd, _CHUNK)
 
 
 def _asdict(record: Header | Trailer) -> dict[str, object]:
@@ -159,11 +175,14 @@ def read_header(source: IO[bytes], path: str) -> Header:
     if found.get("version") != VERSION:
         hint = "restore it with a newer unionfs"
         raise UnionfsError(f"{path} is a backup of version {found.get('version')}", hint=hint)
-    try:
-        found.setdefault("encrypted", "")
-        return Header(**{name: found[name] for name in Header.__slots__})
-    except KeyError as exc:
-        raise _damaged(path, "its header is not understood") from exc
+    found.setdefault("encrypted", "")
+    base = found.get("base")
+    texts = [found.get("created"), found.get("store"), found["encrypted"], found.get("id") or ""]
+    texts += base.values() if isinstance(base, dict) else []
+    known = all(isinstance(text, str) and "\0" not in text for text in texts)
+    if not known or not isinstance(base, dict | None) or not isinstance(found.get("bytes"), int):
+        raise _damaged(path, "its header is not understood")
+    return Header(**{name: found[name] for name in Header.__slots__ if name in found})
 
 
 def read_trailer(source: IO[bytes], path: str) -> Trailer:

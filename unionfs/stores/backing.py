@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import fcntl
 import os
+import resource
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -24,16 +25,18 @@ from typing import IO, Final
 from unionfs import holder, locator, syscalls
 from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
+from unionfs.mounts import read_mounts
 from unionfs.passphrase import Ask
 from unionfs.stores import archive, fscrypt, holding, unlocking
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import read_record, uppers_of
-from unionfs.stores.mounted import mounted_unions, union_of
+from unionfs.stores.mounted import union_of
 from unionfs.stores.replacing import replace
 from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
+from unionfs.unions import FSTYPE, ask_in_child
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-_IMAGES: Final = (".img", ".ext4", ".raw")  # meant to be one
+_IMAGES: Final = (".img", ".raw", ".ext4", ".xfs", ".btrfs")  # meant to be one
 _ATTEMPTS: Final = 3
 PRIVATE: Final = 0o700  # what make_directory() makes
 _CLOCK_REALTIME_COARSE: Final = 5  # linux/time.h
@@ -52,6 +55,7 @@ class Chosen:
     fd: int
     in_use: bool  # a union has it
     encrypted: str = ""  # how, if `fd` is a cipher directory
+    made: bool = False  # there was nothing before
 
     @property
     def name(self) -> str:
@@ -144,12 +148,14 @@ def target(text: str, *, missing: str, otherwise: str | None = None) -> Iterator
     """
     where = locator.parse(text)
     new = where.tag is None and not os.path.lexists(where.value)
-    if new and (where.directory is not None or where.value.endswith(_IMAGES)):
+    if new and not (locator.is_directory(text) and not where.value.endswith(_IMAGES)):
         raise UnionfsError(f"there is no {where.value}", hint=missing)
     with contextlib.ExitStack() as stack:
         if new:
             stack.enter_context(_made(where.value))
-        yield stack.enter_context(chosen(text, write=True, make=True, otherwise=otherwise))
+        found = stack.enter_context(chosen(text, write=True, make=True, otherwise=otherwise))
+        found.made = new
+        yield found
 
 
 @contextlib.contextmanager
@@ -204,7 +210,8 @@ def refuse_target(upper: Chosen, target: int) -> None:
     """A backup in the store would be in itself, and must not wait for writers to be let go on."""
     place = os.fstat(target).st_dev
     own = upper.volume.contents is not None and place == os.fstat(upper.fd).st_dev
-    points = [m.point for m in mounted_unions() if os.stat(m.point).st_dev == place]
+    device = f"{os.major(place)}:{os.minor(place)}"
+    points = [m.point for m in read_mounts() if m.fstype == FSTYPE and m.device == device]
     if own or points:
         where = points[0] if points else upper.volume.locator.source
         hint = "write it to another file system"
@@ -232,6 +239,7 @@ def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Traile
         target.truncate()
         return archive.write(target, header, path, advance)
 
+    _raise_limit()
     if not upper.in_use:
         return read(advance)
     for _ in range(_ATTEMPTS):
@@ -257,13 +265,14 @@ def _read_while_held(upper: Chosen, read: Read, advance: Advance) -> archive.Tra
             area = f"/proc/self/fd/{upper.fd}/{AREA_NAME}"
             holder.lock(upper.fd, fcntl.LOCK_SH, upper.name, area)
             return read(advance)
+        _write_out(union.point)
         with (
-            contextlib.suppress(holding.Ended),
+            contextlib.suppress(holding.Ended, archive.Changed),
             holding.held(union.point, upper.name) as beat,
         ):
             start = _settle(upper.fd, shared=upper.volume.shared)
             trailer = read(_both(beat, advance))
-            if not changed_since(upper.fd, start):  # by passthrough
+            if not changed_since(upper.fd, start, beat):  # by passthrough, or through a mapping
                 return trailer
     raise UnionfsError(f"{upper.name} changes all the time", hint=holding.HINT)
 
@@ -276,19 +285,38 @@ def _both(beat: holding.Beat, advance: Advance) -> Advance:
     return step
 
 
+def _raise_limit() -> None:
+    """A directory has a descriptor while what it has is looked at."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _write_out(point: str) -> None:
+    """What is stored to mapped files of a union is not held up: so it is written before."""
+
+    def question() -> bytes:
+        syscalls.syncfs(os.open(point, os.O_RDONLY | os.O_DIRECTORY))
+        return b""
+
+    ask_in_child(question, holding.PATIENCE)
+
+
 def _settle(fd: int, *, shared: bool) -> int:
     """The time from which on changes are later than now, and none before.
 
     By the clock that inodes get their ctime from, or a later one within the same tick: so a new
-    tick of it is waited for.  What a program has mounted (`shared`) shows whole seconds; what it
-    holds back is written first, since it changes a ctime too.
+    tick of it is waited for.  What a program has mounted (`shared`) shows whole seconds.  Then what
+    is held back is written: a page that was stored to gets a new ctime once it is stored to again.
     """
     before = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
     if shared:
-        syscalls.syncfs(fd)
+        syscalls.syncfs(fd)  # changes a ctime too
         before = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) // _SECOND * _SECOND + _SECOND - 1
     while (now := time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)) <= before:
         time.sleep(max(before - now, _TICK) / _SECOND)
+    if not shared:
+        syscalls.syncfs(fd)
     return before + 1 if shared else now
 
 
@@ -305,7 +333,7 @@ def _walk(fd: int) -> Iterator[os.stat_result]:
                 for name, is_directory in found:
                     if top and name == AREA_NAME:
                         continue
-                    with contextlib.suppress(FileNotFoundError):
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                         if is_directory:
                             stack.append(os.open(name, _OPEN, dir_fd=current))
                         else:
@@ -318,9 +346,13 @@ def _walk(fd: int) -> Iterator[os.stat_result]:
             os.close(left)
 
 
-def changed_since(fd: int, start: int) -> bool:
+def changed_since(fd: int, start: int, beat: holding.Beat = lambda: None) -> bool:
     """Whether anything in a tree was changed, made or removed: its ctime, or its directory's."""
-    return any(status.st_ctime_ns >= start for status in _walk(fd))
+    for status in _walk(fd):
+        beat()
+        if status.st_ctime_ns >= start:
+            return True
+    return False
 
 
 def tree_bytes(fd: int) -> int:
@@ -336,8 +368,9 @@ def place_of(header: Header) -> str | None:
     from unionfs.stores.base import default_directory
 
     _, directory = locator.cut(header.store)
-    if directory is None and header.base is not None and header.base.get("name"):
-        return default_directory(header.base["name"])
+    name = header.base.get("name") if header.base is not None else None
+    if directory is None and name and "/" not in name and name not in (".", ".."):
+        return default_directory(name)
     return directory
 
 
@@ -354,5 +387,5 @@ def restore(
         upper.volume,
         upper.directory,
         lambda into: archive.extract(source, trailer, path, into, advance),
-        keep=keep,
+        keep=keep and not upper.made,
     )

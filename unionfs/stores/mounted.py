@@ -70,14 +70,14 @@ def _same(one: str, other: str) -> bool:
     return os.path.samestat(first, second)
 
 
-def mounted_unions(deadline: float = 2) -> list[Mounted]:
-    """Those that answer (within so many seconds), and whose changes stay."""
+def mounted_unions(deadline: float = 2, user: int | None = None) -> list[Mounted]:
+    """Those that answer (within so many seconds), and whose changes stay; of a user, or of all."""
     from unionfs.unions import FSTYPE, ask, owner
 
     mounts = read_mounts()
     found = []
     for entry in mounts:
-        if entry.fstype != FSTYPE:
+        if entry.fstype != FSTYPE or user not in (None, owner(entry)[0]):
             continue
         facts = ask(entry, mounts, deadline).facts
         store, upper = facts.get("store"), facts.get("upper")
@@ -91,11 +91,9 @@ def union_of(path: str, directory: str) -> Mounted | None:
     """By which an upper is changed, a directory in what is at a path; None if none answers."""
     from unionfs.unions import DEADLINE
 
-    for union in mounted_unions(DEADLINE):
-        # What a stranger's daemon says is not believed.
-        if union.owner == os.geteuid() and union.has(path, directory, None):
-            return union
-    return None
+    # What a stranger's daemon says is not believed.
+    found = mounted_unions(DEADLINE, os.geteuid())
+    return next((union for union in found if union.has(path, directory, None)), None)
 
 
 def named(error: UnionfsError) -> UnionfsError:

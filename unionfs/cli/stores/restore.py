@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 
+from unionfs import locator
 from unionfs.cli import show
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, UnionfsError, usage_error
@@ -52,7 +53,8 @@ def run(argv: Sequence[str]) -> int:
                 kept = None
             else:
                 source.seek(0)
-                hint = f"make it first: unionfs store create {given.store} --size SIZE"
+                image = locator.parse(given.store).source
+                hint = f"make it first: unionfs store create {image} --size SIZE"
                 place = backing.place_of(header)
                 with backing.target(given.store, missing=hint, otherwise=place) as upper:
                     kept = backing.restore(upper, source, given.file, advance, keep=given.keep)
