@@ -170,10 +170,8 @@ void file_put(struct tree *t, struct file *f)
         node_put_locked(t, f->node);
     }
     unlock_and_close(t);
-    if (last) {
-        free(f->missed);
+    if (last)
         free(f);
-    }
 }
 
 void file_release(struct tree *t, uint64_t fh)

@@ -213,8 +213,11 @@ static ssize_t by_chute(struct answer *a, const struct file *f, size_t size, off
 {
     struct fuse_out_header *head = (void *)(a->data - sizeof *head);
 
+    ssize_t n;
+
     head->unique = a->r->head->unique;
-    return chute_read(a->r->chute, a->s->options.device, f, head, a->data, size, offset);
+    n = chute_read(a->r->chute, a->s->options.device, f, head, a->data, size, offset);
+    return n == CHUTE_SENT ? SILENT : n;
 }
 
 static ssize_t on_read(struct answer *a)
@@ -230,10 +233,10 @@ static ssize_t on_read(struct answer *a)
         return n;
     if (a->r->chute && chute_takes(a->r->chute, f, in->size))
         n = by_chute(a, f, in->size, (off_t)in->offset);
-    else if ((n = read_around(a, f)) == NOT_AROUND)
+    else
         n = file_read(f, a->data, in->size, (off_t)in->offset, false);
     file_put(a->s->tree, f);
-    return n == CHUTE_SENT ? SILENT : n;
+    return n;
 }
 
 /* FUSE_WRITE_KILL_SUIDGID: asked as a change of nothing, which stands for a write to come. */

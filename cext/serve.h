@@ -37,18 +37,10 @@ enum {
     AHEAD_MOST = 64 * 1024,
     /* Where in the buffer for answers, behind that to the open. */
     AHEAD_AT = 4096,
-    AROUND = 128 * 1024,
-    AROUND_AT = AROUND, /* behind what is asked for */
-    /* A bit each, for a handle: 8 KiB, and 8 GiB of a file. */
-    AROUND_PIECES = 64 * 1024,
-    NOT_AROUND = -0x30000,
 };
 /* ahead.c: after an open that succeeded. What is small is mostly read at once and whole: of a lower
  * file the kernel gets the pages now, before it asks. */
 void give_ahead(struct answer *a);
-/* ahead.c: answers a READ of little (CHUTE_SENT) that is the second one near, and gives what is
- * around it; or NOT_AROUND. */
-ssize_t read_around(struct answer *a, struct file *f);
 /* serve_changes.c */
 handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_link, on_unlink, on_rmdir;
 handler on_rename, on_rename2, on_fsync;

@@ -69,7 +69,6 @@ struct file {
     uint32_t refs;
     struct face *face; /* face.h: while it is counted there */
     enum { OPEN_BY_ITSELF, OPEN_CACHED, OPEN_BACKED } how;
-    uint8_t *missed; /* ahead.c: where little was read; NULL: nowhere yet */
 };
 
 struct node {
