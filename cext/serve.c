@@ -212,7 +212,6 @@ static ssize_t on_open(struct answer *a)
 static ssize_t by_chute(struct answer *a, const struct file *f, size_t size, off_t offset)
 {
     struct fuse_out_header *head = (void *)(a->data - sizeof *head);
-
     ssize_t n;
 
     head->unique = a->r->head->unique;
