@@ -84,6 +84,7 @@ struct worker {
     int64_t looks_from;     /* not before */
     int64_t uneager;        /* how long it was not looked for the last time */
     _Atomic uint64_t turns; /* odd: it is at a request */
+    _Atomic bool leaves;    /* it comes to no request any more */
     /* The watch's, protected by lock: */
     struct held_up held_up;
     uint64_t seen; /* turns */
@@ -281,6 +282,7 @@ static void *work(void *arg)
         ring_worker_run(w->ring);
     else
         serve_device(w);
+    atomic_store(&w->leaves, true);
     if (e->server.options.leave)
         e->server.options.leave(e->server.options.arg);
     pthread_mutex_lock(&e->lock);
@@ -365,7 +367,7 @@ static int running_locked(struct engine *e)
     int n = e->wanted - e->resting;
 
     for (struct worker *w = e->workers; w; w = w->next)
-        if (!w->ring && !is_held_up(w))
+        if (!w->ring && !atomic_load(&w->leaves) && !is_held_up(w))
             n++;
     return n;
 }
