@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from tests.rig import ground, images, snapshot
 from tests.rig.waiting import wait_until
 from tests.test_store_commands import done, fails, killed_at, listing, shim
 from tests.test_stores import ARCH, base, change, check, need, union
-from unionfs.stores import archive
+from unionfs.errors import UnionfsError
+from unionfs.stores import archive, backing
 
 __all__ = ["base", "shim"]
 
@@ -239,10 +241,45 @@ def test_restore_to_what_is_new(base: Path) -> None:
     done("restore", base / "y", base / "other.img")
     with union(base, base / "tree", base / "other.img"):
         check(base / "mnt")
-    assert "store create" in fails("restore", base / "x", base / "none.img")
+    assert "old changes" not in done("restore", "--keep", base / "x", base / "fresh")
+    assert [n for n in listing(base) if n.startswith("fresh")] == ["fresh"]
+    for new in ("none.img", "none.img:/x", "none.xfs"):
+        said = fails("restore", base / "x", base / new)
+        assert f"unionfs store create {base / new.partition(':')[0]} --size" in said
+    assert "there is no /dev/mapper/none" in fails("restore", base / "x", "/dev/mapper/none")
     (base / "bad").write_bytes((base / "x").read_bytes()[:-100])
     assert "damaged" in fails("restore", base / "bad", base / "vain")
     assert not (base / "vain").exists()
+
+
+@pytest.mark.parametrize(
+    "change_",
+    [{"store": 7}, {"base": [1]}, {"base": {"name": "a\0b"}}, {"bytes": None}, {"created": None}],
+)
+def test_a_header_that_means_nothing(tmp_path: Path, change_: dict[str, object]) -> None:
+    header = {"kind": "unionfs-backup", "version": 1, "created": "now", "store": "s", "id": None}
+    (tmp_path / "x").write_bytes(
+        archive._frame(json.dumps({**header, "base": None, "bytes": 1, **change_}).encode())
+    )
+    with open(tmp_path / "x", "rb") as file, pytest.raises(UnionfsError, match="not understood"):
+        archive.read_header(file, "x")
+
+
+@pytest.mark.parametrize(
+    ("store", "name", "place"),
+    [
+        ("s.img:/a/dir", "base", "/a/dir"),
+        ("LABEL=x:/a/../dir", None, "/dir"),
+        ("/srv/up", "base", f"/persistent_base/{ARCH}"),
+        ("/srv/up", "../base", None),
+        ("/srv/up", "..", None),
+        ("/srv/up", None, None),
+    ],
+)
+def test_where_a_backup_lay(store: str, name: str | None, place: str | None) -> None:
+    named = {"name": name} if name is not None else None
+    header = archive.Header(created="", store=store, bytes=1, base=named)
+    assert backing.place_of(header) == place
 
 
 def test_header_is_readable() -> None:

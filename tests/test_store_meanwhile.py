@@ -463,6 +463,23 @@ def test_two_backups_at_once(base: Path, upper: Path, slow: Callable[..., dict[s
         assert "is whole" in done("restore", "--verify", base / name)
 
 
+def test_a_daemon_that_hangs(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (base / "up").mkdir()
+    monkeypatch.setattr(holding, "DEADLINE", 0.5)
+    with union(base, base / "tree", base / "up") as made:
+        os.kill(made.pid, signal.SIGSTOP)
+        try:
+            with (
+                pytest.raises(UnionfsError, match="does not answer"),
+                holding.held(str(base / "mnt"), "it"),
+            ):
+                pass
+        finally:
+            os.kill(made.pid, signal.SIGCONT)
+        wait_until(lambda: not is_held_up(base / "mnt"))
+        change(base / "mnt")
+
+
 def test_a_wish_that_means_nothing(base: Path) -> None:
     (base / "up").mkdir()
     with union(base, base / "tree", base / "up"):
@@ -570,6 +587,8 @@ def test_a_stranger_s_daemon(user_place: Path) -> None:
             said = fails("backup", image, saved)
             assert f"in use by the union of {mounted._user(as_user.UID)} at {mnt}; do it" in said
             assert f"in use by the union at {mnt}" in fails("grow", image, "--size", "128M")
+            (user_place / "own").mkdir()
+            done("backup", user_place / "own", user_place / "own.tar.zst")
             (upper,) = facts("info", image)["uppers"]
             assert upper["mounted"] == str(mnt)
             words = ["setpriv", "--reuid=1001", "--regid=1001", "--clear-groups", *backup]
