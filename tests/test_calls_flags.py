@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import snapshot, syscalls
+from tests.rig import as_user, snapshot, syscalls
 from tests.rig.pair import Pair, outcome
 
 ACCESS = "system.posix_acl_access"
@@ -239,3 +239,29 @@ def test_protected(flagged: Pair, where: str) -> None:
             snapshot.differences(snapshot.take(flagged.mnt), snapshot.take(flagged.plain), fresh=0)
             == []
         ), "after all"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("gid", [0, as_user.GID])
+def test_an_acl_removed_by_another_group(pair: Pair, gid: int) -> None:
+    """tmpfs takes set-group-ID away then, as with an ACL that is set; others leave it."""
+
+    def make(root: Path) -> None:
+        for kind in ("dir", "file"):
+            path = root / kind
+            path.mkdir() if kind == "dir" else path.touch()
+            os.chown(path, as_user.UID, gid)
+            path.chmod(0o2775)
+
+    def remove(root: Path, name: str) -> int:
+        with syscalls.identity(as_user.UID, as_user.GID):
+            os.removexattr(root / name, ACCESS)
+        return (root / name).stat().st_mode
+
+    pair.fill(make)
+    for place in (pair.place, *pair.place.parents):
+        if not place.stat().st_mode & 0o001:
+            place.chmod(place.stat().st_mode | 0o011)
+    with pair.mounted():
+        for name in ("dir", "file"):
+            pair.both(remove, name)

@@ -26,6 +26,7 @@ from unionfs.copy_up import (
 )
 from unionfs.create import Caller
 from unionfs.marks import fd_path, lent
+from unionfs.syscalls import TMPFS, filesystem_type
 from unionfs.union import Union
 
 ACL_PREFIX = b"system.posix_acl_"
@@ -261,6 +262,8 @@ def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
     ensure_upper(union, ino)
     with _opened(union, ino) as fd:
         os.removexattr(fd_path(fd), stored)
+        if name == ACCESS.encode() and filesystem_type(fd_path(fd)) == TMPFS:
+            _drop_setgid(fd, ctx)  # simple_set_acl of fs/posix_acl.c; others leave it
     if name == CAPABILITY:
         union.capabilities_killed.note(ctx.pid, ino, time.monotonic_ns())
 

@@ -50,6 +50,8 @@ _FICLONE: Final = 0x40049409
 _GETFLAGS: Final = 0x80086601
 _FS_ENCRYPT_FL: Final = 0x800
 _MAX_HANDLE: Final = 128
+RAMFS: Final = 0x858458F6  # linux/magic.h
+TMPFS: Final = 0x01021994
 
 
 class MountAttr(IntFlag):

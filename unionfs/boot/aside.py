@@ -25,7 +25,7 @@ log = logging.getLogger("unionfs")
 
 _KEPT: Final = ("/proc", "/dev", "/run", "/sys")
 _PLACE: Final = "/run/unionfs"
-IN_MEMORY: Final = (0x858458F6, 0x01021994)  # ramfs and tmpfs: linux/magic.h
+IN_MEMORY: Final = (syscalls.RAMFS, syscalls.TMPFS)
 # sysvinit's killall spares the processes whose numbers are in files here.
 _OMITTED: Final = "/run/sendsigs.omit.d"
 _PATIENCE: Final = 2.0  # seconds
