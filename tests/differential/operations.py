@@ -398,8 +398,13 @@ class Side:
     def do_chmod(self, path: str, mode: int) -> None:
         os.chmod(self.path(path), mode)
 
-    def do_chown(self, path: str, uid: int, gid: int, follow: bool) -> None:
+    def do_chown(self, path: str, uid: int, gid: int, follow: bool) -> object:
+        if (uid, gid) == (-1, -1) and os.geteuid() == 0:
+            with contextlib.suppress(OSError):
+                os.getxattr(self.path(path), "security.capability", follow_symlinks=follow)
+                return "the kernel does not tell it from a write of root's (docs/adr/0009)"
         os.chown(self.path(path), uid, gid, follow_symlinks=follow)
+        return None
 
     def do_utimens(
         self, path: str, a_s: int, a_ns: int, m_s: int, m_ns: int, follow: bool
