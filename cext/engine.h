@@ -68,6 +68,7 @@ struct server {
     struct hold hold;
     _Atomic int freeing; /* requests by which files are closed or forgotten */
     _Atomic uint64_t freed;
+    _Atomic int64_t removed_at; /* CLOCK_MONOTONIC, ns: the last name */
 };
 size_t serve(struct server *s, const struct request *r, char *out);
 /* The answer found nobody: what it gave to the kernel is taken back. */

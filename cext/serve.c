@@ -14,6 +14,9 @@
 enum {
     SILENT = -0x10000, /* no answer is due */
     FREEING_MS = 1000,
+    SOON_MS = 20,
+    FREED_MOST = 5, /* its closing, its forgetting, and others' */
+    JUST_NOW_NS = NS_PER_SECOND,
 };
 
 uint64_t valid_seconds(const struct answer *a)
@@ -577,12 +580,27 @@ static bool frees_something(uint32_t opcode)
     return opcode == FUSE_RELEASE || opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET;
 }
 
-/* Whether something has been freed since `before`, or is being freed, which is waited for. */
-static bool was_freed(struct server *s, uint64_t before)
+static bool removes_something(uint32_t opcode)
 {
-    for (int i = 0; i < FREEING_MS && atomic_load(&s->freeing) > 0; i++)
+    return opcode == FUSE_UNLINK || opcode == FUSE_RENAME || opcode == FUSE_RENAME2;
+}
+
+/* Whether something has been freed since `before`, which then is now; what is being freed is waited
+ * for, and for a moment what may be about to, where something was removed just now. */
+static bool was_freed(struct server *s, uint64_t *before)
+{
+    uint64_t last = *before;
+    bool soon = now_ns() - atomic_load(&s->removed_at) < JUST_NOW_NS;
+
+    for (int i = 0; i < FREEING_MS; i++) {
+        bool freeing = atomic_load(&s->freeing) > 0;
+
+        if (!freeing && (atomic_load(&s->freed) != last || !soon || i >= SOON_MS))
+            break;
         (void)usleep(1000);
-    return atomic_load(&s->freed) != before;
+    }
+    *before = atomic_load(&s->freed);
+    return *before != last;
 }
 
 static ssize_t free_something(struct answer *a, handler *handler)
@@ -606,8 +624,10 @@ static ssize_t change_something(struct answer *a, handler *handler)
     hold_pass(&a->s->hold);
     before = atomic_load(&a->s->freed);
     n = with_faces(a, handler);
-    if (n == -ENOSPC && was_freed(a->s, before))
+    for (int i = 0; n == -ENOSPC && i < FREED_MOST && was_freed(a->s, &before); i++)
         n = with_faces(a, handler);
+    if (removes_something(a->r->head->opcode))
+        atomic_store(&a->s->removed_at, now_ns());
     hold_passed(&a->s->hold);
     return n;
 }
