@@ -496,9 +496,8 @@ def test_a_wish_that_means_nothing(base: Path) -> None:
 
 def test_what_is_stored_through_a_mapping(base: Path) -> None:
     """Nobody is held up for that; but the backup sees it, and has no half of it."""
-    for name in ("up", "own"):
-        (base / name).mkdir()
-    with union(base, base / "tree", base / "up", "passthrough=off") as made:
+    (base / "up").mkdir()
+    with union(base, base / "tree", base / "up", "passthrough=off"):
         (base / "mnt/mapped").write_bytes(bytes(8 << 20))
         words = [sys.executable, "-c", MAPPER, str(base / "mnt/mapped")]
         with subprocess.Popen(words, stdout=subprocess.PIPE) as mapper:
@@ -507,7 +506,6 @@ def test_what_is_stored_through_a_mapping(base: Path) -> None:
             assert "changes all the time" in fails("backup", base / "up", base / "saved.tar.zst")
             mapper.kill()
         done("backup", base / "up", base / "saved.tar.zst")
-        assert made.status()["readonly"] is False
     assert "is whole" in done("restore", "--verify", base / "saved.tar.zst")
 
 

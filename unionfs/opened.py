@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from unionfs import checks, holder, identity, layer, locator, memory
+from unionfs import checks, holder, identity, layer, locator
 from unionfs.errors import ExitCode, UnionfsError, usage_error
 from unionfs.holder import Owner
 from unionfs.identity import Base, StoreRecord, parse_store
@@ -318,6 +318,8 @@ def _open_upper(
     options: MountOptions, mounts: Sequence[MountEntry], *, readonly: bool
 ) -> Layer | None:
     if options.ephemeral and not readonly:
+        from unionfs import memory  # slow to load, and seldom needed
+
         return memory.open_memory(options.ephemeral_size)
     if options.upper is None:
         return None
