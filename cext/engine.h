@@ -8,6 +8,7 @@
 
 #include <stdatomic.h>
 
+#include "freed.h"
 #include "hold.h"
 #include "tree.h"
 #include "wire.h"
@@ -66,9 +67,7 @@ struct server {
     struct engine_options options;
     _Atomic uint64_t called[WIRE_OPCODES];
     struct hold hold;
-    _Atomic int freeing; /* requests by which files are closed or forgotten */
-    _Atomic uint64_t freed;
-    _Atomic int64_t removed_at; /* CLOCK_MONOTONIC, ns: the last name */
+    struct freed freed;
 };
 size_t serve(struct server *s, const struct request *r, char *out);
 /* The answer found nobody: what it gave to the kernel is taken back. */

@@ -11,13 +11,7 @@
 #include "serve.h"
 #include "xattrs.h"
 
-enum {
-    SILENT = -0x10000, /* no answer is due */
-    FREEING_MS = 1000,
-    SOON_MS = 20,
-    FREED_MOST = 5, /* its closing, its forgetting, and others' */
-    JUST_NOW_NS = NS_PER_SECOND,
-};
+enum { SILENT = -0x10000 }; /* no answer is due */
 
 uint64_t valid_seconds(const struct answer *a)
 {
@@ -575,59 +569,29 @@ void serve_undo(struct server *s, const struct request *r, const char *out)
     }
 }
 
-static bool frees_something(uint32_t opcode)
-{
-    return opcode == FUSE_RELEASE || opcode == FUSE_FORGET || opcode == FUSE_BATCH_FORGET;
-}
-
-static bool removes_something(uint32_t opcode)
-{
-    return opcode == FUSE_UNLINK || opcode == FUSE_RENAME || opcode == FUSE_RENAME2;
-}
-
-/* Whether something has been freed since `before`, which then is now; what is being freed is waited
- * for, and for a moment what may be about to, where something was removed just now. */
-static bool was_freed(struct server *s, uint64_t *before)
-{
-    uint64_t last = *before;
-    bool soon = now_ns() - atomic_load(&s->removed_at) < JUST_NOW_NS;
-
-    for (int i = 0; i < FREEING_MS; i++) {
-        bool freeing = atomic_load(&s->freeing) > 0;
-
-        if (!freeing && (atomic_load(&s->freed) != last || !soon || i >= SOON_MS))
-            break;
-        (void)usleep(1000);
-    }
-    *before = atomic_load(&s->freed);
-    return *before != last;
-}
-
 static ssize_t free_something(struct answer *a, handler *handler)
 {
     ssize_t n;
 
-    atomic_fetch_add(&a->s->freeing, 1);
+    freed_begin(&a->s->freed);
     n = with_faces(a, handler);
-    atomic_fetch_add(&a->s->freed, 1);
-    atomic_fetch_sub(&a->s->freeing, 1);
+    freed_end(&a->s->freed);
     return n;
 }
 
-/* A program that has closed and removed a file may use its space at once; but the kernel tells of
- * the closing without waiting for us, and another thread may be at it still. */
 static ssize_t change_something(struct answer *a, handler *handler)
 {
+    struct freed *freed = &a->s->freed;
     uint64_t before;
     ssize_t n;
 
     hold_pass(&a->s->hold);
-    before = atomic_load(&a->s->freed);
+    before = freed_count(freed);
     n = with_faces(a, handler);
-    for (int i = 0; n == -ENOSPC && i < FREED_MOST && was_freed(a->s, &before); i++)
+    for (int i = 0; n == -ENOSPC && i < FREED_MOST && freed_since(freed, &before); i++)
         n = with_faces(a, handler);
-    if (removes_something(a->r->head->opcode))
-        atomic_store(&a->s->removed_at, now_ns());
+    if (removes_something(a->r))
+        freed_soon(freed);
     hold_passed(&a->s->hold);
     return n;
 }
@@ -638,7 +602,7 @@ static ssize_t handle(struct answer *a, handler *handler)
         return -EINVAL;
     if (changes_something(a->r))
         return change_something(a, handler);
-    if (frees_something(a->r->head->opcode))
+    if (frees_something(a->r))
         return free_something(a, handler);
     return with_faces(a, handler);
 }
