@@ -344,7 +344,7 @@ static void run(void)
 
 int main(int argc, char **argv)
 {
-    char base[] = "/tmp/unionfs-threads-XXXXXX", command[64];
+    char base[] = "unionfs-threads-XXXXXX";
 
     if (argc > 1)
         rounds = strtol(argv[1], NULL, 10);
@@ -358,6 +358,5 @@ int main(int argc, char **argv)
     run();
     (void)close(lower_fd);
     (void)close(upper_fd);
-    (void)snprintf(command, sizeof command, "rm -rf %s", base);
-    return system(command);
+    return 0;
 }
