@@ -44,7 +44,7 @@ extern PyType_Spec tree_spec, dir_spec, engine_spec, hold_spec;
     X(readlink) X(getxattr) X(listxattr) X(xattr_stored) X(take_warning) X(counts) X(open) \
     X(adopt) X(release) X(read) X(write) X(fsync) X(file_info) X(opendir) X(releasedir) \
     X(dir_ino) X(readdir) X(is_empty) X(upper_dir) X(index_name) X(ask_anew) X(data_copied) \
-    X(prepare_unlink) X(abandon_unlink) X(unlinked) X(name_made_real) X(set_redirect) \
+    X(is_written) X(prepare_unlink) X(abandon_unlink) X(unlinked) X(name_made_real) X(set_redirect) \
     X(renamed) X(made_opaque) X(make_impure) X(set_nlink_diff) X(redirect_path) \
     X(made_nameless) X(named) X(plain_make) X(plain_link) X(plain_unlink) X(plain_rmdir) \
     X(plain_rename) X(plain_copy_up) X(mark_origin) X(temp_name) X(metacopy_noted) X(copying) \

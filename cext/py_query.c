@@ -101,6 +101,26 @@ PyObject *py_info(PyObject *op, PyObject *args)
     return out;
 }
 
+/* Whether somebody has it open for writing. */
+PyObject *py_is_written(PyObject *op, PyObject *args)
+{
+    unsigned long long ino;
+    bool written = false;
+    struct node *n;
+
+    if (!PyArg_ParseTuple(args, "K:is_written", &ino))
+        return NULL;
+    n = node_get(TREE(op), ino);
+    if (!n)
+        return raise_errno(-ESTALE, NULL);
+    pthread_mutex_lock(&TREE(op)->lock);
+    for (const struct file *f = n->files; f && !written; f = f->next)
+        written = (f->flags & O_ACCMODE) != O_RDONLY;
+    pthread_mutex_unlock(&TREE(op)->lock);
+    node_put(TREE(op), n);
+    return PyBool_FromLong(written);
+}
+
 /* A name of the node: one that is real in its layer, if there is one. */
 PyObject *py_name_of(PyObject *op, PyObject *args)
 {

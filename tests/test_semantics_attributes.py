@@ -498,6 +498,27 @@ def test_errno_of_attributes(arena: Arena) -> None:
             os.setxattr(mnt / "f", ACCESS, acl((1, 7, NOBODY)))
 
 
+@pytest.mark.root
+def test_a_stranger_changes_nothing_of_set_id_bits(arena: Arena) -> None:
+    """A chown of nothing takes them away, so it is not his to do; what he may write loses them."""
+    for name in ("lower", "new"):
+        (arena.lower / name).write_text("program")
+        os.chown(arena.lower / name, 1000, 3000)
+        (arena.lower / name).chmod(0o6757)
+    with arena.mounted() as mnt:
+        _open_to_all(arena.place, mnt)
+        os.utime(mnt / "new")  # in the upper
+        for name in ("lower", "new"):
+            with syscalls.identity(1001, 1001), pytest.raises(PermissionError):
+                os.chown(mnt / name, -1, -1)
+            assert mode(mnt / name) == 0o6757
+            with syscalls.identity(1001, 1001), open(mnt / name, "r+") as file:
+                file.write("P")
+            assert mode(mnt / name) == 0o757
+        with syscalls.identity(1001, 1001):
+            os.chown(mnt / "new", -1, -1)  # there is nothing to take away
+
+
 def test_an_attribute_of_what_its_owner_may_only_write(arena: Arena) -> None:
     """XATTR_CREATE and XATTR_REPLACE ask for no permission to read."""
     (arena.lower / "f").write_text("text")

@@ -113,8 +113,8 @@ def _with_set_id_cleared(union: Union, ino: int, what: Change, ctx: Caller) -> C
 
 def _with_privileges_killed(union: Union, ino: int, ctx: Caller) -> Change:
     """What a change of nothing stands for with FUSE_HANDLE_KILLPRIV_V2, where the kernel does not
-    say which set-ID bits go: a write is about to come, of one who is not above such things; or
-    root's chown(path, -1, -1); or root's write to a file that has just lost its capability."""
+    say which set-ID bits go: a write is about to come, of one who is not above such things; or a
+    chown(path, -1, -1); or root's write to a file that has just lost its capability."""
     attr = union.tree.getattr(ino)
     mode = attr[1]
     to_write = union.capabilities_killed.take(ctx.pid, ino, time.monotonic_ns())
@@ -122,6 +122,10 @@ def _with_privileges_killed(union: Union, ino: int, ctx: Caller) -> Change:
         return Change()
     if not _keeps_set_id(ctx):
         mode = without_set_id(mode, attr[4], ctx)
+        mine = ctx.uid in (0, attr[3])
+        if mode != attr[1] and not mine and not union.tree.is_written(ino):
+            # It is no write but a chown, by one who may not change the mode (setattr_prepare).
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
     elif not to_write:
         mode &= ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
     return Change() if mode == attr[1] else Change(mode=mode)
