@@ -252,6 +252,7 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
             s.tree.name_of(s.ino("dir/file")),
             s.tree.readlink(s.ino("link")),
             s.tree.birth(s.ino("file")),
+            s.tree.is_written(s.ino("file")),
             s.tree.is_empty(s.ino("dir")),
             s.tree.counts(),
             os.close(s.tree.open_node(s.ino("file"), os.O_PATH)),  # type: ignore[func-returns-value]
@@ -263,6 +264,7 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
             "name_of",
             "readlink",
             "birth",
+            "is_written",
             "is_empty",
             "counts",
             "open_node",
