@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from tests.rig import ground, images
 from tests.rig.mounted import program
+from tests.rig.waiting import wait_until
 from tests.test_boot import RUN, boot, end, is_changed, root, status, write_in
 from tests.test_profile_mounts import System
 from tests.test_stores import ARCH, base, change, check, label, need, refused, union
@@ -248,6 +250,69 @@ def test_encrypting_finds_the_directory_as_a_mount_does(base: Path, slot: Slot) 
     with union(base, slot.point, f"{image}:/persistent_slot/{ARCH}"):
         change(base / "mnt")
     assert f"/persistent_slot/{ARCH}" in ground.run(*words, str(slot.point), "-n")
+
+
+def test_an_image_that_has_another_name_is_the_same_base(base: Path) -> None:
+    image = images.make(base / "store.img", "ext4")
+    first = system(base / "one.squashfs", base / "tree", kind="squashfs")
+    with union(base, first, image):
+        change(base / "mnt")
+    renamed = first.rename(base / "two.squashfs")
+    with union(base, renamed, image) as made:
+        assert made.status()["upper"] == f"{image}:/persistent_one/{ARCH}"
+        check(base / "mnt")
+    (base / "tree/second").write_text("in another system\n")
+    system(first, base / "tree", kind="squashfs")
+    said = refused(first, image, base / "mnt")
+    assert "was made over one (squashfs" in said
+
+
+def test_a_base_without_a_label_may_be_named_in_all_ways(base: Path) -> None:
+    image = images.make(base / "store.img", "ext4")
+    first = system(base / "a.img", base / "tree", name="")
+    other = ground.run("losetup", "--find", "--show", "--offset", "0", first).strip()
+    number = number_of(first)
+    try:
+        with union(base, other, image) as made:
+            assert made.status()["upper"] == f"{image}:/persistent_a/{ARCH}"
+            change(base / "mnt")
+        for name in (first, other, f"UUID={number}", f"UUID={number.upper()}"):
+            with union(base, name, image) as made:
+                assert made.status()["upper"] == f"{image}:/persistent_a/{ARCH}"
+                check(base / "mnt")
+    finally:
+        ground.run("losetup", "-d", other)
+
+
+def test_a_device_without_a_label_is_called_by_its_number(base: Path) -> None:
+    """What the kernel calls it is another name on each machine."""
+    image = images.make(base / "store.img", "ext4")
+    first = system(base / "a.img", base / "tree", name="")
+    moved = base / "moved.img"
+    with open(moved, "wb") as file:
+        file.write(bytes(1 << 20) + first.read_bytes())
+    device = ground.run("losetup", "--find", "--show", "-o", str(1 << 20), moved).strip()
+    try:
+        with union(base, device, image) as made:
+            assert made.status()["upper"] == f"{image}:/persistent_{number_of(first)}/{ARCH}"
+    finally:
+        ground.run("losetup", "-d", device)
+
+
+def _wait_for_the_next_second() -> None:
+    now = int(time.time())
+    wait_until(lambda: int(time.time()) > now)
+
+
+def test_the_last_one_of_several_is_used(base: Path) -> None:
+    image = images.make(base / "store.img", "ext4")
+    first = system(base / "a.img", base / "tree", name="")
+    for name in ("x", "y", "x"):
+        with union(base, first, f"{image}:/persistent_{name}/{ARCH}"):
+            (base / f"mnt/{name}").touch()
+        _wait_for_the_next_second()  # it is told in seconds
+    with union(base, first, image) as made:
+        assert made.status()["upper"] == f"{image}:/persistent_x/{ARCH}"
 
 
 # At boot

@@ -36,8 +36,9 @@ class Base:
     uuid: str = ""
     content: str = ""
 
-    def is_known(self) -> bool:
-        """Whether it can be told from others."""
+    @property
+    def recognizable(self) -> bool:
+        """Whether another one can be told from it."""
         return bool(self.uuid or self.content or self.label)
 
     def same(self, other: "Base") -> bool:
@@ -51,10 +52,12 @@ class Base:
                 return mine == its
         return True
 
-    @property
-    def recognizable(self) -> bool:
-        """Whether another one can be told from it."""
-        return bool(self.uuid or self.content or self.label)
+    def proves(self, other: "Base") -> bool:
+        """Whether something says that they are one.  A label does not: others may have it."""
+        return any(
+            mine and mine == its
+            for mine, its in ((self.uuid, other.uuid), (self.content, other.content))
+        )
 
     def __str__(self) -> str:
         known = {"label": self.label, "UUID": self.uuid, "content": self.content[:12]}

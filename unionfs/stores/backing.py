@@ -176,7 +176,7 @@ def _made(directory: str) -> Iterator[None]:
 def _only(volume: Volume, otherwise: str | None) -> str:
     if volume.contents is None:
         return "/"
-    found = uppers_of(volume)
+    found = [upper.directory for upper in uppers_of(volume)]
     if len(found) == 1:
         return found[0]
     source = volume.locator.source

@@ -36,16 +36,31 @@ def content_id(path: str) -> str:
 
 
 def base_name(locator: Locator, contents: "Contents | None") -> str:
-    """How the base is called in the default directory: its label, else its file's name."""
+    """How the base is called in the default directory: its label, else its file's name.
+
+    A device without a label is called by its UUID: its own name is another one on each machine.
+    """
     name = contents.label if contents is not None else ""
-    if not name:
-        name = os.path.basename(os.path.normpath(locator.value)) or "root"
-        for suffix in _SUFFIXES:
-            if name.endswith(suffix) and name != suffix:
-                name = name.removesuffix(suffix)
-                break
+    name = name or _unlabelled(locator, contents)
     name = "".join("_" if c == "/" or not c.isprintable() else c for c in name)
     return name if name.strip(".") else "root"
+
+
+def _unlabelled(locator: Locator, contents: "Contents | None") -> str:
+    from unionfs.stores.find import image_of
+
+    is_device = locator.tag is not None or locator.value.startswith("/dev/")
+    if contents is None or not is_device:
+        return _file_name(locator.value)
+    if (image := image_of(contents.path)) is not None:
+        return _file_name(image)
+    return contents.uuid or _file_name(locator.value)
+
+
+def _file_name(path: str) -> str:
+    name = os.path.basename(os.path.normpath(path)) or "root"
+    suffix = next((s for s in _SUFFIXES if name.endswith(s) and name != s), "")
+    return name.removesuffix(suffix)
 
 
 def describe(locator: Locator, contents: "Contents | None") -> Base:

@@ -14,7 +14,7 @@ from unionfs import locator
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.mounts import read_mounts
-from unionfs.stores import archive, backing, fscrypt, gocryptfs, mounted_base
+from unionfs.stores import archive, backing, belonging, fscrypt, gocryptfs, mounted_base
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen
 from unionfs.stores.base import describe
@@ -43,7 +43,7 @@ def place_of(store: str, lower: str | None) -> tuple[str, os.stat_result | None]
             own = mounted_base.describe(base.locator, base.mountpoint, read_mounts())
         volume = open_volume(store, readonly=True, untouched=True)
         stack.callback(volume.close)
-        inside = mounted_base.default_directory(volume, own, base.locator)
+        inside = belonging.default_directory(volume, own, base.locator)
         return f"{where.source}:{inside}", os.stat(".", dir_fd=base.root)
 
 

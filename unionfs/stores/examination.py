@@ -90,7 +90,7 @@ def examine(text: str, report: Report, wish: Wish, progress: Progress) -> None:
             _not_looked_at(report, "/", why)
             return
         inside = where.directory
-        found = [inside] if inside is not None else uppers_of(volume)
+        found = [upper.directory for upper in uppers_of(volume)] if inside is None else [inside]
         with _opened_lowers(wish.lowers) as below:
             for directory in found:
                 _examine_upper(volume, directory, report, wish, below, progress)

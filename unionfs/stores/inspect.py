@@ -244,22 +244,18 @@ def _opened(parent: int | None, name: str) -> Iterator[int]:
         os.close(fd)
 
 
-def uppers_of(volume: Volume) -> list[str]:
-    """The directories of the uppers in a volume."""
+def uppers_of(volume: Volume) -> list[Upper]:
+    """The uppers in a volume."""
     root = os.open(".", _DIRECTORY, dir_fd=volume.root)
     try:
-        return [upper.directory for upper in find_uppers(root)]
+        return list(find_uppers(root))
     finally:
         os.close(root)
 
 
 def owners(volume: Volume) -> list[tuple[str, Owner]]:
     """Who holds the uppers in a volume, or has not let them go; by their directories."""
-    root = os.open(".", _DIRECTORY, dir_fd=volume.root)
-    try:
-        return [(u.directory, u.owner) for u in find_uppers(root) if u.owner is not None]
-    finally:
-        os.close(root)
+    return [(u.directory, u.owner) for u in uppers_of(volume) if u.owner is not None]
 
 
 def disk_bytes(fd: int) -> int:

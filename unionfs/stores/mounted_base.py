@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A base that is mounted already: the device beneath it, and where the changes to it lie.
+"""A base that is mounted already: the device beneath it.
 
 Owns what is known of a directory that is the root of a mounted file system, which is recognized
 as if its device had been named.  A directory within one is nobody's base: what lies around it may
@@ -13,14 +13,12 @@ import stat
 from collections.abc import Sequence
 from typing import Final
 
-from unionfs import identity
 from unionfs.errors import UnionfsError
 from unionfs.identity import Base
 from unionfs.locator import Locator, unescape_tag
 from unionfs.mounts import MountEntry, filesystem_at
 from unionfs.stores import base
 from unionfs.stores.probe import Contents, probe
-from unionfs.stores.volume import Volume, walk
 
 _LINKS: Final = "/dev/disk/by-"
 
@@ -77,34 +75,3 @@ def _linked(tag: str, node: str) -> str:
             if os.path.realpath(link.path) == node:
                 return unescape_tag(link.name)
     return ""
-
-
-def default_directory(volume: Volume, of: Base, where: Locator) -> str:
-    """Where in a store the changes to a base lie if nothing says so.
-
-    A mounted base is called by its label.  What lies under the name of its directory, as it was
-    called before labels were looked at, goes on being used, unless it is another base's.
-    """
-    named = base.default_directory(of.name)
-    before = base.default_directory(base.base_name(where, None))
-    if before == named or _is_there(volume, named):
-        return named
-    try:
-        fd = walk(volume, before)
-    except FileNotFoundError:
-        return named
-    try:
-        from unionfs.stores.inspect import read_record
-
-        other = identity.mismatch(read_record(fd), of, before) is not None
-        return named if other else before
-    finally:
-        os.close(fd)
-
-
-def _is_there(volume: Volume, inside: str) -> bool:
-    try:
-        os.close(walk(volume, inside))
-    except FileNotFoundError:
-        return False
-    return True

@@ -22,7 +22,7 @@ from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, locate
 from unionfs.options import MountOptions
 from unionfs.passphrase import Ask
-from unionfs.stores import base, fscrypt, gocryptfs, mounted_base, unlocking, userspace
+from unionfs.stores import base, belonging, fscrypt, gocryptfs, mounted_base, unlocking, userspace
 from unionfs.stores.find import NotFound
 from unionfs.stores.volume import Volume, make_directory, open_volume, put_back, walk
 
@@ -177,8 +177,9 @@ class Stores:
             shared = volume.contents is not None or volume.device != volume.mountpoint
             assert self.base is not None
             assert self._called is not None
-            default = mounted_base.default_directory
-            inside = default(volume, self.base, self._called) if shared else "/"
+            inside = "/"
+            if shared:
+                inside = belonging.default_directory(volume, self.base, self._called)
         try:
             fd = walk(volume, inside)
         except FileNotFoundError:
