@@ -345,6 +345,11 @@ def test_an_image_found_by_its_label(base: Path) -> None:
             assert isinstance(store, dict)
             assert store["source"] == str(image)
             change(base / "mnt")
+        for verb in (["info"], ["check"], ["grow"], ["reset", "-n"]):
+            size = ["--size", "64M"] if verb == ["grow"] else []
+            ground.run(*program(), "store", *verb, f"LABEL={name}", *size)
+        assert image.stat().st_size == 64 << 20
+        ground.run(*program(), "store", "backup", f"LABEL={name}", base / "saved")
 
 
 @pytest.mark.parametrize("kind", ["squashfs", "erofs", "ext4"])

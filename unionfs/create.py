@@ -228,6 +228,12 @@ def link(union: Union, ino: int, parent: int, name: bytes) -> None:
     ensure_upper(union, parent)
     if union.tree.plain_link(ino, parent, name):
         return
+    with union.committing(ino):  # not replaced meanwhile by its completed copy
+        _link(union, ino, parent, name)
+
+
+def _link(union: Union, ino: int, parent: int, name: bytes) -> None:
+    """Preconditions: both are in the upper; committing(ino)."""
     info = union.info(ino)
     fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
     try:

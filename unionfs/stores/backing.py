@@ -97,7 +97,14 @@ def chosen(
     it is seen as it is; without it its cipher directory is.
     """
     try:
-        volume = open_volume(text, readonly=not write, replay=True, guard=True, share=not write)
+        volume = open_volume(
+            text,
+            readonly=not write,
+            search="images",
+            replay=True,
+            guard=True,
+            share=not write,
+        )
     except InUse as exc:
         exc.shared = not write
         raise

@@ -35,13 +35,13 @@ def place_of(store: str, lower: str | None) -> tuple[str, os.stat_result | None]
     if locator.is_directory(store) or where.directory is not None:
         raise usage_error("--base is for an image or a device", "leave it out")
     with contextlib.ExitStack() as stack:
-        base = open_volume(lower, readonly=True, untouched=True)
+        base = open_volume(lower, readonly=True, untouched=True, search="images")
         stack.callback(base.close)
         if base.contents is not None:
             own = describe(base.locator, base.contents)
         else:
             own = mounted_base.describe(base.locator, base.mountpoint, read_mounts())
-        volume = open_volume(store, readonly=True, untouched=True)
+        volume = open_volume(store, readonly=True, untouched=True, search="images")
         stack.callback(volume.close)
         inside = belonging.default_directory(volume, own, base.locator)
         return f"{where.source}:{inside}", os.stat(".", dir_fd=base.root)

@@ -279,14 +279,14 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
     """One store, by its locator; `sizes`: also how much what is kept takes."""
     from unionfs import locator
 
-    path = find.find(locator.parse(text))
+    path = find.find(locator.parse(text), search="images")
     store = _outside(path)
     holders = [union for union in unions if union.alone and union.lies_in(path)]
     if holders and kernel.may_mount():  # the image of an ordinary user
         _told(store, holders)
         return store
     try:
-        volume = open_volume(text, readonly=True, untouched=True, share=True)
+        volume = open_volume(text, readonly=True, untouched=True, share=True, search="images")
     except UnionfsError as exc:
         if holders:
             _told(store, holders)
