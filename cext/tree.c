@@ -399,6 +399,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     (void)getrandom(&t->temps, sizeof t->temps, GRND_NONBLOCK);
     keylocks_init(&t->copying);
     keylocks_init(&t->committing);
+    keylocks_init(&t->entering);
     t->device = -1;
     t->squash_uid = options->squash_uid;
     t->squash_gid = options->squash_gid;
@@ -495,6 +496,7 @@ void tree_free(struct tree *t)
     free(t->gids);
     free(t->layers);
     keylocks_destroy(&t->committing);
+    keylocks_destroy(&t->entering);
     keylocks_destroy(&t->copying);
     pthread_mutex_destroy(&t->lock);
     pthread_rwlock_destroy(&t->leasing);

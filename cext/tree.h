@@ -142,8 +142,9 @@ struct tree {
     gid_t egid;
     _Atomic uint32_t temps;      /* names given to temporaries */
     _Atomic bool metacopy_noted; /* the upper says that there may be metadata-only copies */
-    /* One copy-up of an inode at a time; inodes whose names or attributes change (union.py). */
-    struct keylocks copying, committing;
+    /* One copy-up of an inode at a time; inodes whose names or attributes change; directories whose
+     * entries do (union.py). */
+    struct keylocks copying, committing, entering;
 
     struct node *root;
     struct node **nodes; /* by inode number */

@@ -87,6 +87,30 @@ def test_a_link_while_a_copy_is_completed(place: Path) -> None:
             assert link.read_bytes().endswith(b"appended")
 
 
+@pytest.mark.root
+def test_a_directory_that_is_changed_beside_copy_ups(place: Path) -> None:
+    """A copy-up puts the times of its directory back, but not over those of a change."""
+    for name in ("lower/d", "upper", "mnt"):
+        (place / name).mkdir(parents=True)
+    for number in range(1000):
+        (place / f"lower/d/l{number}").write_text("x")
+    with Unionfs([place / "lower"], place / "upper", place / "mnt") as union:
+        d = union.mnt / "d"
+        copies = begin(partial(_chmod_all, [d / f"l{number}" for number in range(1000)]))
+        seen = [d.stat().st_mtime_ns]
+        while not copies.done():
+            time.sleep(0.004)  # the clock of files moves on
+            (d / f"new{len(seen)}").touch()
+            seen.append(d.stat().st_mtime_ns)
+        copies.result(PATIENCE)
+    assert len(set(seen)) == len(seen)
+
+
+def _chmod_all(paths: list[Path]) -> None:
+    for path in paths:
+        path.chmod(0o600)
+
+
 def _append(path: Path) -> None:
     with open(path, "ab") as file:
         file.write(b"appended")

@@ -85,7 +85,7 @@ def _set_times(fd: int, atime: int, mtime: int) -> None:
 def _opened(union: Union, ino: int) -> Iterator[int]:
     """A descriptor (O_PATH) of the upper file, which is not replaced meanwhile by its completed
     copy: the change would be lost."""
-    with union.committing(ino):
+    with union.committing(ino), union.entering(ino):
         fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
         try:
             yield fd

@@ -75,7 +75,7 @@ def create(union: Union, parent: int, name: bytes, new: New, ctx: Caller) -> int
     )
     if made is not None:
         return made
-    with union.tree.upper_dir(parent) as dirfd:
+    with union.tree.upper_dir(parent) as dirfd, union.entering(parent):
         default = None if stat.S_ISLNK(new.mode) else acl.default_acl(dirfd)
         uid, gid = disk_ids(union, ctx.uid, ctx.gid)
         mode = new.mode if default is not None else new.mode & ~ctx.umask
@@ -243,7 +243,7 @@ def _link(union: Union, ino: int, parent: int, name: bytes) -> None:
             write_nlink(union, ino, info.nlink_diff)
         if info.foreign and union.marks.xattrs:
             union.tree.make_impure(parent)
-        with union.tree.upper_dir(parent) as dirfd:
+        with union.tree.upper_dir(parent) as dirfd, union.entering(parent):
             entry = union.entry(parent, name)
             if entry.ino or entry.upper == UPPER_ENTRY:
                 raise _error(errno.EEXIST, name)

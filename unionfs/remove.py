@@ -37,7 +37,7 @@ def unlink(union: Union, parent: int, name: bytes) -> None:
         try:
             count_link_removed(union, parent, name, entry.ino)
             record = numbers.last_link(union, entry.ino)
-            with union.tree.upper_dir(parent) as dirfd:
+            with union.tree.upper_dir(parent) as dirfd, union.entering(parent):
                 _remove_at(union, dirfd, name, entry)
         except BaseException:
             union.tree.abandon_unlink(parent, name)
@@ -75,7 +75,7 @@ def rmdir(union: Union, parent: int, name: bytes) -> None:
         entry = union.entry(parent, name)
         union.tree.prepare_unlink(parent, name)
         try:
-            with union.tree.upper_dir(parent) as dirfd:
+            with union.tree.upper_dir(parent) as dirfd, union.entering(parent):
                 _remove_dir_at(union, dirfd, name, entry)
         except BaseException:
             union.tree.abandon_unlink(parent, name)
