@@ -52,9 +52,10 @@ class System:
     def write(self, text: str, paths: str) -> None:
         self.file.write_text(f'base = "{self.top}"\n{text}\n[paths]\n{paths}\n')
 
-    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def call(self, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*program(), *words],
+            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -285,6 +286,24 @@ def test_another_root(system: System) -> None:
     system.down()
     system.unchanged()
     assert (system.data / "-" / "new").exists()
+
+
+@pytest.mark.root
+def test_a_profile_that_another_root_has_itself(system: System) -> None:
+    """By its name, as examples/live.toml says; the root may be named from where one stands."""
+    own = system.top / "etc/unionfs"
+    own.mkdir()
+    text = f'store = "{system.data}"\n[paths]\n"/var" = "persist"\n'
+    (own / f"{system.name}.toml").write_text(text)
+    done = system.call("up", system.name, "--root", "sys", cwd=system.place)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert system.points() == ["var"]
+    told = system.call("policy", "show", "--root", "sys", cwd=system.place)
+    assert f"{own}/{system.name}.toml" in told.stdout
+    system.down()
+    nowhere = system.call("up", system.name, "--root", f"{system.place}/none-such")
+    assert nowhere.returncode == 1
+    assert "is no directory" in nowhere.stderr
 
 
 @pytest.mark.root
