@@ -10,6 +10,7 @@ import select
 import signal
 import socket
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -325,12 +326,19 @@ def test_an_error_leaves_all_as_it_was(system: System) -> None:
 @pytest.mark.root
 def test_a_store_that_is_not_there(system: System) -> None:
     system.write(
-        'store = "LABEL=none-such"\noptions = "fallback=tmpfs"',
+        'store = "LABEL=none-such"\noptions = "fallback=tmpfs,device-timeout=1.5"',
         '"/etc" = "persist"\n"/root" = { kind = "persist", options = "on-mismatch=ro" }\n',
     )
+    before = time.monotonic()
     told = system.up()
-    assert told.count("runs without its store") >= 2
+    took = time.monotonic() - before
+    assert 1.5 < took < 3, "the store is waited for once, not by each path"
+    assert told.count("runs without its store") == 2, "each is told once"
+    assert told.count("no device has LABEL=none-such after 1.5 s") == 2
     assert system.points() == ["etc", "root"]
+    before = time.monotonic()
+    assert system.up().count("runs without its store") == 2
+    assert time.monotonic() - before < 1.5, "nothing is to be mounted any more"
     assert "none-such" in (system.run_directory / "degraded").read_text()
     (system.top / "etc/new").touch()
     system.down()

@@ -120,9 +120,16 @@ def preload() -> None:
     import unionfs.union  # noqa: F401
 
 
-def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
+def _warn(text: str) -> None:
+    sys.stderr.write(f"unionfs: warning: {text}\n")
+
+
+def run(
+    options: MountOptions, *, build: Build = _UnionServed, warn: Callable[[str], None] = _warn
+) -> int:
     """Mount; return 0 once the union can be used (foreground: once it has ended).
 
+    `warn`: is told, in the starting process, if it is not what was asked for.
     Raises UnionfsError if it could not be mounted; then nothing is left behind.
     """
     if options.foreground:
@@ -144,7 +151,7 @@ def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
             os._exit(int(ExitCode.INTERNAL))
     theirs.close()
     with ours:
-        return _await_ready(ours, child, options)
+        return _await_ready(ours, child, options, warn)
 
 
 def _tell_manager(options: MountOptions, _number: str, warning: str) -> None:
@@ -156,13 +163,15 @@ def _tell_manager(options: MountOptions, _number: str, warning: str) -> None:
 # The starting process
 
 
-def _await_ready(link: socket.socket, child: int, options: MountOptions) -> int:
+def _await_ready(
+    link: socket.socket, child: int, options: MountOptions, warn: Callable[[str], None]
+) -> int:
     """Wait for the daemon's word: ready, or what was wrong."""
     try:
         message = _converse(link, options)
         if "ready" in message:
             if message.get("warning"):
-                sys.stderr.write(f"unionfs: warning: {message['warning']}\n")
+                warn(message["warning"])
             # The daemon's answer to this proves that the tree can be used.
             if options.only is None:  # else it is not for us to look
                 os.stat(options.mountpoint)

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs import daemon, notify, runtime, syscalls
-from unionfs.errors import ExitCode, UnionfsError
+from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.mounts import MountEntry, read_mounts, topmost
-from unionfs.profiles import binding, plan
+from unionfs.profiles import binding, plan, waiting
 from unionfs.profiles.plan import Ground, Step
 from unionfs.profiles.profile import Profile
 from unionfs.stores import kernel
@@ -114,6 +114,7 @@ def _mount_all(profile: Profile, root: str, record: "_Record", outcome: Outcome)
         may_mount=kernel.may_mount(),
         standing=frozenset(made.point for made in record.made),
     )
+    waiting.wait(profile, plan.missing(profile, ground))
     wanted = plan.steps(profile, ground)
     if sum(step.action == "union" for step in wanted) > 1:
         daemon.preload()
@@ -184,7 +185,7 @@ def _do(profile: Profile, step: Step, record: "_Record", outcome: Outcome) -> No
         _make_point(step)
         if step.action != "links":
             record.add(begun)
-        _mount(step, profile)
+        _mount(step, profile, outcome)
     except (UnionfsError, OSError) as exc:
         record.remove(begun)
         error = _error(step, exc)
@@ -222,11 +223,12 @@ def _make_point(step: Step) -> None:
         raise UnionfsError(f"{step.point} cannot be made: {reason}") from exc
 
 
-def _mount(step: Step, profile: Profile) -> None:
+def _mount(step: Step, profile: Profile, outcome: Outcome) -> None:
     match step.action:
         case "union":
             assert step.options is not None
-            daemon.run(step.options)
+            options = dataclasses.replace(step.options, waited=True)
+            daemon.run(options, warn=lambda text: outcome.warnings.append(printable(text)))
         case "memory":
             name = f"{profile.name}:{runtime.name_of(step.path)}"
             binding.memory(step.point, name, step.size, step.like)
@@ -281,7 +283,7 @@ def _tell(profile: Profile, outcome: Outcome) -> None:
         union = runtime.directory(f"{profile.name}:{runtime.name_of(rule.path)}")
         with contextlib.suppress(OSError), open(f"{union}/degraded", encoding="utf-8") as file:
             lines += file.read().splitlines()
-    outcome.warnings = lines
+    outcome.warnings = lines = list(dict.fromkeys(lines))  # those of fresh unions stand in both
     if lines:
         runtime.tell_degraded(profile.name, "; ".join(lines))
     else:
