@@ -150,6 +150,24 @@ def test_units_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         unit.run(argv)
 
 
+def test_how_long_systemd_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As for a line of fstab: in a drop-in of the device's unit."""
+    argv = ("LABEL=base", "/dev/vdb:/dir", "/srv/m", "-o", "device-timeout=2.5")
+    drop_ins = [
+        f"{node}.device.d/50-unionfs-srv-m.conf"
+        for node in ("dev-disk-by\\x2dlabel-base", "dev-vdb")
+    ]
+    for words in ((), ("--service",)):
+        units_of = printed(capsys, *argv, *words).split("# ")
+        assert units_of[2:] == [
+            f"{name}\n[Unit]\nJobRunningTimeoutSec=2.5s\n" + ("\n" if name == drop_ins[0] else "")
+            for name in drop_ins
+        ]
+    printed(capsys, *argv, "--output", str(tmp_path))
+    assert all((tmp_path / name).is_file() for name in drop_ins)
+    assert ".device.d" not in printed(capsys, "/a", "/b", "/m", "-o", "device-timeout=5")
+
+
 # The generator
 
 

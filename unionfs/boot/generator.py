@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from unionfs.boot import units
+from unionfs.boot import devices, units
 from unionfs.boot.cmdline import parse_cmdline
 from unionfs.boot.units import Needs, unit_name
 from unionfs.errors import UnionfsError, printable
@@ -81,10 +81,9 @@ def _write_profile(place: str, profile: Profile, *, start: bool) -> None:
         _link(place, f"{TARGET}.{kind}", service)
     _write(place, f"{service}.d/50-profile.conf", drop_in(profile))
     timeout = _option(profile.options, "device-timeout")
-    if timeout is not None:
-        for node in Needs.of(_store(profile)).devices:
-            text = ["[Unit]", f"JobRunningTimeoutSec={float(timeout):g}s"]
-            _write(place, f"{unit_name(node, 'device')}.d/50-unionfs.conf", text)
+    seconds = None if timeout is None else float(timeout)
+    for unit in devices.drop_ins(_store(profile), seconds, "50-unionfs.conf"):
+        _write(place, unit.name, unit.text.splitlines())
 
 
 def drop_in(profile: Profile) -> list[str]:
