@@ -198,6 +198,7 @@ def test_generator(tmp_path: Path) -> None:
     profiles(
         tmp_path,
         one=PROFILE,
+        must='options = "fallback=fail"\n' + PROFILE,
         two="nofail = true\n" + PROFILE,
         off=quiet,
         asked=quiet,
@@ -207,13 +208,18 @@ def test_generator(tmp_path: Path) -> None:
     )
     made, problems = generated(tmp_path, "quiet unionfs.profile=asked")
     assert {name for name in made if "local-fs" in name} == {
-        "local-fs.target.requires/unionfs@one.service",
+        "local-fs.target.wants/unionfs@one.service",
+        "local-fs.target.requires/unionfs@must.service",
         "local-fs.target.wants/unionfs@two.service",
-        "local-fs.target.requires/unionfs@asked.service",
+        "local-fs.target.wants/unionfs@asked.service",
     }
     assert not any("unionfs@whole" in name for name in made), "the initramfs brings it up"
     one = made["unionfs@one.service.d/50-profile.conf"]
-    assert "\nRequires=dev-disk-by\\x2dlabel-x.device\n" in one
+    assert "\nWants=dev-disk-by\\x2dlabel-x.device\n" in one, (
+        "it waits, starts, and says what it misses"
+    )
+    must = made["unionfs@must.service.d/50-profile.conf"]
+    assert "\nRequires=dev-disk-by\\x2dlabel-x.device\n" in must
     assert "\nAfter=srv-s-etc.mount\n" in one
     assert "\nBefore=local-fs.target\n" in one
     two = made["unionfs@two.service.d/50-profile.conf"]
