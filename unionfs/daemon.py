@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from unionfs.handshake import Loop
     from unionfs.layer import Layer
     from unionfs.opened import Opened
-    from unionfs.passphrase import Ask
+    from unionfs.passphrase import Ask, Source
     from unionfs.recovery import Recovery
     from unionfs.session import Mount, Plan
     from unionfs.space import Watch
@@ -136,8 +136,7 @@ def run(
         logs.to_stderr(debug=options.debug)
         from unionfs import passphrase
 
-        source = passphrase.Source(options.key_file, options.credential)
-        ask = functools.partial(passphrase.obtain, source)
+        ask = functools.partial(passphrase.obtain, _key_source(options))
         return _Daemon(options, build, functools.partial(_tell_manager, options), ask).run()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
@@ -152,6 +151,16 @@ def run(
     theirs.close()
     with ours:
         return _await_ready(ours, child, options, warn)
+
+
+def _key_source(options: MountOptions) -> "Source":
+    """Where a passphrase comes from.  What goes on without one does not wait for ever."""
+    from unionfs.boot import aside
+    from unionfs.passphrase import SECONDS, Source
+
+    console = aside.in_initramfs()
+    goes_on = options.fallback != "fail" or options.holds_root or console
+    return Source(options.key_file, options.credential, SECONDS if goes_on else None, console)
 
 
 def _tell_manager(options: MountOptions, _number: str, warning: str) -> None:
@@ -201,8 +210,7 @@ def _converse(link: socket.socket, options: MountOptions) -> dict[str, Any]:
             return message
         from unionfs import passphrase
 
-        source = passphrase.Source(options.key_file, options.credential)
-        passphrase.answer(link, source, message["ask"])
+        passphrase.answer(link, _key_source(options), message["ask"])
     return {}
 
 
