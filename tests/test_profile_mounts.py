@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -167,6 +168,19 @@ def test_what_anybody_may_have(system: System) -> None:
     status = json.loads(system.call("status", "--json", str(system.top / "etc")).stdout)
     assert status[0]["source"] == f"{system.name}:etc"
     assert status[0]["upper"] == f"{system.data}/kept/etc"
+    system.down()
+
+
+@pytest.mark.root
+def test_who_waits_sees_how_far_it_is(system: System) -> None:
+    """On a terminal: a base may have much to fill a directory with."""
+    (system.top / "home/u/large").write_bytes(bytes(20 << 20))
+    system.write(f'store = "{system.data}"', '"/home" = "bind"\n')
+    code, shown = secret.typed(["up", system.file], [])
+    assert code == 0, shown
+    assert re.search(r"filling home .*\d/20\.\d MiB", shown), shown
+    system.down()
+    assert "filling" not in secret.typed(["up", "-q", system.file], [])[1], "it is filled"
     system.down()
 
 

@@ -28,9 +28,10 @@ def run(argv: Sequence[str]) -> int:
     add("name", metavar="NAME", help="the profile")
     add("--root", type=system_root, default="/", metavar="DIR", help="the system it is for")
     add("-f", "--foreground", action="store_true", help="stay, and end when a daemon ends")
-    add("-q", "--quiet", action="store_true", help="say nothing of what was mounted")
+    add("-q", "--quiet", action="store_true", help="say nothing of what was mounted, no progress")
     given = parser.read(argv)
     from unionfs import logs
+    from unionfs.cli import show
     from unionfs.profiles import files, running, supervise
 
     logs.to_stderr(debug=False)
@@ -41,7 +42,8 @@ def run(argv: Sequence[str]) -> int:
         print(printable(f"unionfs: {what}"), file=sys.stderr)
     if given.foreground:
         return supervise.run(profile, given.root)
-    outcome = running.up(profile, given.root)
+    shown = show.progress if sys.stderr.isatty() and not given.quiet else None
+    outcome = running.up(profile, given.root, shown=shown)
     for warning in outcome.warnings:
         print(printable(f"unionfs: warning: {warning}"), file=sys.stderr)
     if not given.quiet:

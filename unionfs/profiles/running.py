@@ -23,6 +23,7 @@ from unionfs import daemon, notify, runtime, syscalls
 from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.mounts import MountEntry, read_mounts, topmost
 from unionfs.profiles import binding, plan, waiting
+from unionfs.profiles.binding import Shown
 from unionfs.profiles.plan import Ground, Step
 from unionfs.profiles.profile import Profile
 from unionfs.stores import kernel
@@ -85,8 +86,11 @@ def directory_of(name: str) -> str:
     return place
 
 
-def up(profile: Profile, root: str = "/") -> Outcome:
-    """Mount all that is not mounted yet.  After an error all is as it was before."""
+def up(profile: Profile, root: str = "/", *, shown: Shown | None = None) -> Outcome:
+    """Mount all that is not mounted yet.  After an error all is as it was before.
+
+    `shown`: how far what takes long is, to somebody who waits for it.
+    """
     directory = directory_of(profile.name)
     with _locked(directory):
         os.makedirs(f"{directory}/{plan.EMPTY}", 0o755, exist_ok=True)
@@ -95,7 +99,7 @@ def up(profile: Profile, root: str = "/") -> Outcome:
         had = list(record.made)
         outcome = Outcome([], [])
         try:
-            _mount_all(profile, root, record, outcome)
+            _mount_all(profile, root, record, outcome, shown)
         except BaseException:
             _undo(record, had)
             if not record.made:
@@ -107,7 +111,9 @@ def up(profile: Profile, root: str = "/") -> Outcome:
         return outcome
 
 
-def _mount_all(profile: Profile, root: str, record: "_Record", outcome: Outcome) -> None:
+def _mount_all(
+    profile: Profile, root: str, record: "_Record", outcome: Outcome, shown: Shown | None
+) -> None:
     ground = Ground(
         root=os.path.realpath(root),
         directory=directory_of(profile.name),
@@ -119,7 +125,7 @@ def _mount_all(profile: Profile, root: str, record: "_Record", outcome: Outcome)
     if sum(step.action == "union" for step in wanted) > 1:
         daemon.preload()
     for step in wanted:
-        _do(profile, step, record, outcome)
+        _do(profile, step, record, outcome, shown)
 
 
 def _undo(record: "_Record", had: Sequence[Made]) -> None:
@@ -177,7 +183,9 @@ def standing(name: str) -> list[Made]:
     return [made for made in found if made is not None and made.entry(mounts) is not None]
 
 
-def _do(profile: Profile, step: Step, record: "_Record", outcome: Outcome) -> None:
+def _do(
+    profile: Profile, step: Step, record: "_Record", outcome: Outcome, shown: Shown | None
+) -> None:
     if record.at(step.point) is not None and step.action != "links":
         return
     begun = _begin(step.point)
@@ -185,7 +193,7 @@ def _do(profile: Profile, step: Step, record: "_Record", outcome: Outcome) -> No
         _make_point(step)
         if step.action != "links":
             record.add(begun)
-        _mount(step, profile, outcome)
+        _mount(step, profile, outcome, shown)
     except (UnionfsError, OSError) as exc:
         record.remove(begun)
         error = _error(step, exc)
@@ -223,7 +231,7 @@ def _make_point(step: Step) -> None:
         raise UnionfsError(f"{step.point} cannot be made: {reason}") from exc
 
 
-def _mount(step: Step, profile: Profile, outcome: Outcome) -> None:
+def _mount(step: Step, profile: Profile, outcome: Outcome, shown: Shown | None) -> None:
     match step.action:
         case "union":
             assert step.options is not None
@@ -233,7 +241,8 @@ def _mount(step: Step, profile: Profile, outcome: Outcome) -> None:
             name = f"{profile.name}:{runtime.name_of(step.path)}"
             binding.memory(step.point, name, step.size, step.like)
         case "bind" | "view":
-            binding.bind(step.source, step.point, readonly=step.readonly, like=step.like)
+            source, readonly, like = step.source, step.readonly, step.like
+            binding.bind(source, step.point, readonly=readonly, like=like, shown=shown)
         case "links":
             binding.links(step.source, step.point)
 
