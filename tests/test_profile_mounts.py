@@ -171,6 +171,32 @@ def test_what_anybody_may_have(system: System) -> None:
     system.down()
 
 
+def test_what_was_made_to_mount_on_is_removed(system: System) -> None:
+    """But nothing that somebody else has made, or made use of."""
+    target = system.place / "view"
+    (target / "there").mkdir(parents=True)
+    head = f'store = "{system.data}"\ntarget = "{target}"'
+    paths = '"/etc" = "persist"\n"/var/cache" = "tmpfs"\n"/there" = "tmpfs"\n'
+    system.write(head, paths)
+    for _round in range(2):
+        system.up()
+        assert (target / "var/cache/apt/file").exists()
+        system.down()
+        assert os.listdir(target) == ["there"]
+    system.up()
+    (target / "var/mine").touch()
+    system.up()
+    system.down()
+    assert sorted(path.name for path in target.rglob("*")) == ["mine", "there", "var"]
+    (target / "var/mine").unlink()
+    (target / "var").rmdir()
+    system.write(head, paths + '"/home" = { kind = "tmpfs", options = "no such option" }\n')
+    system.refused()
+    system.write(head, paths + f'"/home" = {{ kind = "persist", upper = "{system.file}" }}\n')
+    system.refused()
+    assert os.listdir(target) == ["there"]
+
+
 @pytest.mark.root
 def test_who_waits_sees_how_far_it_is(system: System) -> None:
     """On a terminal: a base may have much to fill a directory with."""
@@ -340,19 +366,19 @@ def test_an_error_leaves_all_as_it_was(system: System) -> None:
 @pytest.mark.root
 def test_a_store_that_is_not_there(system: System) -> None:
     system.write(
-        'store = "LABEL=none-such"\noptions = "fallback=tmpfs,device-timeout=1.5"',
+        'store = "LABEL=none-such"\noptions = "fallback=tmpfs,device-timeout=4"',
         '"/etc" = "persist"\n"/root" = { kind = "persist", options = "on-mismatch=ro" }\n',
     )
     before = time.monotonic()
     told = system.up()
     took = time.monotonic() - before
-    assert 1.5 < took < 3, "the store is waited for once, not by each path"
+    assert 4 < took < 8, "the store is waited for once, not by each path"
     assert told.count("runs without its store") == 2, "each is told once"
-    assert told.count("no device has LABEL=none-such after 1.5 s") == 2
+    assert told.count("no device has LABEL=none-such after 4 s") == 2
     assert system.points() == ["etc", "root"]
     before = time.monotonic()
     assert system.up().count("runs without its store") == 2
-    assert time.monotonic() - before < 1.5, "nothing is to be mounted any more"
+    assert time.monotonic() - before < 4, "nothing is to be mounted any more"
     assert "none-such" in (system.run_directory / "degraded").read_text()
     (system.top / "etc/new").touch()
     system.down()

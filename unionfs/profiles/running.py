@@ -2,7 +2,8 @@
 """Bringing a profile up and taking it down.
 
 Owns the order, what is undone after an error, and the record of what was mounted:
-/run/unionfs/NAME/mounts, written after each mount, under a lock.  Each union has a daemon of its
+/run/unionfs/NAME/mounts, written after each mount, under a lock; beside it `directories`, what was
+made to mount on.  Each union has a daemon of its
 own, which outlives us.  Called by the verbs up and down, by boot and by the supervisor.
 
 A union whose daemon has died is mounted anew by the next `up`, with what is mounted below it.
@@ -34,6 +35,7 @@ from unionfs.unmounting import busy, unmount
 log = logging.getLogger("unionfs")
 
 _RECORD: Final = "mounts"
+_DIRECTORIES: Final = "directories"
 _LOCK: Final = "lock"
 
 
@@ -96,12 +98,13 @@ def up(profile: Profile, root: str = "/", *, shown: Shown | None = None) -> Outc
         os.makedirs(f"{directory}/{plan.EMPTY}", 0o755, exist_ok=True)
         record = _Record(directory)
         _heal(record)
-        had = list(record.made)
+        had, had_directories = list(record.made), list(record.directories)
         outcome = Outcome([], [])
         try:
             _mount_all(profile, root, record, outcome, shown)
         except BaseException:
             _undo(record, had)
+            record.remove_directories(had_directories)
             if not record.made:
                 _sweep(directory)
             raise
@@ -153,6 +156,7 @@ def down(name: str, *, lazy: bool = False) -> int:
         for made in reversed(list(record.made)):
             count += _take_down(made, lazy=lazy)
             record.remove(made)
+        record.remove_directories()
         _sweep(place)
         return count
 
@@ -171,9 +175,16 @@ def hand_over(name: str, root: str) -> None:
     with _locked(place):
         record = _Record(place)
         for made in list(record.made):
-            if made.point == top or made.point.startswith(f"{top}/"):
+            point = _seen_from(top, made.point)
+            if point != made.point:
                 record.remove(made)
-                record.add(dataclasses.replace(made, point=made.point.removeprefix(top) or "/"))
+                record.add(dataclasses.replace(made, point=point))
+        record.keep_directories([_seen_from(top, path) for path in record.directories])
+
+
+def _seen_from(top: str, path: str) -> str:
+    """A path as it is once `top` is the root, if it lies there."""
+    return path.removeprefix(top) or "/" if f"{path}/".startswith(f"{top}/") else path
 
 
 def standing(name: str) -> list[Made]:
@@ -190,7 +201,7 @@ def _do(
         return
     begun = _begin(step.point)
     try:
-        _make_point(step)
+        _make_point(step, record)
         if step.action != "links":
             record.add(begun)
         _mount(step, profile, outcome, shown)
@@ -216,10 +227,15 @@ def _error(step: Step, exc: UnionfsError | OSError) -> UnionfsError:
     return UnionfsError(f"{step.path}: {what}{reason}")
 
 
-def _make_point(step: Step) -> None:
-    """What is not there is made, in the union above; what cannot be changed has to have it."""
+def _make_point(step: Step, record: "_Record") -> None:
+    """What is not there is made, in the union above; what cannot be changed has to have it.
+
+    What lies in none of our mounts is noted before, to be removed by `down`.
+    """
     if os.path.lexists(step.point):
         return
+    if not any(f"{step.point}/".startswith(f"{made.point}/") for made in record.made):
+        record.keep_directories([*record.directories, *_missing(step.point)])
     try:
         if os.path.isfile(step.source):
             os.makedirs(os.path.dirname(step.point), 0o755, exist_ok=True)
@@ -229,6 +245,15 @@ def _make_point(step: Step) -> None:
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
         raise UnionfsError(f"{step.point} cannot be made: {reason}") from exc
+
+
+def _missing(path: str) -> list[str]:
+    """The directories that are not there on the way to a path, the upper-most first."""
+    found: list[str] = []
+    while not os.path.lexists(path):
+        found.insert(0, path)
+        path = os.path.dirname(path)
+    return found
 
 
 def _mount(step: Step, profile: Profile, outcome: Outcome, shown: Shown | None) -> None:
@@ -309,7 +334,7 @@ def _sweep(place: str) -> None:
                 for name in files:  # where a file was seen
                     os.unlink(f"{folder}/{name}")
                 os.rmdir(folder)
-    for name in (_RECORD, "degraded", _LOCK):
+    for name in (_RECORD, _DIRECTORIES, "degraded", _LOCK):
         with contextlib.suppress(OSError):
             os.unlink(f"{place}/{name}")
     with contextlib.suppress(OSError):
@@ -338,9 +363,13 @@ class _Record:
 
     def __init__(self, directory: str) -> None:
         self._path = f"{directory}/{_RECORD}"
+        self._path_of_directories = f"{directory}/{_DIRECTORIES}"
         self.made: list[Made] = []
+        self.directories: list[str] = []
         with contextlib.suppress(OSError, ValueError, TypeError), open(self._path) as file:
             self.made = [Made(**item) for item in json.load(file)]
+        with contextlib.suppress(OSError, ValueError), open(self._path_of_directories) as file:
+            self.directories = json.load(file)
 
     def at(self, point: str) -> Made | None:
         return next((made for made in self.made if made.point == point), None)
@@ -367,7 +396,24 @@ class _Record:
             else:
                 self.replace(begun, made)
 
+    def keep_directories(self, directories: list[str]) -> None:
+        """Those that were made, or are going to be: what lies above others first."""
+        if directories != self.directories:
+            self.directories = directories
+            _write_whole(self._path_of_directories, directories)
+
+    def remove_directories(self, but: Sequence[str] = ()) -> None:
+        """Those that were made, as far as they are empty."""
+        for path in reversed([path for path in self.directories if path not in but]):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        self.keep_directories(list(but))
+
     def _write(self) -> None:
-        with open(f"{self._path}.new", "w") as file:
-            json.dump([dataclasses.asdict(made) for made in self.made], file)
-        os.rename(f"{self._path}.new", self._path)
+        _write_whole(self._path, [dataclasses.asdict(made) for made in self.made])
+
+
+def _write_whole(path: str, what: object) -> None:
+    with open(f"{path}.new", "w") as file:
+        json.dump(what, file)
+    os.rename(f"{path}.new", path)
