@@ -203,6 +203,7 @@ def test_generator(tmp_path: Path) -> None:
         off=quiet,
         asked=quiet,
         wrong="[",
+        soon='options = "device-timeout=soon"\n' + quiet,
         whole=PROFILE.replace("/srv/s", "/") + '"/" = "persist"\n',
         memory='options = "device-timeout=5"\n' + quiet,
     )
@@ -227,6 +228,7 @@ def test_generator(tmp_path: Path) -> None:
     assert "Before=" not in two
     timeout = made["dev-disk-by\\x2dlabel-x.device.d/50-unionfs.conf"]
     assert timeout == "[Unit]\nJobRunningTimeoutSec=5s\n"
+    assert "unionfs@soon.service.d/50-profile.conf" in made, "it says what is wrong itself"
     assert len(problems) == 1
     assert "profile wrong" in problems[0]
 

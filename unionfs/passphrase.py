@@ -4,8 +4,7 @@
 Owns the ways: a key file, a credential of systemd, a question on the terminal, or one by
 systemd-ask-password(1) where there is no terminal; in an initramfs without that, on the console.
 A passphrase is a bytearray, wiped when it has been used; it is in no argument list, no environment
-and no log.  Called by the daemon and the verbs
-of stores; used by stores/gocryptfs.py.
+and no log.  Called by the daemon and the verbs of stores; used by stores/gocryptfs.py.
 
 The daemon has neither terminal nor standard input.  It asks the process that started it, through
 the socket that it also says over that it is ready (daemon.py).

@@ -80,8 +80,7 @@ def _write_profile(place: str, profile: Profile, *, start: bool) -> None:
         kind = "requires" if _must_come_up(profile) else "wants"
         _link(place, f"{TARGET}.{kind}", service)
     _write(place, f"{service}.d/50-profile.conf", drop_in(profile))
-    timeout = _option(profile.options, "device-timeout")
-    seconds = None if timeout is None else float(timeout)
+    seconds = _seconds(_option(profile.options, "device-timeout"))
     for unit in devices.drop_ins(_store(profile), seconds, "50-unionfs.conf"):
         _write(place, unit.name, unit.text.splitlines())
 
@@ -121,6 +120,14 @@ def _option(options: Iterable[str], wanted: str) -> str | None:
         if word == wanted:
             return value
     return None
+
+
+def _seconds(text: str | None) -> float | None:
+    """None also if it is no number: the service says that."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 def _link(place: str, directory: str, service: str) -> None:
