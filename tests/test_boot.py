@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import ground, images
+from tests.rig import ground, images, secret
 from tests.rig.mounted import PATIENCE, program
 from tests.test_stores import label, need
 from unionfs.boot.words import WORDS
@@ -125,6 +125,25 @@ def test_changes_persist(root: Path, image: Path) -> None:
             assert f"is a union, with changes in LABEL={name}:/{INSIDE}" in told
             end(root)
             assert not is_changed(root)
+
+
+@pytest.mark.skipif(bool(secret.why_not()), reason=secret.why_not() or "-")
+def test_a_store_that_store_encrypt_has_made(root: Path, image: Path, place: Path) -> None:
+    """By gocryptfs, which therefore belongs into an initramfs."""
+    line = f"unionfs.store={image}"
+    boot(root, line)
+    change(root)
+    end(root)
+    key = secret.key_file(place)
+    done = secret.run("store", "encrypt", f"{image}:/{INSIDE}", "--key-file", key, "--discard")
+    assert done.returncode == 0, done
+    told = boot(root, f"{line} unionfs.options=key-file={place}/none", code=64)
+    assert "cannot read the key file" in told
+    assert not is_changed(root)
+    end(root)
+    boot(root, f"{line} unionfs.options=key-file={key}")
+    assert is_changed(root)
+    end(root)
 
 
 def test_in_memory(root: Path) -> None:

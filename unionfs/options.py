@@ -91,6 +91,7 @@ class MountOptions:
     autogrow: str | None = None  # up to this size an image grows by itself
     name: str | None = None  # in /run/unionfs; None: after the mount point
     store_flags: str | None = None  # for mounting the upper's file system, as in fstab
+    waited: bool = False  # who mounts has waited for the devices: see profiles/waiting.py
     holds_root: bool = False  # the running system's root is to be this union: see boot/aside.py
     degraded: str | None = (
         None  # why it is mounted, in memory, without the store that was asked for

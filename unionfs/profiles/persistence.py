@@ -13,6 +13,7 @@ from typing import Final
 
 from unionfs import locator
 from unionfs.errors import UnionfsError, printable
+from unionfs.options import OptionReader, read_strings
 from unionfs.profiles.profile import Kind, Profile, Rule
 
 log = logging.getLogger("unionfs")
@@ -27,14 +28,17 @@ _LARGEST: Final = 1 << 20
 def complete(profile: Profile) -> Profile:
     """A profile with the paths that the file at its store's root names."""
     assert profile.store is not None
-    return dataclasses.replace(profile, rules=tuple(read(_text(profile.store), profile.store)))
+    text = _text(profile.store, read_strings(profile.options))
+    return dataclasses.replace(profile, rules=tuple(read(text, profile.store)))
 
 
-def _text(store: str) -> str:
-    """The file at the root of a store."""
+def _text(store: str, said: OptionReader) -> str:
+    """The file at the root of a store, which is waited for and looked for as the options say."""
+    from unionfs.profiles import waiting
     from unionfs.stores.volume import open_volume
 
-    volume = open_volume(store, readonly=True)
+    search, seconds = waiting.search_of(said), waiting.seconds_of(said)
+    volume = open_volume(store, readonly=True, search=search, timeout=seconds)
     try:
         with open(os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=volume.root), "rb") as file:
             return os.fsdecode(file.read(_LARGEST))

@@ -69,6 +69,12 @@ def steps(profile: Profile, ground: Ground) -> list[Step]:
     return sorted(made, key=lambda step: order.get(step.action, 1))
 
 
+def missing(profile: Profile, ground: Ground) -> list[Rule]:
+    """The rules of which nothing is mounted yet."""
+    planner = _Planner(profile, ground)
+    return [rule for rule in profile.rules if planner.seen_at(rule) not in ground.standing]
+
+
 def place_in_store(profile: Profile, rule: Rule) -> str:
     """The locator of a path's directory in the store."""
     assert profile.store is not None
@@ -95,6 +101,10 @@ class _Planner:
     def _rooted(self, text: str) -> str:
         """A plain path of the profile's system, from here."""
         return below(self.ground.root, text) if text.startswith("/") else text
+
+    def seen_at(self, rule: Rule) -> str:
+        """Where something is mounted for a rule."""
+        return self._linked(rule) if rule.kind == "link" else below(self.top, rule.path)
 
     def steps(self, rule: Rule) -> list[Step]:
         point = below(self.top, rule.path)
