@@ -171,6 +171,25 @@ def test_what_anybody_may_have(system: System) -> None:
     system.down()
 
 
+@pytest.mark.parametrize("target", [False, True])
+def test_what_is_excluded_from_nothing_cannot_be_changed_either(
+    system: System, target: bool
+) -> None:
+    """No rule above it: it is the base's all the same, as `unionfs policy` says."""
+    top = system.place / "view" if target else system.top
+    paths = '"/etc" = "exclude"\n"/home" = "tmpfs"\n'
+    system.write(f'target = "{top}"' if target else "", paths + ROOT * '"/var/file" = "exclude"\n')
+    system.up()
+    assert (top / "etc/file").read_text() == "base etc\n"
+    for path in ("etc/new", "etc/file", *(["var/file"] if ROOT else [])):
+        with pytest.raises(OSError, match="Read-only file system"):
+            (top / path).write_text("x")
+    (top / "home/new").touch()
+    assert "up already" in system.up()
+    system.down()
+    system.unchanged()
+
+
 def test_what_was_made_to_mount_on_is_removed(system: System) -> None:
     """But nothing that somebody else has made, or made use of."""
     target = system.place / "view"
@@ -360,6 +379,23 @@ def test_an_error_leaves_all_as_it_was(system: System) -> None:
     assert "warning: /home" in system.up()
     assert system.points() == ["etc"]
     assert "none-such" in (system.run_directory / "degraded").read_text()
+    system.down()
+
+
+def test_a_path_that_is_not_there_keeps_no_other_away(system: System) -> None:
+    rules = {"/etc": "persist", "/none": "persist", "/var/file": "tmpfs", f"/{'x' * 300}": "tmpfs"}
+    paths = "".join(f'"{path}" = "{kind}"\n' for path, kind in rules.items())
+    system.write(f'store = "{system.data}"', paths)
+    assert "/none does not exist" in system.refused()
+    assert system.points() == []
+    system.write(f'nofail = true\nstore = "{system.data}"', paths)
+    for _round in range(2):
+        told = system.up()
+        assert told.count("warning:") == 3
+        assert "/none does not exist" in told
+        assert "/var/file is no directory" in told
+        assert system.points() == ["etc"]
+    assert "/none does not exist" in (system.run_directory / "degraded").read_text()
     system.down()
 
 

@@ -234,21 +234,23 @@ def test_steps_in_place(system: Path) -> None:
             "/var/log": "tmpfs",
             "/var/lib": "exclude",
             "/var/none": {"kind": "tmpfs", "union": False, "size": "1M"},
-            "/none": "exclude",
+            "/opt": "exclude",
         },
     )
+    (system / "opt").mkdir()
     steps = plan.steps(made, ground(system))
     assert short(steps) == [
         ("view", "/var/lib"),
         ("view", "/var/log"),
         ("union", "/etc"),
         ("bind", "/home"),
+        ("bind", "/opt"),
         ("union", "/var"),
         ("bind", "/var/lib"),
         ("union", "/var/log"),
         ("memory", "/var/none"),
     ]
-    etc, log = steps[2].options, steps[6].options
+    etc, log = steps[2].options, steps[7].options
     assert etc is not None
     assert log is not None
     assert etc.lowers == (f"{system}/etc",)
@@ -258,8 +260,10 @@ def test_steps_in_place(system: Path) -> None:
     assert log.lowers == ("/run/unionfs/p/base/var-log",)
     assert log.ephemeral
     assert steps[3].source == "LABEL=data:/persistent_p/home"
-    assert steps[5].readonly
-    assert steps[7].size == "1M"
+    assert steps[4].readonly
+    assert steps[4].source == f"{system}/opt", "nothing above it has covered that"
+    assert steps[6].readonly
+    assert steps[8].size == "1M"
 
 
 def test_steps_elsewhere(system: Path, tmp_path: Path) -> None:
@@ -289,9 +293,11 @@ def test_steps_elsewhere(system: Path, tmp_path: Path) -> None:
         ({"/home": "link"}, "link needs root"),
         ({"/home": {"kind": "tmpfs", "union": False}}, "an empty tmpfs needs root"),
         ({"/var": "persist", "/var/log": "tmpfs"}, "below another path in place needs root"),
+        ({"/file": "exclude"}, "/file is no directory"),
     ],
 )
 def test_what_needs_root(system: Path, paths: dict[str, Any], told: str) -> None:
+    (system / "file").touch()
     made = read(store="s", paths=paths)
     with pytest.raises(UnionfsError, match=told):
         plan.steps(made, ground(system, may_mount=False))
@@ -323,6 +329,20 @@ def test_what_cannot_be_mounted(system: Path) -> None:
         plan.steps(read(store="s", paths={"/link": "persist"}), ground(system))
     with pytest.raises(UnionfsError, match=r"p.toml: /etc: option 'falback=x'|falback"):
         plan.steps(read(store="s", options="falback=x", paths={"/etc": "persist"}), ground(system))
+
+
+@pytest.mark.parametrize("path", ["/" + "x" * 256, "/file/below", "/file", "/none"])
+def test_what_cannot_be_mounted_is_told_of_its_rule_only(system: Path, path: str) -> None:
+    (system / "file").touch()
+    made = read(store="s", paths={"/etc": "persist", path: "persist", "/var": "tmpfs"})
+    told: list[UnionfsError] = []
+    assert short(plan.steps(made, ground(system), told.append)) == [
+        ("union", "/etc"),
+        ("union", "/var"),
+    ]
+    assert [path in error.message for error in told] == [True]
+    with pytest.raises(UnionfsError):
+        plan.steps(made, ground(system))
 
 
 def test_several_layers_in_one_place_are_not_in_place(system: Path) -> None:

@@ -13,8 +13,10 @@ see its base any more.  So a view of each such base comes first, in /run/unionfs
 """
 
 import dataclasses
+import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -26,6 +28,8 @@ from unionfs.profiles.binding import open_seen
 from unionfs.profiles.profile import Profile, Rule, below
 
 Action = Literal["union", "memory", "bind", "view", "links"]
+# Told of an error that one rule has.
+Failed = Callable[[UnionfsError], None]
 EMPTY: Final = "empty"
 # Settings that only say how a store is used: not for a path that has nothing in it.
 _OF_STORE: Final = (
@@ -61,10 +65,20 @@ class Ground:
     standing: frozenset[str] = frozenset()
 
 
-def steps(profile: Profile, ground: Ground) -> list[Step]:
-    """The mounts of a profile.  Raises UnionfsError for what cannot be made here."""
+def steps(profile: Profile, ground: Ground, failed: Failed | None = None) -> list[Step]:
+    """The mounts of a profile.
+
+    A rule that cannot be had here goes to `failed`, which raises the error or goes on without it.
+    """
     planner = _Planner(profile, ground)
-    made = [step for rule in profile.rules for step in planner.steps(rule)]
+    made: list[Step] = []
+    for rule in profile.rules:
+        try:
+            made += planner.steps(rule)
+        except UnionfsError as exc:
+            if failed is None:
+                raise
+            failed(exc)
     order = {"view": 0, "links": 2}
     return sorted(made, key=lambda step: order.get(step.action, 1))
 
@@ -112,8 +126,6 @@ class _Planner:
             hint = "bring it up over another root: unionfs up NAME --root DIR"
             raise UnionfsError(f"{rule.said_by}: / cannot be covered while it is in use", hint=hint)
         above = self.profile.above(rule)
-        if rule.kind == "exclude" and above is None:
-            return []  # nothing is done to it
         made: list[Step] = []
         if self.profile.in_place and above is not None:
             base = f"{self.ground.directory}/base/{runtime.name_of(rule.path)}"
@@ -147,7 +159,7 @@ class _Planner:
     def _has(self, rule: Rule, place: str) -> bool:
         """Whether there is something at a place of the base that a rule can be for."""
         found = _look(place)
-        if found == "file" and rule.kind != "exclude":
+        if found == "file" and not (rule.kind == "exclude" and self.ground.may_mount):
             hint = "give a rule to its directory"
             raise UnionfsError(f"{rule.said_by}: {rule.path} is no directory", hint=hint)
         return found is not None
@@ -232,8 +244,11 @@ def _look(text: str) -> Literal["directory", "file"] | None:
     """What a layer has at a place; a symbolic link there is an error."""
     try:
         fd = open_seen(text)
-    except FileNotFoundError:
-        return None
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENOTDIR):
+            return None
+        reason = os.strerror(exc.errno or errno.EIO)
+        raise UnionfsError(f"cannot look at {text} in the base: {reason}") from exc
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISLNK(mode):

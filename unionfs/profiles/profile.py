@@ -14,7 +14,7 @@ A path's kind is one of
     persist   a union: the base's content, its changes in the store
     tmpfs     the same with its changes in memory; with union = false an empty tmpfs
     bind      a directory of the store in its place; filled from the base when it is made
-    exclude   the base's own, which nobody changes: out of what lies above it
+    exclude   the base's own, which nobody changes, out of what lies above it if anything does
     link      as live-boot's: files of the store by symbolic links
 """
 

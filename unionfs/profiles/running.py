@@ -124,7 +124,7 @@ def _mount_all(
         standing=frozenset(made.point for made in record.made),
     )
     waiting.wait(profile, plan.missing(profile, ground))
-    wanted = plan.steps(profile, ground)
+    wanted = plan.steps(profile, ground, lambda error: _go_on(profile, outcome, error))
     if sum(step.action == "union" for step in wanted) > 1:
         daemon.preload()
     for step in wanted:
@@ -207,16 +207,20 @@ def _do(
         _mount(step, profile, outcome, shown)
     except (UnionfsError, OSError) as exc:
         record.remove(begun)
-        error = _error(step, exc)
-        if not profile.nofail or error.code == ExitCode.INTERRUPT:
-            raise error from exc
-        outcome.warnings.append(error.line())
+        _go_on(profile, outcome, _error(step, exc))
         return
     if step.action != "links":
         made = begun.finished()
         if made is None:
             raise UnionfsError(f"{step.point} was mounted, and is not in the mount table")
         record.replace(begun, made)
+
+
+def _go_on(profile: Profile, outcome: Outcome, error: UnionfsError) -> None:
+    """Without what this error is about, if the profile allows that."""
+    if not profile.nofail or error.code == ExitCode.INTERRUPT:
+        raise error
+    outcome.warnings.append(error.line())
 
 
 def _error(step: Step, exc: UnionfsError | OSError) -> UnionfsError:
