@@ -262,6 +262,8 @@ def test_words_of_fuse() -> None:
         ("uidmapping=0:1:x", "malformed"),
         ("uidmapping=0:1:0", "0:1:0 is no range"),
         ("gidmapping=0:4294967295:1", "is no range"),
+        ("uidmapping=0:1000:5:4:2000:1", "ranges overlap"),
+        ("gidmapping=10:1000:5:0:1004:2", "ranges overlap"),
         ("plugins=/a.so", "plugins"),
         ("datadir+=/a", "data-only"),
         ("verity=on", "use one of off"),

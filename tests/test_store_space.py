@@ -347,7 +347,7 @@ def test_filled_to_the_brim_by_four_writers(base: Path, kind: str) -> None:
     assert sum(synced.values()) > 448 * MIB
 
 
-def test_autogrow_is_for_images(base: Path) -> None:
+def test_what_is_said_of_an_image_is_for_images(base: Path) -> None:
     (base / "up").mkdir()
     assert "autogrow=" in refused("-o", "autogrow=1G", base / "tree", base / "up", base / "mnt")
     if os.geteuid() != 0:
@@ -355,7 +355,11 @@ def test_autogrow_is_for_images(base: Path) -> None:
         image = images.make(base / "s.img")
         said = refused("-o", "autogrow=1G", base / "tree", image, base / "mnt")
         assert "fuse2fs cannot grow" in said
-    done = mount("-o", "autogrow=1G,fallback=tmpfs", base / "tree", "LABEL=none", base / "mnt")
+    flags = ("-o", "store-flags=bogus")
+    assert "store-flags= is for an" in refused(*flags, base / "tree", base / "up", base / "mnt")
+    assert "store-flags= is for an" in refused(*flags, base / "tree", "--ro", base / "mnt")
+    options = "autogrow=1G,store-flags=noatime,fallback=tmpfs"
+    done = mount("-o", options, base / "tree", "LABEL=none", base / "mnt")
     assert done.returncode == 0, done.stderr
     ground.run(
         "umount" if os.geteuid() == 0 else "fusermount3",

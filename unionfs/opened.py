@@ -112,6 +112,7 @@ def _degraded(
         readonly=not in_memory,
         ephemeral=in_memory,
         autogrow=None,
+        store_flags=None,
         key_file=None,
         credential=None,
     )
@@ -138,6 +139,7 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
     readonly = is_readonly(options)
     mounts = read_mounts()
     stores = _open_stores(options, stack, mounts, asked.passphrase, readonly=readonly)
+    _refuse_flags(options, stores)
     if stores is not None:
         options = stores.options
     known = {} if stores is None else stores.opened()
@@ -176,6 +178,13 @@ def _open_all(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) 
         opened.watch = _watch(opened, stores)
         opened.recovery = _recovery(opened, work)
     return opened
+
+
+def _refuse_flags(options: MountOptions, stores: "Stores | None") -> None:
+    """Only a file system that we mount can have flags."""
+    if options.store_flags is not None and (stores is None or not stores.upper_in_volume):
+        hint = "leave store-flags= out, or mount what the upper lies in with them"
+        raise usage_error("store-flags= is for an upper in an image or on a device", hint)
 
 
 def _base_seen(directory: str, mounts: list[MountEntry]) -> Base:

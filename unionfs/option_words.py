@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from unionfs.errors import usage_error
 
@@ -183,7 +184,18 @@ def read_mapping(word: str, text: str) -> tuple[IdRange, ...]:
         if r.length == 0 or max(r.inside, r.outside) + r.length > ID_LIMIT:
             shown = f"{r.inside}:{r.outside}:{r.length}"
             raise usage_error(f"option {word}: {shown} is no range of uids or gids", hint)
+    if _overlap([(r.inside, r.length) for r in ranges]) or _overlap(
+        [(r.outside, r.length) for r in ranges]
+    ):
+        hint = "map each one once, as in /proc/PID/uid_map"
+        raise usage_error(f"option {word}={text}: ranges overlap", hint)
     return tuple(ranges)
+
+
+def _overlap(ranges: list[tuple[int, int]]) -> bool:
+    """Of ranges, each with its first number and its length: whether any two have one in common."""
+    ranges = sorted(ranges)
+    return any(one + length > next_ for (one, length), (next_, _) in pairwise(ranges))
 
 
 def read_subtype(word: str, text: str) -> str:

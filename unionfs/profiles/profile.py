@@ -134,6 +134,9 @@ def read(name: str, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> Profi
     files = []
     for path, document in documents:
         files.append(path)
+        if _has_null(document):
+            hint = "no path and no option can have one"
+            raise UnionfsError(f"{path} has a null character", hint=hint)
         for key, value in document.items():
             if key == "paths":
                 _read_paths(path, value, rules)
@@ -143,6 +146,14 @@ def read(name: str, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> Profi
     profile = Profile(name=name, rules=ordered, files=tuple(files), **fields)
     _check(profile)
     return profile
+
+
+def _has_null(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_has_null, (*value, *value.values())))
+    if isinstance(value, list):
+        return any(map(_has_null, value))
+    return isinstance(value, str) and "\0" in value
 
 
 def _read_field(path: str, key: str, value: object) -> dict[str, object]:
@@ -197,10 +208,14 @@ def _read_paths(path: str, table: object, rules: dict[str, Rule]) -> None:
     """Take over the rules of a file; `false` takes one of an earlier file away."""
     if not isinstance(table, dict):
         raise UnionfsError(f"{path}: paths is no table", hint='write "/etc" = "persist" below it')
+    spelled: dict[str, str] = {}
     for text, said in table.items():
         if not text.startswith("/") or ".." in text.split("/"):
             raise UnionfsError(f"{path}: {text!r} is no absolute path", hint='write "/etc"')
         normal = below("/", text)
+        if (other := spelled.setdefault(normal, text)) != text:
+            hint = "which of them holds, nobody could tell: keep one"
+            raise UnionfsError(f"{path}: {other!r} and {text!r} are one path", hint=hint)
         if said is False:
             rules.pop(normal, None)
         else:
