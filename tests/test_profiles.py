@@ -79,8 +79,6 @@ def test_no_rule() -> None:
         ({"store": 3}, "it has to be a locator"),
         ({"target": "mnt"}, "it has to be an absolute path"),
         ({"paths": {"/etc": "tmpfs", "/etc/": "tmpfs"}}, "'/etc' and '/etc/' are one path"),
-        ({"paths": {"/e\0": "tmpfs"}}, "has a null character"),
-        ({"options": ["fallback=tmpfs", "x\0"]}, "has a null character"),
         ({"boot": "yes"}, "true or false"),
         ({"options": [1]}, "a text or a list"),
         ({"paths": "x"}, "paths is no table"),
@@ -156,13 +154,58 @@ def test_templates(places: list[Path]) -> None:
 def test_files_that_cannot_be_read(places: list[Path]) -> None:
     with pytest.raises(UnionfsError, match="there is no profile p"):
         files.load("p")
-    for text, told in ((b"store = ", "is not understood"), (b"\xff", "is not understood")):
+    for text, told in (
+        (b"store = ", "is not understood"),
+        (b"\xff", "is not understood"),
+        (b"a=" + b"[" * 100_000, "is not understood"),
+        (b".".join([b"a"] * 2000) + b"=1", "is not understood"),
+        (b'[paths]\n"/x\\u0000" = "tmpfs"', "has a null character"),
+        (b'options = ["ro", "x\\u0000"]', "has a null character"),
+        (b" " * (1 << 20) + b"\n", "is larger than 1 MiB"),
+    ):
         (places[0] / "p.toml").write_bytes(text)
         with pytest.raises(UnionfsError, match=told):
             files.load("p")
     for name in ("../p", "", "a b", "-x", "p/"):
         with pytest.raises(UnionfsError):
             files.load(name)
+
+
+def test_what_is_no_plain_file_does_not_hold_up_anything(places: list[Path]) -> None:
+    """A FIFO that nobody writes to would, and so would a device that never ends."""
+    os.mkfifo(places[1] / "p.toml")
+    (places[2] / "p.toml").write_text('[paths]\n"/a" = "tmpfs"\n')
+    (places[0] / "d.toml").mkdir()
+    assert files.names() == ["d", "p"]
+    told = {"p": "is no plain file", "d": "Is a directory", str(places[1] / "p.toml"): "no plain"}
+    for name, words in (told | {"/dev/zero": "is no plain file"}).items():
+        with pytest.raises(UnionfsError, match=words):
+            files.load(name)
+    (places[0] / "p.toml").write_text('[paths]\n"/a" = "tmpfs"\n')
+    assert [rule.path for rule in files.load("p").rules] == ["/a"]
+    (places[2] / "p.toml.d").mkdir()
+    os.mkfifo(places[2] / "p.toml.d/x.toml")
+    with pytest.raises(UnionfsError, match=r"x.toml: it is no plain file"):
+        files.load("p")
+    os.mkfifo(places[0] / persistence.FILE)
+    (places[0] / "live.toml").write_text(f'store = "{places[0]}"\n')
+    with pytest.raises(UnionfsError, match=r"persistence.conf at its root: it is no plain file"):
+        files.load("live")
+
+
+def test_masked(places: list[Path]) -> None:
+    """As systemd masks what the vendor has shipped."""
+    etc, _run, lib = places
+    (lib / "p.toml.d").mkdir()
+    for name, path in (("p.toml", "/a"), ("p.toml.d/x.toml", "/b"), ("q.toml", "/q")):
+        (lib / name).write_text(f'[paths]\n"{path}" = "tmpfs"\n')
+    (etc / "p.toml.d").mkdir()
+    (etc / "p.toml.d/x.toml").symlink_to("/dev/null")
+    assert [rule.path for rule in files.load("p").rules] == ["/a"]
+    (etc / "p.toml").symlink_to("/dev/null")
+    assert files.names() == ["q"]
+    with pytest.raises(UnionfsError, match=r"p is masked: .*/etc/p.toml leads to /dev/null"):
+        files.load("p")
 
 
 # persistence.conf
@@ -197,7 +240,7 @@ relative
 
 
 def test_persistence_conf_with_places_in_one_another(caplog: pytest.LogCaptureFixture) -> None:
-    made = persistence.read("/home\n/home/u\n/ union,source=.\n", "s")
+    made = persistence.read("/home\n/home/u\n/ union,source=.\n/a\0\n/b source=\0\n", "s")
     assert [rule.path for rule in made] == ["/home"]
     assert "lies in or around" in caplog.text
 
@@ -381,6 +424,11 @@ def test_policy(places: list[Path], tmp_path: Path, capsys: Capture) -> None:
     assert cli.main(["policy", "show"]) == 0
     told = capsys.readouterr().out.splitlines()
     assert any("bad" in line and "is not understood" in line for line in told)
+    assert cli.main(["policy", "test", "/etc/fstab"]) == 32
+    said, warned = capsys.readouterr()
+    assert "/etc/fstab persists" in said, "one that is wrong does not hide what the others say"
+    assert warned.count("\n") == 1
+    assert "warning: profile bad: " in warned
     for words in (
         ["policy"],
         ["policy", "tell", "/x"],

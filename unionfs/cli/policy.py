@@ -2,6 +2,7 @@
 """`unionfs policy`: what profiles say, without mounting anything.  Called by main.py."""
 
 import json
+import sys
 from collections.abc import Sequence
 
 from unionfs.cli.parser import Parser, system_root
@@ -18,7 +19,7 @@ test tells what becomes of each PATH: by which profile and rule, and where its c
 are kept. show lists the profiles, or the rules of one, with the files that say so."""
 
 EPILOG = """
-exit codes: 0 told, 1 wrong usage, 32 a profile is wrong
+exit codes: 0 told, 1 wrong usage, 32 a profile is wrong; what the others say is told
 """
 
 _MEANINGS = {
@@ -50,8 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _test(paths: Sequence[str], only: str | None, root: str, *, as_json: bool) -> int:
-    names = files.names(root) if only is None else [only]
-    profiles = [_load(name, root) for name in names if only or not name.endswith("@")]
+    profiles, code = _all(root) if only is None else ([_load(only, root)], ExitCode.OK)
     told = []
     for path in paths:
         if not path.startswith("/"):
@@ -67,7 +67,22 @@ def _test(paths: Sequence[str], only: str | None, root: str, *, as_json: bool) -
                 print(printable(f"{path} is left as it is: no profile has a rule for it"))
     if as_json:
         print(json.dumps(told, indent=2))
-    return ExitCode.OK
+    return code
+
+
+def _all(root: str) -> tuple[list[Profile], ExitCode]:
+    """Those that are right, without templates; of each other one a warning."""
+    found, code = [], ExitCode.OK
+    for name in files.names(root):
+        if name.endswith("@"):
+            continue
+        try:
+            found.append(_load(name, root))
+        except UnionfsError as exc:
+            warning = printable(f"unionfs: warning: profile {name}: {exc.line()}")
+            print(warning, file=sys.stderr)
+            code = ExitCode.FAIL
+    return found, code
 
 
 def _load(name: str, root: str) -> Profile:

@@ -6,6 +6,8 @@ place of one with the same name in /run, and that of one in /usr/lib; drop-ins i
 any of these places are added in the order of their names.  A user's profiles are below
 $XDG_CONFIG_HOME/unionfs and $XDG_RUNTIME_DIR/unionfs.
 
+A link to /dev/null masks what has its name in the places after it: a profile, or a drop-in.
+
 `app@one` is read from app@.toml, where %i stands for `one` (%% is a percent sign).
 """
 
@@ -17,6 +19,7 @@ from typing import Any, Final
 from unionfs.errors import UnionfsError
 from unionfs.profiles import persistence, profile
 from unionfs.profiles.profile import Profile
+from unionfs.profiles.reading import read_whole
 
 _SUFFIX: Final = ".toml"
 _SYSTEM: Final = ("/etc/unionfs", "/run/unionfs", "/usr/lib/unionfs")
@@ -34,13 +37,14 @@ def directories(root: str = "/") -> list[str]:
 
 
 def names(root: str = "/") -> list[str]:
-    """The profiles there are; templates end in @."""
+    """The profiles there are, but for those that are masked; templates end in @."""
     found = set()
     for place in directories(root):
         for entry in _entries(place):
             if entry.endswith(_SUFFIX) and profile.NAME.fullmatch(entry.removesuffix(_SUFFIX)):
                 found.add(entry.removesuffix(_SUFFIX))
-    return sorted(found)
+    mains = {name: _main(name, root) for name in found}
+    return sorted(name for name, main in mains.items() if main is not None and not _masks(main))
 
 
 def own_name(name: str) -> str:
@@ -83,6 +87,9 @@ def said(name: str, root: str = "/") -> Profile:
         known = ", ".join(names(root))
         hint = f"the profiles are {known}" if known else f"write {places[0]}/{name}.toml"
         raise UnionfsError(f"there is no profile {name}", hint=hint)
+    if _masks(main):
+        hint = f"remove it to have {name} again"
+        raise UnionfsError(f"profile {name} is masked: {main} leads to {os.devnull}", hint=hint)
     folders = [f"{called}{_SUFFIX}.d" for called in reversed(_candidates(name))]
     files = [main, *_drop_ins(places, folders)]
     documents = [(path, _read(path)) for path in files]
@@ -120,9 +127,13 @@ def _main(name: str, root: str) -> str | None:
 
 
 def _first(places: list[str], wanted: list[str]) -> str | None:
-    """The file of the first name that is found, in the place that wins."""
+    """The file of the first name that is found, in the place that wins; whatever it is."""
     paths = [f"{place}/{name}" for name in wanted for place in places]
-    return next((path for path in paths if os.path.isfile(path)), None)
+    return next((path for path in paths if os.path.lexists(path)), None)
+
+
+def _masks(path: str) -> bool:
+    return os.path.realpath(path) == os.devnull
 
 
 def _drop_ins(places: list[str], folders: list[str]) -> list[str]:
@@ -133,17 +144,29 @@ def _drop_ins(places: list[str], folders: list[str]) -> list[str]:
             for entry in _entries(f"{place}/{folder}"):
                 if entry.endswith(_SUFFIX):
                     found[entry] = f"{place}/{folder}/{entry}"
-    return [found[entry] for entry in sorted(found)]
+    return [found[entry] for entry in sorted(found) if not _masks(found[entry])]
 
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        document = tomllib.loads(read_whole(path).decode())
+        null = _has_null(document)
     except OSError as exc:
-        raise UnionfsError(f"cannot read {path}: {os.strerror(exc.errno or 0)}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise UnionfsError(f"cannot read {path}: {exc.strerror}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise UnionfsError(f"{path} is not understood: {exc}", hint="it has to be TOML") from exc
+    if null:
+        hint = "no path and no option can have one"
+        raise UnionfsError(f"{path} has a null character", hint=hint)
+    return document
+
+
+def _has_null(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_null, (*value, *value.values())))
+    if isinstance(value, list):
+        return any(map(_has_null, value))
+    return isinstance(value, str) and "\0" in value
 
 
 def _filled(value: Any, instance: str) -> Any:  # noqa: ANN401

@@ -15,6 +15,7 @@ from unionfs import locator
 from unionfs.errors import UnionfsError, printable
 from unionfs.options import OptionReader, read_strings
 from unionfs.profiles.profile import Kind, Profile, Rule
+from unionfs.profiles.reading import read_whole
 
 log = logging.getLogger("unionfs")
 
@@ -22,7 +23,6 @@ FILE: Final = "persistence.conf"
 _KINDS: Final[dict[str, Kind]] = {"bind": "bind", "union": "persist", "link": "link"}
 # Where live-boot refuses to mount.
 _UNSAFE: Final = ("/lib", "/live", "/run/live")
-_LARGEST: Final = 1 << 20
 
 
 def complete(profile: Profile) -> Profile:
@@ -40,12 +40,11 @@ def _text(store: str, said: OptionReader) -> str:
     search, seconds = waiting.search_of(said), waiting.seconds_of(said)
     volume = open_volume(store, readonly=True, search=search, timeout=seconds)
     try:
-        with open(os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=volume.root), "rb") as file:
-            return os.fsdecode(file.read(_LARGEST))
+        return os.fsdecode(read_whole(FILE, folder=volume.root, flags=os.O_NOFOLLOW))
     except OSError as exc:
         hint = "name the paths in the profile, or write that file"
-        reason = os.strerror(exc.errno or 0)
-        raise UnionfsError(f"{store} has no {FILE} at its root: {reason}", hint=hint) from exc
+        what = f"{store} has no {FILE} at its root: {exc.strerror}"
+        raise UnionfsError(what, hint=hint) from exc
     finally:
         volume.close()
 
@@ -79,6 +78,8 @@ def _nested(one: str, other: str) -> bool:
 def _rule(words: list[str], store: str) -> tuple[Rule, str]:
     """The rule of a line, and its place in the store."""
     path = words[0]
+    if "\0" in "".join(words):
+        raise ValueError("it has a null character")
     if not path.startswith("/") or {".", ".."} & set(path.split("/")):
         raise ValueError(f"{path} is no absolute path")
     path = os.path.normpath("/" + path.lstrip("/"))

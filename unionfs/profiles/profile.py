@@ -134,9 +134,6 @@ def read(name: str, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> Profi
     files = []
     for path, document in documents:
         files.append(path)
-        if _has_null(document):
-            hint = "no path and no option can have one"
-            raise UnionfsError(f"{path} has a null character", hint=hint)
         for key, value in document.items():
             if key == "paths":
                 _read_paths(path, value, rules)
@@ -146,14 +143,6 @@ def read(name: str, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> Profi
     profile = Profile(name=name, rules=ordered, files=tuple(files), **fields)
     _check(profile)
     return profile
-
-
-def _has_null(value: object) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_has_null, (*value, *value.values())))
-    if isinstance(value, list):
-        return any(map(_has_null, value))
-    return isinstance(value, str) and "\0" in value
 
 
 def _read_field(path: str, key: str, value: object) -> dict[str, object]:
