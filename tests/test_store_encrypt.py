@@ -220,14 +220,34 @@ def test_ways_to_give_it(base: Path, up: Path, key: Path) -> None:
     wrong = {
         "credential=none": "no credential none",
         f"key-file={base}/none": "cannot read the key file",
+        f"key-file={base}": f"cannot read the key file {base}: Is a directory",
         f"key-file={key},credential=key": "exclude each other",
     }
     for option, text in wrong.items():
-        assert text in secret.run("mount", *place, "-o", option).stderr
+        for words in ([], ["-f"]):
+            found = secret.run("mount", *place, "-o", option, *words)
+            assert text in found.stderr
+            assert found.returncode in (1, 32)
     for content, text in ((b"", "is empty"), (b"a\nb\n", "several lines"), (b"a" * 3000, "longer")):
         (base / "bad").write_bytes(content)
         assert text in secret.run("mount", *place, "-o", f"key-file={base}/bad").stderr
     assert not is_mounted(base / "mnt")
+
+
+@pytest.mark.parametrize("path", ["-", "{}", "{}/none"])
+def test_a_key_file_that_cannot_be_read(tmp_path: Path, path: str) -> None:
+    named = path.format(tmp_path)
+    stdin = os.dup(0)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, 0)
+    try:
+        with pytest.raises(UnionfsError, match=f"^cannot read the key file {named}: ") as caught:
+            passphrase.obtain(passphrase.Source(key_file=named), "store")
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(folder)
+    assert caught.value.code == 32
 
 
 @as_root
