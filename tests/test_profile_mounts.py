@@ -522,6 +522,7 @@ def test_busy(system: System) -> None:
         done = system.call("down", system.name)
         assert done.returncode == 32
         assert "is busy" in done.stderr
+        assert f"unionfs down --lazy {system.name}" in done.stderr
         assert system.points() == ["etc"], "what comes after it in the order is down"
         file.write("late\n")
         file.flush()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -317,6 +318,7 @@ def test_steps_elsewhere(system: Path, tmp_path: Path) -> None:
     made = read(
         base=[f"{system}/var", f"{system}"],
         target="/mnt",
+        options="allow_other",
         store=f"{tmp_path}/data",
         paths={"/": "persist", "/log": "tmpfs", "/x": {"kind": "persist", "upper": "LABEL=o:/x"}},
     )
@@ -347,6 +349,19 @@ def test_what_needs_root(system: Path, paths: dict[str, Any], told: str) -> None
     made = read(store="s", paths=paths)
     with pytest.raises(UnionfsError, match=told):
         plan.steps(made, ground(system, may_mount=False))
+
+
+def test_what_a_user_needs_below_another_path(system: Path) -> None:
+    """fusermount3 runs as root, which other users' unions keep out."""
+    paths: dict[str, Any] = {"/etc": "persist", "/var": "persist", "/var/log": "tmpfs"}
+    made = read(store="s", base=str(system), target="/mnt", paths=paths)
+    elsewhere = Ground(root="/", directory="/run/p", may_mount=False)
+    with pytest.raises(UnionfsError, match=r"/var/log: .* below /var needs allow_other"):
+        plan.steps(made, elsewhere)
+    assert len(plan.steps(made, dataclasses.replace(elsewhere, may_mount=True))) == 3
+    paths |= {"/var": {"kind": "persist", "options": "allow_other"}}
+    made = read(store="s", base=str(system), target="/mnt", paths=paths)
+    assert len(plan.steps(made, elsewhere)) == 3
 
 
 def test_the_root_is_not_taken_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -481,3 +496,8 @@ def test_an_ordinary_user_s_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     assert files.directories() == [f"{tmp_path}/unionfs"]
+    for value, told in (("", "is not set"), (f"{tmp_path}/none", f"={tmp_path}/none is no dir")):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", value)
+        with pytest.raises(UnionfsError, match=f"XDG_RUNTIME_DIR ?{told}") as caught:
+            running.directory_of("p")
+        assert caught.value.code == 2

@@ -20,6 +20,10 @@ FORCED_PATIENCE = 3.0  # seconds for aborted requests to end
 MNT_FORCE = 1
 
 
+class Busy(UnionfsError):
+    """Somebody uses what is to be unmounted."""
+
+
 def unmount(path: str, *, lazy: bool, force: bool) -> None:
     """Unmount one union and wait for its daemon (not if lazy: others may use it for long)."""
     mounts = read_mounts()
@@ -161,7 +165,7 @@ def busy(point: str) -> UnionfsError:
     users = [f"{name} (pid {pid})" for pid, name in _users(point)]
     shown = ", ".join(users[:3]) + (" and others" if len(users) > 3 else "")
     message = f"{point} is busy" + (f", used by {shown}" if users else "")
-    return UnionfsError(message, hint="end what uses it, or use unionfs umount --lazy")
+    return Busy(message, hint="end what uses it, or use unionfs umount --lazy")
 
 
 def _users(point: str) -> Iterator[tuple[str, str]]:

@@ -135,6 +135,7 @@ class _Planner:
                 view = Step(action="view", path=rule.path, point=base, source=point)
                 made.append(dataclasses.replace(view, readonly=True))
         else:
+            self._need_a_way(rule)
             lowers = self._lowers(rule)
             if self.profile.in_place and not lowers:
                 hint = "make it in the base, or give the path above it a rule"
@@ -198,6 +199,17 @@ class _Planner:
         if not self.ground.may_mount:
             hint = "use persist or tmpfs, which an ordinary user may mount"
             raise UnionfsError(f"{rule.said_by}: {rule.path}: {what} needs root", hint=hint)
+
+    def _need_a_way(self, rule: Rule) -> None:
+        """fusermount3, which is root's, has to reach the mount point: through the unions above."""
+        if self.ground.may_mount:
+            return
+        for other in self.profile.rules:
+            options = read_strings((*self.profile.options, *other.options))
+            if other != rule and other.covers(rule.path) and not options.has("allow_other"):
+                what = f"{rule.path}: an ordinary user's path below {other.path} needs allow_other"
+                hint = 'add options = "allow_other", and user_allow_other to /etc/fuse.conf'
+                raise UnionfsError(f"{rule.said_by}: {what}", hint=hint)
 
     def _lowers(self, rule: Rule) -> list[str]:
         """What the layers of the base have of a path."""

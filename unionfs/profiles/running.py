@@ -30,7 +30,7 @@ from unionfs.profiles.profile import Profile
 from unionfs.stores import kernel
 from unionfs.syscalls import UnmountFlag
 from unionfs.unions import FSTYPE, ask
-from unionfs.unmounting import busy, unmount
+from unionfs.unmounting import Busy, busy, unmount
 
 log = logging.getLogger("unionfs")
 
@@ -83,8 +83,10 @@ def directory_of(name: str) -> str:
     """The profile's directory in /run; raises UnionfsError where there is no such place."""
     place = runtime.directory(name)
     if place is None:
+        said = os.environ.get("XDG_RUNTIME_DIR")
+        what = f"XDG_RUNTIME_DIR={said} is no directory" if said else "XDG_RUNTIME_DIR is not set"
         hint = "log in by a session, or set it to a directory of yours in memory"
-        raise UnionfsError("XDG_RUNTIME_DIR is not set", hint=hint, code=ExitCode.SYSTEM)
+        raise UnionfsError(what, hint=hint, code=ExitCode.SYSTEM)
     return place
 
 
@@ -154,7 +156,11 @@ def down(name: str, *, lazy: bool = False) -> int:
         record.finish()
         count = 0
         for made in reversed(list(record.made)):
-            count += _take_down(made, lazy=lazy)
+            try:
+                count += _take_down(made, lazy=lazy)
+            except Busy as exc:
+                hint = f"end what uses it, or use unionfs down --lazy {name}"
+                raise UnionfsError(exc.message, hint=hint) from None
             record.remove(made)
         record.remove_directories()
         _sweep(place)
