@@ -7,13 +7,18 @@ while IFS= read -r name; do
     echo "$name" >"$place/lower/file"
     escaped=$(printf %s "$place/lower" | sed 's/[\\:]/\\&/g')
     unionfs unit "$escaped" "$place/upper" "$place/service" --service --output . >>/tmp/units
-    # mount(8) or systemd have no way to write these.
+    # mount(8) or systemd have no way to write these in names of layers.
     case $name in *[\"\\]* | *'${'*)
         ! unionfs unit "$escaped" "$place/upper" "$place/mount" --output . || exit
-        continue
+        # In that of the mount point only the last.
+        case $name in *'${'*) continue ;; esac
+        plain=$(mktemp -d /srv/plain-XXXXXX)
+        mkdir "$plain/upper"
+        cp -r "$place/lower" "$plain/lower"
+        unionfs unit "$plain/lower" "$plain/upper" "$place/mount" --output . >>/tmp/units
         ;;
+    *) unionfs unit "$escaped" "$place/upper" "$place/mount" --output . >>/tmp/units ;;
     esac
-    unionfs unit "$escaped" "$place/upper" "$place/mount" --output . >>/tmp/units
     [ -e "$(systemd-escape --path --suffix=mount "$place/mount")" ]
 done <<'END'
 with blanks
@@ -47,3 +52,4 @@ for kind in mount service; do
     done
 done
 grep -l mount /srv/odd/*/upper/new-mount | wc -l | grep 5
+grep -l mount /srv/plain-*/upper/new-mount | wc -l | grep 2
