@@ -406,6 +406,19 @@ def test_what_cannot_be_mounted_is_told_of_its_rule_only(system: Path, path: str
         plan.steps(made, ground(system))
 
 
+@pytest.mark.parametrize("target", [None, "/mnt"])
+def test_what_is_not_there_cannot_be_excluded(system: Path, target: str | None) -> None:
+    """A directory would be made in its place, and kept: of /etc/machine-id, for one."""
+    said = {"target": target} if target else {}
+    paths = {"/etc": "persist", "/etc/machine-id": "exclude"}
+    made = read(store="s", base=str(system), paths=paths, **said)
+    here = Ground(root="/", directory="/run/p", may_mount=True)
+    with pytest.raises(UnionfsError, match="the base has no /etc/machine-id"):
+        plan.steps(made, here)
+    (system / "etc/machine-id").touch()
+    assert short(plan.steps(made, here))[-1] == ("bind", "/etc/machine-id")
+
+
 def test_several_layers_in_one_place_are_not_in_place(system: Path) -> None:
     assert read(store="s", paths={"/var": "persist"}).in_place
     assert not read(store="s", target="/mnt", paths={"/var": "persist"}).in_place

@@ -140,6 +140,10 @@ class _Planner:
             if self.profile.in_place and not lowers:
                 hint = "make it in the base, or give the path above it a rule"
                 raise UnionfsError(f"{rule.said_by}: {point} does not exist", hint=hint)
+        if rule.kind == "exclude" and not lowers:
+            # An empty directory in its place would be kept in the union above.
+            hint = "make it there, or leave out its rule; what is up already, take down first"
+            raise UnionfsError(f"{rule.said_by}: the base has no {rule.path}", hint=hint)
         if rule.kind == "link":
             source = place_in_store(self.profile, rule)
             made.append(
