@@ -400,6 +400,32 @@ def test_a_path_that_is_not_there_keeps_no_other_away(system: System) -> None:
 
 
 @pytest.mark.root
+def test_what_is_new_below_what_is_mounted(system: System) -> None:
+    """The base cannot be seen there any more: an empty directory would be shown in its place."""
+    head, rules = f'store = "{system.data}"', '"/var" = "persist"\n"/var/none" = "persist"\n'
+    system.write(head, rules)
+    system.up()
+    system.write(head, rules + '"/var/cache" = "persist"\n')
+    told = system.refused()
+    assert "/var/cache is new below /var" in told
+    assert f"unionfs down {system.name}" in told
+    assert (system.top / "var/cache/apt/file").read_text() == "base var/cache/apt\n"
+    assert system.points() == ["var", "var/none"]
+    system.write(head, rules + '"/etc" = "persist"\n')
+    status = json.loads(system.call("status", "--json", str(system.top / "var/none")).stdout)
+    os.kill(status[0]["pid"], signal.SIGKILL)
+    system.up()
+    assert system.points() == ["etc", "var", "var/none"], "what had nothing below it is healed"
+    (system.top / "var/none/new").touch()
+    system.down()
+    system.write(head, rules + '"/var/cache" = "persist"\n')
+    system.up()
+    assert (system.top / "var/cache/apt/file").read_text() == "base var/cache/apt\n"
+    system.down()
+    system.unchanged()
+
+
+@pytest.mark.root
 def test_a_store_that_is_not_there(system: System) -> None:
     system.write(
         'store = "LABEL=none-such"\noptions = "fallback=tmpfs,device-timeout=4"',

@@ -157,9 +157,14 @@ class _Planner:
         others = [
             other for other in self.profile.rules if other != rule and other.covers(rule.path)
         ]
-        if any(below(self.top, other.path) in self.ground.standing for other in others):
-            return view in self.ground.standing
-        return self._has(rule, point)
+        covered = next((o for o in others if below(self.top, o.path) in self.ground.standing), None)
+        if covered is None:
+            return self._has(rule, point)
+        if not {view, self.seen_at(rule)} & self.ground.standing and not _is_empty(point):
+            what = f"{rule.path} is new below {covered.path}, which is mounted and covers the base"
+            hint = f"take it down first: unionfs down {self.profile.name}"
+            raise UnionfsError(f"{rule.said_by}: {what}", hint=hint)
+        return view in self.ground.standing
 
     def _has(self, rule: Rule, place: str) -> bool:
         """Whether there is something at a place of the base that a rule can be for."""
@@ -254,6 +259,14 @@ def _inside(layer: str, path: str) -> str:
     if locator.is_directory(layer):
         return below(layer, path)
     return f"{where.source}:{below(where.directory or '/', path)}"
+
+
+def _is_empty(place: str) -> bool:
+    """Whether an empty directory could be shown there, and nobody would miss anything."""
+    try:
+        return not os.listdir(place)
+    except OSError as exc:
+        return exc.errno == errno.ENOENT
 
 
 def _look(text: str) -> Literal["directory", "file"] | None:
