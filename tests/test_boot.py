@@ -176,11 +176,34 @@ def test_directory_and_flags(root: Path, image: Path) -> None:
     boot(root, f"unionfs.store={image} cow_directory=own/place cow_flags=noatime,data=journal")
     change(root)
     end(root)
-    refused = boot(root, f"unionfs.store={image} cow_flags=data=nonsense", code=64)
-    assert "cannot mount the ext4" in refused
-    end(root)
+    for flags, told in (
+        ("data=nonsense", "with the flag data: "),
+        ("noatime,nofial", "with the flag nofial: Unknown parameter 'nofial'; correct the flags"),
+    ):
+        refused = boot(root, f"unionfs.store={image} cow_flags={flags}", code=64)
+        assert "cannot mount the ext4" in refused
+        assert told in refused
+        assert "damaged" not in refused
+        end(root)
     boot(root, f"unionfs.store={image}:/own/place")
     assert is_changed(root)
+
+
+def test_flags_of_fstab_that_are_not_the_file_systems(root: Path, image: Path) -> None:
+    """mount(8) takes these itself, and so who copies them from fstab means no harm."""
+    flags = "defaults,nofail,_netdev,auto,user,x-systemd.device-timeout=9,exec,atime,noatime"
+    boot(root, f"unionfs.store={image} unionfs.flags={flags},data=journal")
+    change(root)
+    assert is_changed(root)
+
+
+def test_root_by_a_relative_path(root: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a profile is looked for there, and not below /."""
+    (root / "etc/unionfs").mkdir()
+    (root / "etc/unionfs/near.toml").write_text('[paths]\n"/etc" = "tmpfs"\n')
+    monkeypatch.chdir(place)
+    boot(Path("root"), "unionfs.profile=near")
+    assert ground.mounts_below(root) == [f"{root}/etc"]
 
 
 @pytest.mark.parametrize("reason", ["no device has LABEL", "no file system that is known"])

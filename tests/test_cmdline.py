@@ -135,6 +135,7 @@ TABLE: list[tuple[str, Request]] = [
     ("systemd.volatile=yes", Request()),
     ("systemd.volatile=state", Request()),
     ("systemd.volatile=no", Request()),
+    ("systemd.volatile=off", Request()),
     # What says how, beside a store.
     ("unionfs.dir=a/b", asked(directory="/a/b")),
     ("cow_directory=persistent_X/x86_64", asked(directory="/persistent_X/x86_64")),
@@ -272,6 +273,9 @@ def test_each_word_is_tested() -> None:
         ("perchdir=ask", "say where the changes are by unionfs.store="),
         ("changes=EXIT:/dev/sda1", "not at the end"),
         ("systemd.volatile=yes", "systemd does it"),
+        ("systemd.volatile=1", "systemd does it"),
+        ("systemd.volatile", "systemd does it"),
+        ("systemd.volatile=maybe", "it is one of yes, state, no, overlay"),
         ("cow_flags=x", "cow_flags=x: without effect, as nothing asks for a union"),
         ("cow_label=a cow_label=b", "cow_label=b: it overrides cow_label=a"),
         (PERSISTENCE_LABEL, "only mine is looked for"),
