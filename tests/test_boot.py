@@ -364,6 +364,28 @@ def test_root_in_memory(root: Path, image: Path, place: Path, kind: str, word: s
     end(root)
 
 
+def test_copying_the_base_is_told(root: Path, place: Path) -> None:
+    """It may take minutes: where it is going on, and on a terminal how far it is."""
+    need("squashfs")
+    (root / "unread").write_bytes(os.urandom(3 << 20))
+    lower = images.squash(place / "base.squashfs", root)
+    point = place / "point"
+    point.mkdir()
+    line = f"overlayroot=tmpfs toram unionfs.lower={lower}"
+    told = boot(point, line)
+    assert f"copying {lower} to memory: 4 MiB" in told
+    assert "%" not in told
+    end(point)
+    ours, theirs = os.openpty()
+    command = [*program(), "boot", "--root", str(point), "--cmdline", line]
+    subprocess.run(command, stderr=theirs, check=True, timeout=PATIENCE)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert re.search(rf"\runionfs: {lower}: 1 of 3 MiB, \d+ %\r +\r", shown)
+    end(point)
+
+
 def test_root_that_is_in_memory_already(root: Path, place: Path) -> None:
     need("squashfs")
     (place / "memory").mkdir()

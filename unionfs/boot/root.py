@@ -196,7 +196,10 @@ class _Boot:
             self._reset(options)
         with contextlib.ExitStack() as stack:
             if request.toram:
-                options = copying.to_memory(options, self.lower, self.teller, stack)
+                place = self.lower, self.root, request.seconds
+                copy = copying.to_memory(*place, self.teller, stack)
+                if copy is not None:
+                    options = dataclasses.replace(options, lowers=(*options.lowers[:-1], copy))
             daemon.run(options)
         if degraded() is None:
             beneath = f" over {options.upper}" if options.upper else ""
