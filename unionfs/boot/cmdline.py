@@ -143,7 +143,8 @@ class _Reading:
             fallback=cast(Fallback, values.get("fallback", "tmpfs")),
             on_mismatch=cast(OnMismatch, values.get("on_mismatch", "refuse")),
             profile=cast(str | None, values.get("profile")),
-            persistence=bool(values.get("persistence", False)),
+            # Without a store nothing says what persists.
+            persistence=bool(values.get("persistence", False)) and mode in ("persist", "ro"),
             options=cast(str, values.get("options", "")),
             notices=tuple(self.notices),
             sources=self._sources(),

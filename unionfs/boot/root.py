@@ -11,7 +11,7 @@ import dataclasses
 import errno
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfs import locator, runtime, syscalls
 from unionfs.boot.request import Request
@@ -22,6 +22,9 @@ from unionfs.mounts import MountEntry, mounted_beneath, read_mounts, topmost
 from unionfs.options import MountOptions, read_strings
 from unionfs.syscalls import UnmountFlag
 from unionfs.unions import FSTYPE
+
+if TYPE_CHECKING:
+    from unionfs.profiles.profile import Profile
 
 _OTHERS: Final = ("overlay", "aufs", "fuse.fuse-overlayfs")
 
@@ -34,6 +37,12 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
     if not request.asked:
         teller.say("the kernel's command line asks for no union")
         return ExitCode.OK
+    if request.profile is not None:
+        from unionfs.boot import parts  # slow to load, and seldom needed
+
+        request, idle = parts.beside_profile(request, root)
+        if idle is not None:
+            teller.warn(idle)
     lower = lower or request.lower
     mounts = read_mounts()
     point = os.path.realpath(root)
@@ -154,6 +163,7 @@ class _Boot:
     def run(self) -> int:
         """All that is asked for; the exit code."""
         code: int = ExitCode.OK
+        runtime.clear(NAME)
         if self.request.mode != "off":
             action = self._persistence if self.request.persistence else self._union
             code = self._go_on(action)
@@ -161,10 +171,13 @@ class _Boot:
             code = max(code, self._go_on(self._profile))
         return code
 
-    def _go_on(self, action: Callable[[], None]) -> int:
-        """Do a part of it; what cannot be done stops the boot only if that is asked for."""
+    def _go_on(self, action: Callable[[], list[str]]) -> int:
+        """Do a part of it; what cannot be done stops the boot only if that is asked for.
+
+        The action returns why its unions run without their stores, as far as they have not told.
+        """
         try:
-            action()
+            warnings = action()
         except (UnionfsError, OSError) as exc:
             error = exc if isinstance(exc, UnionfsError) else UnionfsError(str(exc))
             self._unmount_dead()
@@ -174,39 +187,54 @@ class _Boot:
             self.teller.warn(f"the system goes on without its union: {error.line()}")
             runtime.tell_degraded(NAME, error.line())
             return ExitCode.PARTIAL
-        if (reason := degraded()) is not None:
+        for warning in warnings:
+            self.teller.warn(warning)
+        if warnings:
+            runtime.tell_degraded(NAME, "; ".join(warnings))
+        elif (reason := degraded()) is not None:
             self.teller.warn(reason, shown=True)
-            return ExitCode.PARTIAL
-        return ExitCode.OK
+        else:
+            return ExitCode.OK
+        return ExitCode.PARTIAL
 
-    def _union(self) -> None:
+    def _union(self) -> list[str]:
         """One union over the root."""
         from unionfs import daemon
-        from unionfs.boot import copying, crypt
+        from unionfs.boot import crypt
 
         request = self.request
         if request.crypt is not None and request.mode != "ram":
             try:
                 request = crypt.unlocked(request)
             except UnionfsError as exc:
-                self._in_memory(exc)
-                return
+                return self._in_memory(exc)
         options = mount_options(request, self.root, self.lower)
         if request.reset and request.mode == "persist":
             self._reset(options)
+        elif request.reset:
+            word = request.sources["reset"]
+            self.teller.warn(f"{word}: without effect, as nothing is written to a store")
         with contextlib.ExitStack() as stack:
-            if request.toram:
-                place = self.lower, self.root, request.seconds
-                copy = copying.to_memory(*place, self.teller, stack)
-                if copy is not None:
-                    options = dataclasses.replace(options, lowers=(*options.lowers[:-1], copy))
+            base = self._base(stack)
+            if base is not None:
+                options = dataclasses.replace(options, lowers=(base,))
             daemon.run(options)
         if degraded() is None:
             beneath = f" over {options.upper}" if options.upper else ""
             where = options.upper if request.mode == "persist" else f"memory{beneath}"
             self.teller.say(f"{self.root} is a union, with changes in {where}")
+        return []
 
-    def _in_memory(self, error: UnionfsError) -> None:
+    def _base(self, stack: contextlib.ExitStack) -> str | None:
+        """What is the base in place of what the root has; the copy in memory, if one is wanted."""
+        if not self.request.toram:
+            return self.lower
+        from unionfs.boot import copying
+
+        copy = copying.to_memory(self.lower, self.root, self.request.seconds, self.teller, stack)
+        return copy or self.lower
+
+    def _in_memory(self, error: UnionfsError) -> list[str]:
         """The fallback where it is not the mount that has failed."""
         from unionfs import daemon
 
@@ -216,6 +244,7 @@ class _Boot:
         memory = dataclasses.replace(self.request, mode="ram")
         options = mount_options(memory, self.root, self.lower)
         daemon.run(dataclasses.replace(options, degraded=error.line()))
+        return []
 
     def _reset(self, options: MountOptions) -> None:
         """Put the store's changes aside, if they are those of this base."""
@@ -229,7 +258,7 @@ class _Boot:
         if kept is not None:
             self.teller.say(f"the store is reset; its changes are kept in {kept}")
 
-    def _persistence(self) -> None:
+    def _persistence(self) -> list[str]:
         """As live-boot: the root in memory, and what the store's persistence.conf names."""
         from unionfs.boot import crypt, parts
 
@@ -237,20 +266,38 @@ class _Boot:
         try:
             if request.crypt is not None:
                 request = crypt.unlocked(request)
-            warnings = parts.up_persistence(request, self.root)
+            profile = parts.persistent(request)
+            if request.reset:
+                self._reset_parts(profile)
+            with contextlib.ExitStack() as stack:
+                base = self._base(stack)
+                warnings = parts.up_persistent(profile, request, self.root, base)
         except UnionfsError as exc:
-            self._in_memory(exc)
-            return
-        for warning in warnings:
-            self.teller.warn(warning)
-        self.teller.say(f"{self.root} is in memory, and persists where {self.request.store} says")
+            return self._in_memory(exc)
+        how = "and persists where" if request.mode == "persist" else "over what persists where"
+        self.teller.say(f"{self.root} is in memory, {how} {self.request.store} says")
+        return warnings
 
-    def _profile(self) -> None:
+    def _reset_parts(self, profile: "Profile") -> None:
+        """Put aside what persists by itself; what is seen as it is in the store has no base."""
+        from unionfs.boot import parts
+
+        word = self.request.sources["reset"]
+        if self.request.mode != "persist":
+            self.teller.warn(f"{word}: without effect on a store that is only read")
+            return
+        uppers, others = parts.uppers(profile)
+        for upper in uppers:
+            options = mount_options(self.request, self.root, self.lower)
+            self._reset(dataclasses.replace(options, upper=upper))
+        if others:
+            self.teller.warn(f"{word}: without effect on {', '.join(others)}, which are no unions")
+
+    def _profile(self) -> list[str]:
         """A profile of the system that is booted."""
         from unionfs.boot import parts
 
-        for warning in parts.up_profile(self.request, self.root):
-            self.teller.warn(warning)
+        return parts.up_profile(self.request, self.root)
 
     def _unmount_dead(self) -> None:
         """A daemon that has ended before it was ready left its mount: it had stepped aside."""

@@ -27,12 +27,14 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _FILLING: Final = ".filling"
 
 
-def bind(source: str, point: str, *, readonly: bool, like: str | None) -> None:
+def bind(
+    source: str, point: str, *, readonly: bool, like: str | None, flags: str | None = None
+) -> None:
     """Have a directory or file that a locator names seen at `point`.
 
     A directory that is to be written and is not there is made, with the content of `like`.
     """
-    volume, inside = _reach(source, readonly=readonly)
+    volume, inside = _reach(source, readonly=readonly, flags=flags)
     try:
         if not readonly:
             _provide(volume, inside, like)
@@ -54,10 +56,10 @@ def bind(source: str, point: str, *, readonly: bool, like: str | None) -> None:
         volume.close()
 
 
-def _reach(text: str, *, readonly: bool) -> tuple[Volume, str]:
+def _reach(text: str, *, readonly: bool, flags: str | None) -> tuple[Volume, str]:
     """The volume that a locator names, and the place in it; a plain file is no image here."""
     if locator.is_tag(text) or locator.is_directory(text) or not os.path.isfile(text):
-        volume = open_volume(text, readonly=readonly)
+        volume = open_volume(text, readonly=readonly, flags=flags)
         return volume, volume.locator.directory or "/"
     folder, name = os.path.split(text)
     return open_volume(folder or "/", readonly=readonly), f"/{name}"

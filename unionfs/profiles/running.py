@@ -23,7 +23,7 @@ from unionfs import daemon, notify, runtime, syscalls
 from unionfs.errors import ExitCode, UnionfsError
 from unionfs.mounts import MountEntry, read_mounts, topmost
 from unionfs.profiles import binding, plan
-from unionfs.profiles.plan import Ground, Step
+from unionfs.profiles.plan import Ground, Step, Wish
 from unionfs.profiles.profile import Profile
 from unionfs.stores import kernel
 from unionfs.syscalls import UnmountFlag
@@ -85,7 +85,7 @@ def directory_of(name: str) -> str:
     return place
 
 
-def up(profile: Profile, root: str = "/") -> Outcome:
+def up(profile: Profile, root: str = "/", wish: Wish | None = None) -> Outcome:
     """Mount all that is not mounted yet.  After an error all is as it was before."""
     directory = directory_of(profile.name)
     with _locked(directory):
@@ -95,7 +95,7 @@ def up(profile: Profile, root: str = "/") -> Outcome:
         had = list(record.made)
         outcome = Outcome([], [])
         try:
-            _mount_all(profile, root, record, outcome)
+            _mount_all(profile, root, wish or Wish(), record, outcome)
         except BaseException:
             _undo(record, had)
             if not record.made:
@@ -107,12 +107,15 @@ def up(profile: Profile, root: str = "/") -> Outcome:
         return outcome
 
 
-def _mount_all(profile: Profile, root: str, record: "_Record", outcome: Outcome) -> None:
+def _mount_all(
+    profile: Profile, root: str, wish: Wish, record: "_Record", outcome: Outcome
+) -> None:
     ground = Ground(
         root=os.path.realpath(root),
         directory=directory_of(profile.name),
         may_mount=kernel.may_mount(),
         standing=frozenset(made.point for made in record.made),
+        wish=wish,
     )
     wanted = plan.steps(profile, ground)
     if sum(step.action == "union" for step in wanted) > 1:
@@ -231,7 +234,13 @@ def _mount(step: Step, profile: Profile) -> None:
             name = f"{profile.name}:{runtime.name_of(step.path)}"
             binding.memory(step.point, name, step.size, step.like)
         case "bind" | "view":
-            binding.bind(step.source, step.point, readonly=step.readonly, like=step.like)
+            binding.bind(
+                step.source,
+                step.point,
+                readonly=step.readonly,
+                like=step.like,
+                flags=step.flags,
+            )
         case "links":
             binding.links(step.source, step.point)
 
