@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -492,6 +493,63 @@ def test_encrypted_store_is_unlocked(root: Path, place: Path, image: Path, words
     asked = (place / "asked").read_text().splitlines()
     assert len(asked) == 2, "it is unlocked already at the third boot"
     assert all("--key-file=-" in words and "horse" not in words for words in asked)
+
+
+# Unlocks each of some devices, whose contents are what other loop devices stand for.
+UNLOCKING_MORE = """\
+echo "$@" >>{place}/asked
+[ "$1" != close ] || exec rm /dev/mapper/"$2"
+for word; do device=$name name=$word; done
+case $(cat) in *horse) ;; *) exit 2 ;; esac
+case $device in {cases} *) exit 1 ;; esac
+ln -s "$found" /dev/mapper/"$name"
+"""
+
+
+@pytest.mark.usefixtures("agents")
+@pytest.mark.parametrize("word", ["persistence-label={name}", "unionfs.store=LABEL={name}"])
+def test_encrypted_store_is_known_by_the_label_inside(
+    root: Path, place: Path, image: Path, word: str
+) -> None:
+    """As live-boot: no LUKS device has a label, so each is looked into, and locked again."""
+    write_in(image, place, "persistence.conf", "/ union\n")
+    stranger = images.make(place / "stranger.img", label=label())
+    name = ground.run("blkid", "-p", "-s", "LABEL", "-o", "value", str(image)).strip()
+    line = f"persistence persistence-encryption=luks {word.format(name=name)} unionfs.timeout=1"
+    with contextlib.ExitStack() as stack:
+        locked, unlocked = [], []
+        for number, content in enumerate((stranger, image)):
+            outside = luks(place / f"locked{number}.img")
+            locked.append(stack.enter_context(images.attached(outside)))
+            unlocked.append(stack.enter_context(images.attached(content)))
+        pairs = list(zip(locked, unlocked, strict=True))
+        cases = " ".join(f"{outside}) found={inside} ;;" for outside, inside in pairs)
+        text = UNLOCKING_MORE.format(place=place, cases=cases)
+
+        told = boot(root, line, code=64, path=stand_ins(place, text, "wrong"))
+        assert "stays locked: cryptsetup ended with exit code" in told
+        end(root)
+        (place / "asked").unlink()
+        path = stand_ins(place, text, "correct horse")
+        for changed in (False, True):
+            boot(root, line, path=path)
+            assert not (RUN / "root/degraded").exists()
+            assert is_changed(root) == changed
+            assert os.path.realpath("/dev/mapper/unionfs-store") == unlocked[1]
+            if not changed:
+                change(root)
+            end(root)
+        asked = [row.split() for row in (place / "asked").read_text().splitlines()]
+        tried = [words[-2] for words in asked if words[0] == "open" and words[-2] in locked]
+        assert sorted(tried) == sorted(set(tried)), "each once, and not again at the third boot"
+        closed = [words for words in asked if words == ["close", "unionfs-store"]]
+        assert len(closed) == len(tried) - 1
+
+        os.unlink("/dev/mapper/unionfs-store")
+        told = boot(root, line.replace(name, "none-such"), code=64, path=path)
+        assert "no encrypted device (" in told
+        assert "has LABEL=none-such in it; plug it in" in told
+        assert not os.path.lexists("/dev/mapper/unionfs-store")
 
 
 def test_encrypted_store(root: Path, place: Path, image: Path) -> None:

@@ -157,7 +157,7 @@ TABLE: list[tuple[str, Request]] = [
     ("rd.overlay.readonly", asked(mode="ro")),
     ("rd.live.overlay.readonly=1", asked(mode="ro")),
     ("persistence-read-only", asked(mode="ro")),
-    ("persistence-encryption=luks", asked(crypt="LABEL=s")),
+    ("persistence-encryption=luks", asked(crypt="LABEL=s", crypt_by_name=True)),
     ("persistence-encryption=none", asked()),
     ("persistence-encryption=luks,none", asked()),
     ("cow_persistent=P", asked()),

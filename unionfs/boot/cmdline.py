@@ -126,7 +126,8 @@ class _Reading:
         crypt = cast(str | None, values.get("crypt"))
         if crypt != store:  # another word named another store
             crypt = None
-        if values.get("encrypted") and store is not None:
+        by_name = bool(values.get("encrypted")) and store is not None and crypt is None
+        if by_name:
             crypt = store
         return Request(
             asked=asked,
@@ -137,6 +138,7 @@ class _Reading:
             size=cast(str | None, values.get("size")),
             reset=bool(values.get("reset", False)),
             crypt=crypt,
+            crypt_by_name=by_name,
             toram=bool(values.get("toram", False)),
             lower=cast(str | None, values.get("lower")),
             timeout=cast(float | None, values.get("timeout")),
