@@ -208,7 +208,7 @@ class _Boot:
                 request = crypt.unlocked(request)
             except UnionfsError as exc:
                 return self._in_memory(exc)
-        options = mount_options(request, self.root, self.lower)
+        options = self._as_left(request, mount_options(request, self.root, self.lower))
         if request.reset and request.mode == "persist":
             self._reset(options)
         elif request.reset:
@@ -224,6 +224,18 @@ class _Boot:
             where = options.upper if request.mode == "persist" else f"memory{beneath}"
             self.teller.say(f"{self.root} is a union, with changes in {where}")
         return []
+
+    def _as_left(self, request: Request, options: MountOptions) -> MountOptions:
+        """With what another program has left in the store as the upper, if it has."""
+        if options.upper is None:
+            return options
+        from unionfs.boot import layouts
+
+        left = layouts.find_left(request, options.upper)
+        if left is None:
+            return options
+        self.teller.say(f"the changes that {left.program} has left are used: {left.upper}")
+        return dataclasses.replace(options, upper=left.upper)
 
     def _base(self, stack: contextlib.ExitStack) -> str | None:
         """What is the base in place of what the root has; the copy in memory, if one is wanted."""
