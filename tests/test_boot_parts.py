@@ -136,7 +136,7 @@ def test_reset(root: Path, image: Path, place: Path, line: str) -> None:
     assert (root / "home/me/mine").exists()
     end(root)
     told = boot(root, f"{line} rd.overlay.reset persistence-read-only")
-    assert "rd.overlay.reset: without effect on a store that is only read" in told
+    assert "rd.overlay.reset: without effect, as nothing is written to a store" in told
 
 
 def test_flags(root: Path, image: Path, place: Path, line: str) -> None:
@@ -168,6 +168,30 @@ def test_base_in_memory(root: Path, image: Path, place: Path, line: str) -> None
         (point / "gone").unlink()
         end(point)
     assert not (RUN / "toram").exists()
+
+
+def test_base_in_memory_without_the_store(root: Path, place: Path) -> None:
+    """The medium may be taken out then, too."""
+    need("squashfs")
+    lower = images.squash(place / "base.squashfs", root)
+    point = place / "point"
+    point.mkdir()
+    line = f"persistence persistence-label={label()} unionfs.timeout=0 toram"
+    told = boot(point, f"{line} unionfs.lower={lower}", code=64)
+    assert "is copied to memory" in told
+    os.truncate(lower, 0)
+    change(point)
+    assert is_changed(point)
+    end(point)
+
+
+@pytest.mark.parametrize("word", ["unionfs.mode=ro", "cow_persistent=N"])
+def test_words_about_writing_where_nothing_is_written(root: Path, image: Path, word: str) -> None:
+    boot(root, f"cow_device={image}")
+    end(root)
+    told = boot(root, f"cow_device={image} {word} cow_flags=noatime unionfs.reset")
+    for idle in ("cow_flags=noatime", "unionfs.reset"):
+        assert told.count(f"{idle}: without effect, as nothing is written to a store") == 1
 
 
 # A profile, with words beside it
@@ -230,7 +254,7 @@ def test_words_without_effect_beside_a_profile(root: Path, place: Path) -> None:
     assert "reset = " not in told
     assert "timeout = 0.0" in told
     # Here they are for the union of the root.
-    assert "without effect" not in boot(root, f"{line} overlayroot=tmpfs")
+    assert "without effect beside" not in boot(root, f"{line} overlayroot=tmpfs")
     end(root)
     write_profile(root, f'{text}"/" = "persist"\n"/home" = "tmpfs"\n')
     told = boot(root, "unionfs.profile=kiosk unionfs.mode=ro")

@@ -43,6 +43,8 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
         request, idle = parts.beside_profile(request, root)
         if idle is not None:
             teller.warn(idle)
+    for line in idle_words(request):
+        teller.warn(line)
     lower = lower or request.lower
     mounts = read_mounts()
     point = os.path.realpath(root)
@@ -71,6 +73,14 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
 def _is_done(entry: MountEntry, request: Request) -> bool:
     """Whether somebody has been here: ourselves, or those whose words are on the command line."""
     return entry.fstype == FSTYPE or (entry.fstype in _OTHERS and not request.native)
+
+
+def idle_words(request: Request) -> list[str]:
+    """What is said of writing to a store, where that is not done: a line each."""
+    if request.mode in ("persist", "off"):
+        return []
+    words = [request.sources[name] for name in ("reset", "flags") if getattr(request, name)]
+    return [f"{word}: without effect, as nothing is written to a store" for word in words]
 
 
 def described(request: Request, root: str, lower: str | None) -> list[str]:
@@ -211,14 +221,8 @@ class _Boot:
         options = self._as_left(request, mount_options(request, self.root, self.lower))
         if request.reset and request.mode == "persist":
             self._reset(options)
-        elif request.reset:
-            word = request.sources["reset"]
-            self.teller.warn(f"{word}: without effect, as nothing is written to a store")
         with contextlib.ExitStack() as stack:
-            base = self._base(stack)
-            if base is not None:
-                options = dataclasses.replace(options, lowers=(base,))
-            daemon.run(options)
+            daemon.run(self._over(self._base(stack), options))
         if degraded() is None:
             beneath = f" over {options.upper}" if options.upper else ""
             where = options.upper if request.mode == "persist" else f"memory{beneath}"
@@ -246,6 +250,9 @@ class _Boot:
         copy = copying.to_memory(self.lower, self.root, self.request.seconds, self.teller, stack)
         return copy or self.lower
 
+    def _over(self, base: str | None, options: MountOptions) -> MountOptions:
+        return options if base is None else dataclasses.replace(options, lowers=(base,))
+
     def _in_memory(self, error: UnionfsError) -> list[str]:
         """The fallback where it is not the mount that has failed."""
         from unionfs import daemon
@@ -255,7 +262,9 @@ class _Boot:
         self._unmount_dead()
         memory = dataclasses.replace(self.request, mode="ram")
         options = mount_options(memory, self.root, self.lower)
-        daemon.run(dataclasses.replace(options, degraded=error.line()))
+        options = dataclasses.replace(options, degraded=error.line())
+        with contextlib.ExitStack() as stack:
+            daemon.run(self._over(self._base(stack), options))
         return []
 
     def _reset(self, options: MountOptions) -> None:
@@ -279,7 +288,7 @@ class _Boot:
             if request.crypt is not None:
                 request = crypt.unlocked(request)
             profile = parts.persistent(request)
-            if request.reset:
+            if request.reset and request.mode == "persist":
                 self._reset_parts(profile)
             with contextlib.ExitStack() as stack:
                 base = self._base(stack)
@@ -294,15 +303,12 @@ class _Boot:
         """Put aside what persists by itself; what is seen as it is in the store has no base."""
         from unionfs.boot import parts
 
-        word = self.request.sources["reset"]
-        if self.request.mode != "persist":
-            self.teller.warn(f"{word}: without effect on a store that is only read")
-            return
         uppers, others = parts.uppers(profile)
         for upper in uppers:
             options = mount_options(self.request, self.root, self.lower)
             self._reset(dataclasses.replace(options, upper=upper))
         if others:
+            word = self.request.sources["reset"]
             self.teller.warn(f"{word}: without effect on {', '.join(others)}, which are no unions")
 
     def _profile(self) -> list[str]:
