@@ -62,6 +62,7 @@ class MountAttr(IntFlag):
     NODEV = 0x4
     NOEXEC = 0x8
     NOATIME = 0x10
+    STRICTATIME = 0x20
     ATIME_MASK = 0x70
     NODIRATIME = 0x80
 
