@@ -27,12 +27,20 @@ from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.mounts import read_mounts
 from unionfs.passphrase import Ask
-from unionfs.stores import archive, fscrypt, holding, unlocking
+from unionfs.stores import archive, foreign, fscrypt, holding, unlocking
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import read_record, uppers_of
 from unionfs.stores.mounted import union_of
 from unionfs.stores.replacing import replace
-from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
+from unionfs.stores.volume import (
+    Volume,
+    lost_and_found,
+    make_directory,
+    moved_aside,
+    open_volume,
+    put_back,
+    walk,
+)
 from unionfs.unions import FSTYPE, ask_in_child
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -63,6 +71,10 @@ class Chosen:
         source = self.volume.locator.source
         alone = self.volume.contents is None and self.directory == "/"
         return source if alone else f"{source}:{self.directory}"
+
+    def not_its_own(self) -> set[str]:
+        """The names in it that are its file system's, and no changes."""
+        return lost_and_found(self.volume, self.directory, self.fd)
 
     def in_use_by_a_union(self) -> InUse:
         """The error that it is."""
@@ -237,7 +249,7 @@ def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Traile
     def read(advance: Advance) -> archive.Trailer:
         target.seek(0)
         target.truncate()
-        return archive.write(target, header, path, advance)
+        return archive.write(target, header, path, advance, upper.not_its_own())
 
     _raise_limit()
     if not upper.in_use:
@@ -384,8 +396,8 @@ def restore(
         raise UnionfsError(f"{upper.name} is encrypted, but {path} is not", hint=hint)
     trailer = archive.read_trailer(source, path)
     return replace(
-        upper.volume,
-        upper.directory,
+        upper,
         lambda into: archive.extract(source, trailer, path, into, advance),
         keep=keep and not upper.made,
+        hint=foreign.BY_KEEP,
     )

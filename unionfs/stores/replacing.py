@@ -13,14 +13,18 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfs import syscalls
 from unionfs.errors import UnionfsError
+from unionfs.stores import foreign
 from unionfs.stores import kept as names
 from unionfs.stores.tools import uninterrupted
 from unionfs.stores.volume import Volume, walk
 from unionfs.syscalls import RenameFlag
+
+if TYPE_CHECKING:
+    from unionfs.stores.backing import Chosen
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -45,9 +49,14 @@ def open_beside(volume: Volume, directory: str) -> tuple[int, str]:
 
 
 def replace(
-    volume: Volume, directory: str, fill: Callable[[str], None], *, keep: bool
+    upper: "Chosen", fill: Callable[[str], None], *, keep: bool, hint: str = ""
 ) -> str | None:
-    """Fill a new directory, then have it take an upper's place; what the old one is kept as."""
+    """Fill a new directory, then have it take an upper's place; what the old one is kept as.
+
+    `hint`: how to keep it, if it is no store.
+    """
+    volume, directory = upper.volume, upper.directory
+    foreign.refuse(upper, keep=keep, hint=hint)
     top, name = open_beside(volume, directory)
     try:
         tidy(top, name)
