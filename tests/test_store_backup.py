@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground, images, snapshot
+from tests.rig.mounted import program
 from tests.rig.waiting import wait_until
 from tests.test_store_commands import done, fails, killed_at, listing, shim
 from tests.test_stores import ARCH, base, change, check, need, union
@@ -155,6 +157,58 @@ def test_a_backup_does_not_go_into_the_store(base: Path) -> None:
         change(base / "mnt")
         assert "itself" in fails("backup", image, base / "mnt/saved.tar.zst")
         check(base / "mnt")
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_backup_does_not_go_into_a_directory(base: Path, mounted: bool) -> None:
+    """Nor anything else, for a moment: the union would show it."""
+    up = base / "up"
+    (up / "sub").mkdir(parents=True)
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+        for folder in (up, up / "sub", base / "mnt") if mounted else ():
+            assert "itself" in fails("backup", up, folder / "x.tar.zst")
+    for folder in (up, up / "sub"):
+        before = folder.stat().st_mtime_ns
+        assert f"the backup would lie in {up} itself" in fails("backup", up, folder / "x.tar.zst")
+        assert folder.stat().st_mtime_ns == before
+    (base / "link").symlink_to(up)
+    assert "itself" in fails("backup", up, base / "link/x.tar.zst")
+    assert "cannot open" in fails("backup", up, base / "nowhere/x.tar.zst")
+    done("backup", up, base / "up.tar.zst")
+
+
+def test_standard_output_and_input(base: Path) -> None:
+    """`-`, as tar has it; nothing else gets there, and nothing that is not complete."""
+    up = base / "up"
+    up.mkdir()
+    backup = [*program(), "store", "backup", str(up), "-"]
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+        found = subprocess.run(backup, capture_output=True, check=True, cwd=base)
+        assert b"sha256" in found.stderr
+    assert not (base / "-").exists()
+    (base / "x").write_bytes(found.stdout)
+    assert "is whole" in done("restore", "--verify", base / "x")
+    for words in (["restore", "--verify", "-"], ["restore", "-", str(base / "new")]):
+        with open(base / "x", "rb") as file:
+            subprocess.run([*program(), "store", *words], stdin=file, check=True)
+    with union(base, base / "tree", base / "new"):
+        check(base / "mnt")
+    broken = subprocess.run(
+        [*program(), "store", "restore", "-", base / "vain"],
+        input=found.stdout[:-300],
+        capture_output=True,
+        check=False,
+    )
+    assert broken.returncode == 32
+    assert not (base / "vain").exists()
+    leader, follower = os.openpty()
+    said = subprocess.run(backup, stdout=follower, stderr=subprocess.PIPE, check=False)
+    os.close(follower)
+    os.close(leader)
+    assert said.returncode == 1
+    assert b"terminal" in said.stderr
 
 
 def _damaged(whole: bytes) -> Iterator[tuple[str, bytes]]:

@@ -25,7 +25,7 @@ from typing import IO, Final
 from unionfs import holder, locator, syscalls
 from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
-from unionfs.mounts import read_mounts
+from unionfs.mounts import locate, read_mounts
 from unionfs.passphrase import Ask
 from unionfs.stores import archive, foreign, fscrypt, holding, unlocking
 from unionfs.stores.archive import Advance, Header
@@ -218,16 +218,38 @@ def refuse_bound(upper: Chosen) -> None:
         raise UnionfsError(f"{upper.name} {what}", hint=hint)
 
 
-def refuse_target(upper: Chosen, target: int) -> None:
-    """A backup in the store would be in itself, and must not wait for writers to be let go on."""
-    place = os.fstat(target).st_dev
-    own = upper.volume.contents is not None and place == os.fstat(upper.fd).st_dev
-    device = f"{os.major(place)}:{os.minor(place)}"
-    points = [m.point for m in read_mounts() if m.fstype == FSTYPE and m.device == device]
-    if own or points:
-        where = points[0] if points else upper.volume.locator.source
-        hint = "write it to another file system"
+def refuse_target(upper: Chosen, folder: str) -> None:
+    """A backup in the store would be in itself, and must not wait for writers to be let go on.
+
+    `folder`: what it is to lie in.
+    """
+    try:
+        place = os.open(folder, _OPEN & ~os.O_NOFOLLOW)
+    except OSError as exc:
+        raise UnionfsError(f"cannot open {folder}: {os.strerror(exc.errno or 0)}") from exc
+    try:
+        where = _own_place(upper, place)
+    finally:
+        os.close(place)
+    if where:
+        hint = "write it to another place, on no file system of the union"
         raise UnionfsError(f"the backup would lie in {where} itself", hint=hint)
+
+
+def _own_place(upper: Chosen, place: int) -> str:
+    """The store or the union that an open directory belongs to; empty if it does to none."""
+    mounts = read_mounts()
+    number = os.fstat(place).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    for entry in mounts:
+        if entry.fstype == FSTYPE and entry.device == device:
+            return entry.point
+    if upper.volume.contents is not None:
+        own = number == os.fstat(upper.fd).st_dev
+    else:
+        inner, outer = locate(place, mounts), locate(upper.fd, mounts)
+        own = inner is not None and outer is not None and inner.inside(outer)
+    return upper.name if own else ""
 
 
 def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Trailer:
