@@ -15,7 +15,7 @@ import pytest
 from tests.rig import ground, images, snapshot
 from tests.rig.mounted import program
 from tests.rig.waiting import wait_until
-from tests.test_store_commands import done, fails, killed_at, listing, shim
+from tests.test_store_commands import done, facts, fails, killed_at, listing, shim
 from tests.test_stores import ARCH, base, change, check, need, union
 from unionfs.errors import UnionfsError
 from unionfs.stores import archive, backing
@@ -339,3 +339,32 @@ def test_where_a_backup_lay(store: str, name: str | None, place: str | None) -> 
 def test_header_is_readable() -> None:
     frame = archive._frame(b"{}")
     assert frame[:4] == bytes([0x5E, 0x2A, 0x4D, 0x18]), "a skippable frame of RFC 8878"
+
+
+def ids(*places: object) -> list[str]:
+    return [facts("info", place)["uppers"][0]["id"] for place in places]
+
+
+def test_the_id_of_what_is_restored(base: Path) -> None:
+    """A store that is restored stays what it is; a copy of it elsewhere is another one."""
+    need("ext4")
+    image = images.make(base / "s.img")
+    for name in ("one", "two"):
+        with union(base, base / "tree", f"{image}:/{name}"):
+            change(base / "mnt")
+    before = {u["directory"]: u["id"] for u in facts("info", image)["uppers"]}
+    done("backup", f"{image}:/one", base / "x")
+    done("restore", base / "x", f"{image}:/one")
+    done("restore", base / "x", f"{image}:/two")
+    done("restore", base / "x", f"{image}:/beside")
+    after = {u["directory"]: u["id"] for u in facts("info", image)["uppers"]}
+    assert {name: after[name] for name in before} == before
+    assert len(set(after.values())) == 3
+    done("restore", base / "x", base / "up")
+    assert ids(base / "up")[0] not in after.values()
+    image.unlink()
+    images.make(image)
+    done("restore", base / "x", f"{image}:/one")
+    assert ids(image) == [before["/one"]], "it was lost, and is there again"
+    with union(base, base / "tree", f"{image}:/one"):
+        check(base / "mnt")

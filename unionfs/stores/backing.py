@@ -12,12 +12,14 @@ A restore unpacks beside the old upper; how it takes its place is for replacing.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import os
 import resource
 import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Final
@@ -25,6 +27,7 @@ from typing import IO, Final
 from unionfs import holder, locator, syscalls
 from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
+from unionfs.identity import FILE
 from unionfs.mounts import locate, read_mounts
 from unionfs.passphrase import Ask
 from unionfs.stores import archive, foreign, fscrypt, holding, unlocking
@@ -417,9 +420,39 @@ def restore(
         hint = "restore it to a store that is not, and encrypt that: unionfs store encrypt"
         raise UnionfsError(f"{upper.name} is encrypted, but {path} is not", hint=hint)
     trailer = archive.read_trailer(source, path)
+
+    def fill(into: str) -> None:
+        archive.extract(source, trailer, path, into, advance)
+        if (own := _own_id(upper, header)) != header.id:
+            give_id(into, own)
+
     return replace(
         upper,
-        lambda into: archive.extract(source, trailer, path, into, advance),
+        fill,
         keep=keep and not upper.made,
         hint=foreign.BY_KEEP,
     )
+
+
+def _own_id(upper: Chosen, header: Header) -> str | None:
+    """The id of what is restored to a place: that of the store there, or of one called the same.
+
+    Anywhere else it is one more store, as a clone is.
+    """
+    record = read_record(upper.fd)
+    if record is not None:
+        return record.uuid
+    return header.id if header.store == upper.name else str(uuid.uuid4())
+
+
+def give_id(into: str, own: str | None) -> None:
+    """Have a copy of an upper be a store of its own; one that nobody can read stays as it is."""
+    fd = os.open(into, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        record = read_record(fd)
+    finally:
+        os.close(fd)
+    if record is not None:
+        changed = dataclasses.replace(record, uuid=own or str(uuid.uuid4()))
+        with open(f"{into}/{AREA_NAME}/{FILE}", "w", encoding="utf-8") as file:
+            file.write(changed.text())

@@ -6,12 +6,10 @@ that is taken away is kept beside, as NAME.before-DATE, unless it is told otherw
 """
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
 import stat
-import uuid
 from typing import Final
 
 from unionfs.errors import UnionfsError, usage_error
@@ -21,7 +19,7 @@ from unionfs.passphrase import Ask, wiped
 from unionfs.stores import archive, foreign, fscrypt, gocryptfs
 from unionfs.stores import kept as names
 from unionfs.stores.archive import Advance
-from unionfs.stores.backing import Chosen, refuse_bound
+from unionfs.stores.backing import Chosen, give_id, refuse_bound
 from unionfs.stores.encrypting import encrypt_by_fscrypt, opened_by_gocryptfs
 from unionfs.stores.inspect import read_record
 from unionfs.stores.replacing import replace
@@ -46,11 +44,7 @@ def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
     def fill(into: str) -> None:
         path = f"/proc/{os.getpid()}/fd/{source.fd}"
         archive.copy(path, into, advance, source.not_its_own())
-        record = read_record(source.fd)
-        if record is not None:
-            own = dataclasses.replace(record, uuid=str(uuid.uuid4()))
-            with open(f"{into}/{AREA_NAME}/{FILE}", "w", encoding="utf-8") as file:
-                file.write(own.text())
+        give_id(into, None)
 
     replace(target, fill, keep=False)
 
