@@ -390,12 +390,12 @@ def _images_in(place: str) -> list[str]:
         return sorted(e.path for e in entries if e.name.endswith(".img") and e.is_file())
 
 
-def _everywhere(unions: Iterable[Mounted]) -> Iterator[str]:
-    """What unions have as their store, and of all else images and devices that can be one.
+def _everywhere(unions: Iterable[Mounted], named: Iterable[str]) -> Iterator[str]:
+    """What is `named`, what unions have as their store, and images and devices that can be one.
 
     A loop device on an image is that image.
     """
-    places = [union.place for union in unions]
+    places = [*named, *(union.place for union in unions)]
     yield from (place for place in places if os.path.isdir(place))
     nodes = [*(place for place in places if not os.path.isdir(place)), *find.block_devices()]
     devices = (find.image_of(node) or node for node in nodes)
@@ -413,8 +413,11 @@ def _each(paths: Iterable[str]) -> Iterator[str]:
             yield path
 
 
-def find_stores(places: Sequence[str]) -> Iterator[Store]:
-    """Those at the places, or in the images in them; without places all that have an upper."""
+def find_stores(places: Sequence[str], named: Iterable[str] = ()) -> Iterator[Store]:
+    """Those at the places, or in the images in them; without places all that have an upper.
+
+    `named`: paths to look at besides then.  What was told with one directory is no other.
+    """
     unions = mounted_unions()
     if places:
         named = (p for place in places for p in _with_images(place))
@@ -423,9 +426,14 @@ def find_stores(places: Sequence[str]) -> Iterator[Store]:
             if store.uppers or store.kind != "directory":
                 yield store
         return
-    for path in _each(_everywhere(unions)):
+    told = set()
+    for path in _each(_everywhere(unions, named)):
+        if os.path.realpath(path) in told:
+            continue
         with contextlib.suppress(UnionfsError):  # gone, or it cannot be reached from here
             store = look(path, unions)
+            if store.kind == "directory":
+                told |= {os.path.realpath(f"{path}/{u.directory}") for u in store.uppers}
             if store.uppers:
                 yield store
 
