@@ -353,6 +353,7 @@ def test_the_id_of_what_is_restored(base: Path) -> None:
         with union(base, base / "tree", f"{image}:/{name}"):
             change(base / "mnt")
     before = {u["directory"]: u["id"] for u in facts("info", image)["uppers"]}
+    wait_until(lambda: not images.loops_of(image))
     done("backup", f"{image}:/one", base / "x")
     done("restore", base / "x", f"{image}:/one")
     done("restore", base / "x", f"{image}:/two")

@@ -68,13 +68,14 @@ def tar_words() -> list[str]:
 def tar_creating(directory: str, without: Collection[str] = ()) -> list[str]:
     """The command that writes an upper to its standard output.
 
-    Without what belongs to this place: who holds it, temporaries, and inode numbers; and `without`
-    these names at its top.
+    Without what belongs to this place: who holds it, temporaries, inode numbers and what is kept of
+    all of it (stores/exchange.py); and `without` these names at its top.
     """
     return [
         tool("tar", "tar"),
         *("-C", directory, "-cf", "-", "--format=posix", *tar_words()),
         *("--exclude=./.unionfs/owner", "--exclude=./.unionfs/work/#*"),
+        *("--exclude=./.unionfs/before-*", "--exclude=./.unionfs/exchange.*"),
         *(f"--exclude=./{name}" for name in without),
         *("--exclude=./.unionfs/numbers/*", "--no-wildcards-match-slash", "."),
     ]

@@ -30,7 +30,7 @@ from unionfs.format import AREA_NAME
 from unionfs.identity import FILE
 from unionfs.mounts import locate, read_mounts
 from unionfs.passphrase import Ask
-from unionfs.stores import archive, foreign, fscrypt, holding, unlocking
+from unionfs.stores import archive, exchange, foreign, fscrypt, holding, unlocking
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import read_record, uppers_of
 from unionfs.stores.mounted import union_of
@@ -84,7 +84,9 @@ class Chosen:
         return unlocking.in_use(self.volume, self.directory, self.fd)
 
     def beside(self, name: str) -> str:
-        """The name, for messages, of what is kept beside it."""
+        """The name, for messages, of what is kept beside it, or in its area."""
+        if name.startswith(f"{AREA_NAME}/"):
+            return os.path.join(self.name, name)
         parent = os.path.dirname(self.directory)
         if self.volume.contents is None and parent == self.directory:
             return os.path.join(os.path.dirname(self.volume.mountpoint), name)
@@ -147,6 +149,11 @@ def chosen(
                 in_use = _lock(upper, write=write)
                 if in_use and alone:
                     raise unlocking.in_use(volume, directory, upper)
+                if not in_use:
+                    if alone:
+                        exchange.settle(upper)
+                    else:
+                        exchange.refuse_cut(upper, unlocking.name_of(volume, directory))
                 yield Chosen(volume, directory, upper, in_use, found)
         finally:
             os.close(upper)
@@ -431,6 +438,7 @@ def restore(
         fill,
         keep=keep and not upper.made,
         hint=foreign.BY_KEEP,
+        encrypted=bool(header.encrypted),
     )
 
 

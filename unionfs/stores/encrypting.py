@@ -77,7 +77,7 @@ def encrypt(
             _become(upper, into, like)
 
     keep = keep and bool(set(there) - {AREA_NAME})
-    return replace(upper, fill, keep=keep, hint=foreign.BY_NO_DISCARD)
+    return replace(upper, fill, keep=keep, hint=foreign.BY_NO_DISCARD, encrypted=True)
 
 
 def encrypt_by_fscrypt(

@@ -43,7 +43,7 @@ class Kept:
 
     @property
     def in_area(self) -> bool:
-        """Whether it is some paths only."""
+        """Whether it is some paths, or what could not be beside it."""
         return os.path.basename(os.path.dirname(self.directory)) == AREA_NAME
 
     def shown(self, store: str) -> str:
@@ -213,9 +213,9 @@ def upper_at(fd: int, directory: str) -> Upper | None:
     if not stat.S_ISDIR(status.st_mode):
         return None
     with _opened(fd, AREA_NAME) as area:  # not everybody may
-        paths = [n for n in sorted(directories(area)) if names.date_of_paths(n)]
+        dates = {n: names.date_in_area(n) for n in sorted(directories(area))}
     inside = os.path.join(directory, AREA_NAME)
-    kept = [Kept(f"{inside}/{n}", names.told(names.date_of_paths(n))) for n in paths]
+    kept = [Kept(f"{inside}/{n}", names.told(date)) for n, date in dates.items() if date]
     return Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind, kept=kept)
 
 
