@@ -142,6 +142,34 @@ def test_what_cannot_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert content(tmp_path / "up") == before
 
 
+def test_a_root_that_may_not_be_written(tmp_path: Path) -> None:
+    """Then nothing is begun: it would come to no end."""
+    if os.geteuid() == 0:
+        pytest.skip("root may")
+    fill(tmp_path / "up", "old")
+    before = content(tmp_path / "up")
+    fd = os.open(tmp_path / "up", os.O_RDONLY | os.O_DIRECTORY)
+    into = exchange.begin(fd)
+    fill(Path(f"/proc/self/fd/{into}"), "new")
+    os.chmod(into, 0o555)
+    with pytest.raises(UnionfsError, match="may not write to"):
+        exchange.complete(fd, keep=True, stay=())
+    os.close(into)
+    os.close(fd)
+    assert content(tmp_path / "up") == before
+
+
+def test_links_of_a_stranger(tmp_path: Path) -> None:
+    """A mount removes leftovers in an upper that may be somebody else's."""
+    (tmp_path / "up/.unionfs").mkdir(parents=True)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("x")
+    for name in ("exchange.new", "exchange.old", "exchange.keep"):
+        (tmp_path / "up/.unionfs" / name).symlink_to(tmp_path / "precious")
+    settled(tmp_path / "up")
+    assert (tmp_path / "precious/file").exists()
+
+
 def test_what_stays(tmp_path: Path) -> None:
     fill(tmp_path / "up", "old")
     (tmp_path / "up/lost+found").mkdir()

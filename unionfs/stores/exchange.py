@@ -19,7 +19,6 @@ Each step is one rename, so a cut leaves what there was, or what was to come.
 import contextlib
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Final
 
 from unionfs.errors import UnionfsError
@@ -50,7 +49,11 @@ def refuse_cut(upper: int, name: str) -> None:
 
 def settle(upper: int) -> None:
     """Bring an open upper to one of both; nothing if it is."""
-    with contextlib.suppress(FileNotFoundError), _opened(upper, AREA_NAME) as area:
+    try:
+        area = os.open(AREA_NAME, _OPEN, dir_fd=upper)
+    except OSError:  # there is none, or none of ours
+        return
+    try:
         found = {name for name in os.listdir(area) if name.startswith(_START)}
         if _OUT in found:
             _move_back(upper, area)
@@ -58,6 +61,8 @@ def settle(upper: int) -> None:
             _move_in(upper, area)
         if found:
             _tidy(area)
+    finally:
+        os.close(area)
 
 
 def begin(upper: int) -> int:
@@ -82,6 +87,12 @@ def abandon(upper: int) -> None:
 
 def complete(upper: int, *, keep: bool, stay: Collection[str]) -> str | None:
     """Exchange the content of an open upper, but for what is to stay; where the old one is kept."""
+    for root in (".", f"{AREA_NAME}/{_NEW}"):
+        if not os.access(root, os.W_OK, dir_fd=upper, effective_ids=True):
+            abandon(upper)
+            hint = "chmod u+w the root of the upper, or name a directory in it"
+            what = "you may not write to the root of the upper: what is in it cannot be moved"
+            raise UnionfsError(what, hint=hint)
     old = _KEEP if keep else _OLD
     with _opened(upper, AREA_NAME) as area:
         os.mkdir(old, 0o700, dir_fd=area)
@@ -114,20 +125,22 @@ def _belongs_here(name: str) -> bool:
 
 
 def _move_back(upper: int, area: int) -> None:
-    for old in (_KEEP, _OLD):
-        with contextlib.suppress(FileNotFoundError), _opened(area, old) as source:
-            with contextlib.suppress(FileNotFoundError), _opened(source, AREA_NAME) as inner:
-                _move(inner, area)
-            _move(source, upper, {AREA_NAME})
-            with contextlib.suppress(FileNotFoundError):
+    for old in (old for old in (_KEEP, _OLD) if _exists(area, old)):
+        with _opened(area, old) as source:
+            if _exists(source, AREA_NAME):
+                with _opened(source, AREA_NAME) as inner:
+                    _move(inner, area)
                 os.rmdir(AREA_NAME, dir_fd=source)
+            _move(source, upper)
+        os.rmdir(old, dir_fd=area)  # an error if anything is left there
     os.rename(_OUT, _NEW, src_dir_fd=area, dst_dir_fd=area)
 
 
 def _move_in(upper: int, area: int) -> None:
     with _opened(area, _IN) as source:
-        with contextlib.suppress(FileNotFoundError), _opened(source, AREA_NAME) as inner:
-            _move(inner, area, {n for n in os.listdir(inner) if _belongs_here(n)})
+        if _exists(source, AREA_NAME):
+            with _opened(source, AREA_NAME) as inner:
+                _move(inner, area, {n for n in os.listdir(inner) if _belongs_here(n)})
         _move(source, upper, os.listdir(upper))  # what stayed: it was not moved
         _become(upper, source)
     os.rename(_IN, _NEW, src_dir_fd=area, dst_dir_fd=area)
@@ -135,10 +148,8 @@ def _move_in(upper: int, area: int) -> None:
 
 def _tidy(area: int) -> str | None:
     """Remove what is of no use any more, and give what is kept its name; that name."""
-    from unionfs.layer import remove_tree
-
     for left in (_NEW, _OLD):
-        remove_tree(Path(f"/proc/self/fd/{area}/{left}"))
+        _remove(area, left)
     with contextlib.suppress(OSError):  # nothing was moved there, or it was moved back
         os.rmdir(_KEEP, dir_fd=area)
     if not _exists(area, _KEEP):
@@ -146,6 +157,16 @@ def _tidy(area: int) -> str | None:
     name = kept.new_whole(area)
     os.rename(_KEEP, name, src_dir_fd=area, dst_dir_fd=area)
     return name
+
+
+def _remove(area: int, name: str) -> None:
+    """What cannot be removed stays.  No link is followed: the upper may be a stranger's."""
+    from unionfs.work import empty_directory
+
+    with contextlib.suppress(OSError), _opened(area, name) as fd:
+        os.fchmod(fd, 0o700)
+        empty_directory(fd)
+        os.rmdir(name, dir_fd=area)
 
 
 def _move(source: int, target: int, but: Collection[str] = ()) -> None:
