@@ -382,7 +382,7 @@ static ssize_t on_opendir(struct answer *a)
 
 struct listing_out {
     struct answer *a;
-    uint64_t dir;
+    uint64_t dir, parent;
     size_t len, size;
 };
 
@@ -395,7 +395,7 @@ static int put_direntplus(void *arg, const struct dirent_out *entry)
     struct fuse_direntplus *out = (void *)(a->data + l->len);
     bool dots =
         entry->name[0] == '.' && (name_len == 1 || (name_len == 2 && entry->name[1] == '.'));
-    struct stat st = {.st_ino = l->dir};
+    struct stat st = {.st_ino = name_len == 2 ? l->parent : l->dir}; /* of ".." and "." */
     bool seen = false, known = false;
 
     if (l->len + step > l->size)
@@ -436,8 +436,10 @@ static int put_direntplus(void *arg, const struct dirent_out *entry)
 static ssize_t on_readdirplus(struct answer *a)
 {
     const struct fuse_read_in *in = BODY(a, fuse_read_in);
-    struct listing_out l = {
-        .a = a, .dir = dir_ino(a->s->tree, in->fh), .size = in->size < a->cap ? in->size : a->cap};
+    struct listing_out l = {.a = a,
+                            .dir = dir_ino(a->s->tree, in->fh),
+                            .parent = dir_parent(a->s->tree, in->fh),
+                            .size = in->size < a->cap ? in->size : a->cap};
     errint_t err = dir_read(a->s->tree, in->fh, in->offset, put_direntplus, &l);
 
     return err < 0 && l.len == 0 ? err : (ssize_t)l.len;

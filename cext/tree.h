@@ -397,6 +397,8 @@ struct dirent_out {
 errint_t dir_read(struct tree *t, uint64_t dh, uint64_t offset,
                   int (*fn)(void *arg, const struct dirent_out *entry), void *arg);
 uint64_t dir_ino(struct tree *t, uint64_t dh);
+/* Of what ".." is: its own where it has no parent, as the root or when it was removed. */
+uint64_t dir_parent(struct tree *t, uint64_t dh);
 errint_t dir_is_empty(struct tree *t, uint64_t ino, bool *ret_empty);
 void dirhandles_free(struct tree *t);
 
