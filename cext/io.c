@@ -295,7 +295,8 @@ ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, of
             done += (size_t)n;
     }
     file_put(t, f);
-    return err < 0 && done == 0 ? err : (ssize_t)done;
+    /* Of pages that it was stored to the kernel does not look at how much was written. */
+    return err < 0 && (done == 0 || mapped) ? err : (ssize_t)done;
 }
 
 errint_t file_sync(struct tree *t, uint64_t fh, bool datasync)

@@ -41,7 +41,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
-from unionfs import logs, notify
+from unionfs import capabilities, logs, notify
 from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.options import MountOptions
 
@@ -416,6 +416,7 @@ class _Daemon:
         # A helper thread that has finished sends SIGURG to the loop's thread: should that be in a
         # read whose request was taken back (its process was killed), it gets EINTR and goes on.
         signal.signal(signal.SIGURG, lambda _number, _frame: None)
+        capabilities.obey_quotas()  # the threads that answer too: none has been started yet
         try:
             trio.run(self._live, loop, mount, served)
         except BaseException as exc:
