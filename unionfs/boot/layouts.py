@@ -76,7 +76,7 @@ def find_left(request: Request, ours: str) -> Left | None:
     above = request.directory or ("/" if layout.at_top else own)
     # What cannot be looked at cannot be mounted either, and whoever does that says why.
     with contextlib.suppress(UnionfsError, OSError):
-        volume = open_volume(request.store, readonly=True, timeout=request.seconds, untouched=True)
+        volume = open_volume(request.store, readonly=True, untouched=True)
         try:
             if any(_is_directory(volume, path, AREA_NAME) for path in {own, above}):
                 return None

@@ -218,7 +218,7 @@ class _Boot:
                 request = crypt.unlocked(request)
             except UnionfsError as exc:
                 return self._in_memory(exc)
-        options = self._as_left(request, mount_options(request, self.root, self.lower))
+        options = self._found(request, mount_options(request, self.root, self.lower))
         if request.reset and request.mode == "persist":
             self._reset(options)
         with contextlib.ExitStack() as stack:
@@ -229,17 +229,45 @@ class _Boot:
             self.teller.say(f"{self.root} is a union, with changes in {where}")
         return []
 
-    def _as_left(self, request: Request, options: MountOptions) -> MountOptions:
-        """With what another program has left in the store as the upper, if it has."""
+    def _found(self, request: Request, options: MountOptions) -> MountOptions:
+        """With the upper that is there for this base already, if its name or place is another.
+
+        The store's device is waited for here, for all that look at it later on.
+        """
         if options.upper is None:
             return options
         from unionfs.boot import layouts
+        from unionfs.stores import find
 
+        seconds = options.device_timeout or 0
+        with contextlib.suppress(UnionfsError):  # whoever mounts it says why
+            find.find(locator.parse(options.upper), search=options.search, timeout=seconds)
         left = layouts.find_left(request, options.upper)
-        if left is None:
-            return options
-        self.teller.say(f"the changes that {left.program} has left are used: {left.upper}")
-        return dataclasses.replace(options, upper=left.upper)
+        if left is not None:
+            self.teller.say(f"the changes that {left.program} has left are used: {left.upper}")
+        known = None if left or request.directory else self._known(options)
+        upper = left.upper if left else known or options.upper
+        return dataclasses.replace(options, upper=upper, waited=True)
+
+    def _known(self, options: MountOptions) -> str | None:
+        """The upper that was made over this very base when that had another name."""
+        assert options.upper is not None
+        from unionfs.stores import belonging, mounted_base
+        from unionfs.stores.volume import open_volume
+
+        where = locator.parse(options.upper)
+        if where.directory is None:  # the store is the upper
+            return None
+        with contextlib.suppress(UnionfsError, OSError):  # whoever mounts it says why
+            name = _base_name(self.root, self.lower, 0)
+            own = dataclasses.replace(mounted_base.named(self.lower or self.root), name=name)
+            volume = open_volume(where.source, readonly=True, untouched=True, search=options.search)
+            try:
+                inside = belonging.default_directory(volume, own, Locator(name, name))
+            finally:
+                volume.close()
+            return f"{where.source}:{inside}"
+        return None
 
     def _base(self, stack: contextlib.ExitStack) -> str | None:
         """What is the base in place of what the root has; the copy in memory, if one is wanted."""
