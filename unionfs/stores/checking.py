@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from unionfs.errors import InUse, UnionfsError
-from unionfs.stores import ext, kernel, loop, userspace
+from unionfs.stores import ext, kernel, loop, userspace, whole
 from unionfs.stores.probe import Contents
 from unionfs.stores.tools import lines_of, run, tool
 
@@ -84,12 +84,11 @@ def check_filesystem(contents: Contents, report: Report, *, repair: bool) -> Non
     if command is None:
         report.filesystem = f"{fstype} has no fsck"
         return
-    if fstype in ext.TYPES:
-        try:
-            ext.check_whole(path)  # e2fsck calls it clean
-        except UnionfsError as exc:
-            _say(report, fstype, Code.UNCORRECTED, exc.message)
-            return
+    try:
+        whole.check_whole(path, fstype)  # e2fsck may call it clean
+    except UnionfsError as exc:
+        _say(report, fstype, Code.UNCORRECTED, exc.message)
+        return
     with _locked(path, write=repair):
         pending = _pending(path, fstype)
         done = None if pending and (fstype == "btrfs" or not repair) else run(command)
