@@ -80,8 +80,7 @@ def examine(text: str, report: Report, wish: Wish, progress: Progress) -> None:
         with guarded(where, contents, when=wish.repair and not wish.take, write=True):
             pass  # nothing is repaired under another machine that uses it
         progress.phase(f"checking the {contents.fstype}")
-        check_filesystem(contents, report, repair=wish.repair)
-        if report.code & (Code.UNCORRECTED | Code.TROUBLE):
+        if not check_filesystem(contents, report, repair=wish.repair):
             return
     volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair)
     try:

@@ -25,7 +25,8 @@ Checks a store that is not mounted: its file system by its own fsck, then, in ea
 directory with changes, the records, what a killed daemon left, the hard link index and
 every mark. With --lower also what marks lead to: the directories of redirects, the data
 of metadata-only copies, the names of indexed files. Nothing is written without --repair,
-and what cannot be repaired without a loss is only told. The directories of an encrypted
+and what cannot be repaired in an upper without a loss is only told; a damaged file system
+may lose what cannot be read in it, which is told too. The directories of an encrypted
 store are looked into with --key-file or --credential only."""
 
 EPILOG = """
