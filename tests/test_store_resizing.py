@@ -140,6 +140,21 @@ def test_which_line_of_e2fsck_says_it(out: bytes, err: bytes, said: str) -> None
     assert ext.complaint(subprocess.CompletedProcess(["e2fsck", "-p", "i"], 4, out, err)) == said
 
 
+def test_another_super_block_is_told_of(base: Path) -> None:
+    need("ext4")
+    e2fsck = find("e2fsck")
+    assert e2fsck is not None
+    image = images.make(base / "s.img", megabytes=160)
+    damage.write(image, 1024, bytes(1024))
+    told = fails("check", image, code=8)
+    assert f"e2fsck -b 32768 -B 4096 {image}" in told
+    subprocess.run([e2fsck, "-y", "-b", "32768", "-B", "4096", image], check=False)
+    assert store("check", image).returncode == 0
+    small = images.make(base / "small.img", megabytes=16)
+    damage.write(small, 1024, bytes(1024))
+    assert "restore a backup" in fails("check", small, code=8)
+
+
 def test_what_is_wrong_with_a_damaged_one(base: Path) -> None:
     need("ext4")
     debugfs = find("debugfs")

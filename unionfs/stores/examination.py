@@ -33,7 +33,7 @@ from unionfs.stores import (
     unlocking,
 )
 from unionfs.stores.checking import Code, Problem, Report, check_filesystem, refuse_used
-from unionfs.stores.inspect import read_record, uppers_of
+from unionfs.stores.inspect import read_record, uppers_of, wrong_areas
 from unionfs.stores.opening import Stores
 from unionfs.stores.probe import probe, require_filesystem
 from unionfs.stores.references import Lowers
@@ -89,7 +89,9 @@ def examine(text: str, report: Report, wish: Wish, progress: Progress) -> None:
             _not_looked_at(report, "/", why)
             return
         inside = where.directory
-        found = [upper.directory for upper in uppers_of(volume)] if inside is None else [inside]
+        found = [inside] if inside is not None else wrong_areas(volume)
+        if inside is None:
+            found += [upper.directory for upper in uppers_of(volume)]
         with _opened_lowers(wish.lowers) as below:
             for directory in found:
                 _examine_upper(volume, directory, report, wish, below, progress)

@@ -22,7 +22,7 @@ from typing import Final
 
 from unionfs.errors import InUse, UnionfsError, usage_error
 from unionfs.stores import kernel, loop, resized, userspace
-from unionfs.stores.probe import Contents, check_readable, probe, require_filesystem
+from unionfs.stores.probe import Contents, probe, require_filesystem
 from unionfs.stores.tools import Progress, tool
 from unionfs.stores.whole import check_whole
 
@@ -63,7 +63,7 @@ def grow(path: str, size: int | None, advance: Progress) -> int:
             hint = "ask root to do it"
             raise UnionfsError(f"{path}: an ordinary user cannot grow {contents.fstype}", hint=hint)
     _lengthen(path, size)
-    held = loop.attach(path, readonly=False)
+    held = kernel.attach(contents)
     try:
         loop.resized(held.path)
         _resize_mounted(contents)
@@ -78,7 +78,6 @@ def grow(path: str, size: int | None, advance: Progress) -> int:
 
 def _examined(path: str) -> Contents:
     """What is in it, if it is a file system that nothing has been cut off."""
-    check_readable(path)
     contents = probe(path)
     require_filesystem(contents)
     check_whole(path, contents.fstype)
@@ -238,7 +237,7 @@ def shrink(path: str, size: int, advance: Progress) -> None:
 
 
 def _shrink_btrfs(contents: Contents, size: int) -> None:
-    held = loop.attach(contents.path, readonly=False)
+    held = kernel.attach(contents)
     try:
         words = bytearray(struct.pack("=q4088s", 0, str(size).encode()))
         with _opened(contents) as fd:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`unionfs store check`."""
 
+import errno
 import functools
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -57,8 +59,10 @@ def run(argv: Sequence[str]) -> int:
     from unionfs.stores.checking import Code
     from unionfs.stores.examination import Wish
 
+    store = "the store"
     try:
         given = parser.read(argv)
+        store = given.store
         if given.take and not given.repair:
             raise usage_error("--take is for --repair", "write --repair --take")
         lowers = [path for text in given.lower for path in split_layers(text)]
@@ -71,6 +75,13 @@ def run(argv: Sequence[str]) -> int:
 
         say("unionfs", named(exc))
         return Code.USAGE if exc.code == ExitCode.USAGE else Code.TROUBLE
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        reason = os.strerror(exc.errno or errno.EIO)
+        where = f" ({exc.filename})" if isinstance(exc.filename, str) else ""
+        say("unionfs", UnionfsError(f"{store} cannot be checked: {reason}{where}"))
+        return Code.TROUBLE
 
 
 def _check(store: str, wish: "Wish", *, as_json: bool, quiet: bool) -> int:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`unionfs store restore`."""
 
+import os
+import stat
 from collections.abc import Sequence
+from typing import IO
 
 from unionfs import locator
 from unionfs.cli import show
@@ -40,11 +43,7 @@ def run(argv: Sequence[str]) -> int:
         raise usage_error("name either a STORE or --verify", "see unionfs store restore --help")
     from unionfs.stores import archive, backing
 
-    try:
-        source = open(given.file, "rb", buffering=0)  # noqa: SIM115
-    except OSError as exc:
-        raise UnionfsError(f"cannot open {given.file}: {exc.strerror}") from exc
-    with source:
+    with _opened(given.file) as source:
         header = archive.read_header(source, given.file)
         trailer = archive.read_trailer(source, given.file)
         with show.progress(given.file, trailer.bytes, quiet=given.quiet) as advance:
@@ -64,3 +63,15 @@ def run(argv: Sequence[str]) -> int:
         done += f", encrypted ({header.encrypted})" if header.encrypted else ""
         print(f"{given.file} ({of}) {done}" + (f"; the old changes: {kept}" if kept else ""))
     return ExitCode.OK
+
+
+def _opened(path: str) -> IO[bytes]:
+    """The backup; its end is read first, so it cannot be a pipe."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise UnionfsError(f"cannot open {path}: {exc.strerror}") from exc
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UnionfsError(f"{path} is no file", hint="a backup is read from a file, not a pipe")
+    return open(fd, "rb", buffering=0)
