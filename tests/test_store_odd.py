@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -244,6 +245,24 @@ def _refused_by(path: Path, base: Path) -> None:
 def test_the_name_of_a_process() -> None:
     assert users._name("0") == "a program"
     assert users._name(str(os.getpid())) not in ("", "a program")
+
+
+def test_a_look_at_an_upper_is_waited_for(base: Path) -> None:
+    up = base / "up"
+    up.mkdir()
+    fd = os.open(up, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    found = mount(base / "tree", up, base / "mnt")
+    assert found.returncode == 32
+    assert f"{up} is in use by process {os.getpid()}" in found.stderr
+    assert "wait for the end of what has it" in found.stderr
+    ending = threading.Timer(1, os.close, [fd])
+    ending.start()
+    try:
+        with union(base, base / "tree", up):
+            pass
+    finally:
+        ending.join()
 
 
 @pytest.mark.skipif(not _ROOT, reason="only root attaches images")
