@@ -289,6 +289,23 @@ def test_a_root_that_is_lost_is_told(base: Path) -> None:
     assert "\n/: could not be read: what was there is in lost+found, or gone\n" in found.stdout
 
 
+def test_what_xfs_repair_takes_away_is_told(base: Path) -> None:
+    need("xfs")
+    xfs_db = find("xfs_db")
+    if xfs_db is None:
+        pytest.skip("there is no xfs_db")
+    image = images.make(base / "s.img", "xfs")
+    with union(base, base / "tree", f"{image}:/up"):
+        pass
+    ground.run(xfs_db, "-x", "-c", "path /up", "-c", "write -d core.magic 0", image)
+    assert store("check", image).returncode == 4
+    found = store("check", "--repair", image)
+    assert found.returncode == 1, found
+    assert found.stdout.startswith("xfs: repaired\n")
+    assert "xfs_repair: cleared inode" in found.stdout
+    assert store("check", image).stdout.startswith("xfs: clean\n")
+
+
 def test_the_first_of_many_are_told() -> None:
     told = rescue.shortened([str(number) for number in range(9)])
     assert told == ["0", "1", "2", "3", "4", "and 4 more like these"]

@@ -38,6 +38,8 @@ _GOOD: Final = (Code.OK, Code.CORRECTED)
 _PENDING: Final = "it was not unmounted; mounting it replays its journal"
 # What xfs_repair says of a log with changes in it, and of one whose ends it does not find.
 _XFS_PENDING: Final = re.compile(rb"valuable metadata changes|log head and/or tail cannot be")
+_XFS_CORRECTED: Final = 4  # with -e
+_XFS_DROPPED: Final = re.compile(r"clear(ed|ing)|junking|moving to lost\+found")
 _BTRFS_LOG_ROOT: Final = 65536 + 96  # struct btrfs_super_block: there is a tree of logs
 # How what is in a journal is given up.
 _DISCARD: Final = {"xfs": "xfs_repair -L", "btrfs": "btrfs rescue zero-log"}
@@ -108,6 +110,10 @@ def check_filesystem(contents: Contents, report: Report, *, repair: bool) -> boo
     assert done is not None
     code = _meaning(fstype, done.returncode, repair=repair)
     _say(report, fstype, code, "" if code in _GOOD else _complaint(fstype, done))
+    if code == Code.CORRECTED:
+        lines = lines_of(done.stdout + done.stderr)
+        dropped = [line for line in lines if _XFS_DROPPED.search(line)]
+        report.notes += [f"xfs_repair: {line}" for line in rescue.shortened(dropped)]
     if pending:
         _say_replayed(report)
     return code in _GOOD
@@ -197,7 +203,7 @@ def _fsck(path: str, fstype: str, *, repair: bool) -> list[str] | None:
     if fstype in ext.TYPES:
         return [tool("e2fsck", "e2fsprogs"), "-f", "-n", path]
     if fstype == "xfs":
-        return [tool("xfs_repair", "xfsprogs"), *([] if repair else ["-n"]), "-f", path]
+        return [tool("xfs_repair", "xfsprogs"), "-e" if repair else "-n", "-f", path]
     # btrfs has no repair that its makers advise.
     if fstype == "btrfs":
         return [tool("btrfs", "btrfs-progs"), "check", "--readonly", path]
@@ -211,6 +217,8 @@ def _meaning(fstype: str, code: int, *, repair: bool) -> Code:
         # 2: corrected, and the machine should be started anew: that is for mounted ones.
         corrected = code & 3 and repair
         return Code(code & (4 | 8)) or (Code.CORRECTED if corrected else Code.UNCORRECTED)
+    if fstype == "xfs" and repair and code == _XFS_CORRECTED:
+        return Code.CORRECTED
     return Code.UNCORRECTED if code in (1, 2) else Code.TROUBLE
 
 
