@@ -111,13 +111,13 @@ def _read_file(path: str) -> bytearray:
         return _read(0)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _read(fd)
+        finally:
+            os.close(fd)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
         raise UnionfsError(f"cannot read the key file {path}: {reason}") from exc
-    try:
-        return _read(fd)
-    finally:
-        os.close(fd)
 
 
 def _credential(name: str) -> str:

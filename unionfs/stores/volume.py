@@ -21,7 +21,7 @@ from unionfs.locator import Locator
 from unionfs.mounts import filesystem_at, read_mounts
 from unionfs.stores import ext, find, kept, kernel, loop, userspace
 from unionfs.stores.fscrypt_keys import Key
-from unionfs.stores.probe import Contents, probe, require_filesystem
+from unionfs.stores.probe import Contents, probe, refuse_kind, require_filesystem
 
 log = logging.getLogger("unionfs")
 
@@ -109,9 +109,7 @@ def open_volume(
         raise _missing(where, path, exc) from exc
     if stat.S_ISDIR(mode):
         return _seen(where, path, path, readonly=readonly)
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        hint = "name a directory, an image or a block device"
-        raise UnionfsError(f"{path} is neither a directory nor an image or a device", hint=hint)
+    refuse_kind(path, mode)
     if not kernel.may_mount() and (entry := find.mounted_at(path, read_mounts())) is not None:
         return _seen(where, path, entry.point, readonly=readonly)
     contents = probe(path)

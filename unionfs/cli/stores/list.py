@@ -3,10 +3,14 @@
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from unionfs.cli import show
 from unionfs.cli.parser import Parser
-from unionfs.errors import ExitCode
+from unionfs.errors import ExitCode, UnionfsError
+
+if TYPE_CHECKING:
+    from unionfs.stores.inspect import Store
 
 USAGE = "unionfs store list [PLACE...] [--json]"
 
@@ -38,7 +42,15 @@ def run(argv: Sequence[str]) -> int:
     stores = list(find_stores(given.places, () if given.places else configured.stores()))
     if given.json:
         print(json.dumps([store.facts() for store in stores], indent=2))
-        return ExitCode.OK
+    else:
+        _show(stores)
+    for store in stores:
+        if store.problem and store.asked:
+            raise UnionfsError(store.problem)
+    return ExitCode.OK
+
+
+def _show(stores: "Sequence[Store]") -> None:
     rows = []
     for store in stores:
         facts = store.facts()
@@ -66,4 +78,3 @@ def run(argv: Sequence[str]) -> int:
         show.table(COLUMNS, rows)
     else:
         print("no store is found")
-    return ExitCode.OK

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`unionfs store restore`."""
 
+import os
+import stat
 from collections.abc import Sequence
 from typing import IO
 
@@ -65,9 +67,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _opened(path: str) -> IO[bytes]:
+    """The backup; its end is read first, so a pipe is taken in before."""
     if path == STANDARD:
         return taken_in()
     try:
-        return open(path, "rb", buffering=0)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as exc:
         raise UnionfsError(f"cannot open {path}: {exc.strerror}") from exc
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UnionfsError(f"{path} is no file", hint="a pipe is read by - for FILE")
+    return open(fd, "rb", buffering=0)
