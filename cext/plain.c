@@ -9,6 +9,7 @@
 
 #include "flags.h"
 #include "resolve.h"
+#include "spare.h"
 
 enum { MODE_BITS = 07777, SYNC_FLAGS = O_SYNC | O_DSYNC };
 
@@ -75,9 +76,11 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
     struct node *parent;
     struct rdir *dir;
     mode_t mode = wanted->mode;
-    errint_t err;
+    errint_t err = S_ISREG(mode) ? spare_ask(t) : 0;
     int dirfd = -1;
 
+    if (err < 0)
+        return err;
     if (!t->plain || is_reserved(parent_ino, name))
         return NOT_PLAIN;
     if (S_ISCHR(mode) && wanted->rdev == 0) /* would be a whiteout */

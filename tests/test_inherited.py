@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -12,30 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig.mounted import PATIENCE, Unionfs, program
+from tests.rig.limited import Limited
+from tests.rig.mounted import PATIENCE, program
 from unionfs import inherited
 
 INFINITE = resource.RLIM_INFINITY
 BIG = bytes(range(256)) * 2560
-
-
-class Limited(Unionfs):
-    """One that was mounted from a shell with limits, which it cannot raise above the hard ones."""
-
-    limits: tuple[str, ...] = ()
-
-    def command(self) -> list[str]:
-        without = ["setpriv", "--bounding-set", "-sys_resource"] if os.geteuid() == 0 else []
-        return [*without, "prlimit", *self.limits, *super().command()]
-
-
-def limited(place: Path, *limits: str, options: tuple[str, ...] = ()) -> Limited:
-    parts = [place / name for name in ("lower", "upper", "mnt")]
-    for part in parts:
-        part.mkdir(exist_ok=True)
-    union = Limited([parts[0]], parts[1], parts[2], log=place / "log", options=options)
-    union.limits = limits
-    return union
 
 
 # ---- sizes, time and memory ----
@@ -44,7 +25,7 @@ def limited(place: Path, *limits: str, options: tuple[str, ...] = ()) -> Limited
 def test_the_mounters_size_of_files(place: Path) -> None:
     (place / "lower").mkdir()
     (place / "lower" / "big").write_bytes(BIG)
-    with limited(place, "--fsize=100000:", options=("passthrough=off",)) as union:
+    with Limited(place, "--fsize=100000:", options=["passthrough=off"]) as union:
         (union.mnt / "new").write_bytes(BIG)
         assert (union.mnt / "new").read_bytes() == BIG
         with open(union.mnt / "big", "ab") as file:
@@ -53,8 +34,8 @@ def test_the_mounters_size_of_files(place: Path) -> None:
 
 
 def test_a_size_that_cannot_be_raised_is_told_of(place: Path) -> None:
-    with limited(place, "--fsize=1000000:1000000") as union:
-        union.expected += ("no file of the union will be larger than 1000000 bytes",)
+    with Limited(place, "--fsize=1000000:1000000") as union:
+        union.expected.append("no file of the union will be larger than 1000000 bytes")
         assert union.expected[-1] in union.words()
 
 
@@ -101,14 +82,14 @@ def in_child(prepare: Callable[[], object], command: list[str]) -> None:
 
 
 @pytest.fixture
-def background(place: Path) -> Iterator[Unionfs]:
-    union = limited(place)
+def background(place: Path) -> Iterator[Limited]:
+    union = Limited(place)
     union.daemonised = True
     yield union
     union.abandon()
 
 
-def test_blocked_and_ignored_signals(background: Unionfs) -> None:
+def test_blocked_and_ignored_signals(background: Limited) -> None:
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
