@@ -17,7 +17,7 @@ from unionfs import inherited
 
 FEW = 100
 DIRECTORIES = 150
-NAMES = 3000
+NAMES = 600
 
 
 @pytest.fixture(params=["engine", "pyfuse3"])
