@@ -7,6 +7,7 @@
 #include <sys/ioctl.h>
 
 #include "face.h"
+#include "flags.h"
 
 enum { WRITES = O_WRONLY | O_RDWR };
 
@@ -138,7 +139,7 @@ static bool pays(const struct tree *t, const struct opening *o, bool lower)
     if (!S_ISREG(st->st_mode) || (f->flags & O_DIRECT && !takes_o_direct(f->fd)))
         return false;
     if (!lower)
-        return true;
+        return !is_protected(f->fd); /* stores to a mapping would reach what can only grow */
     if (o->id & FACE_BIT)
         return false; /* somebody is about to write, and must not be sent away once more */
     return backs_lowers(t) && (!t->has_upper || st->st_size >= LOWER_LEAST);

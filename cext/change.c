@@ -299,6 +299,17 @@ static void dir_gone_locked(struct tree *t, struct node *n)
     n->ndirs = 0;
 }
 
+/* Its space is not free before the kernel has forgotten it. */
+static void leaves_locked(struct tree *t, struct node *n, const struct stat *st)
+{
+    uint64_t space = 1 + (uint64_t)st->st_blocks * 512 / LEAVING_BYTES;
+
+    if (n->leaving)
+        return;
+    n->leaving = space < UINT32_MAX ? (uint32_t)space : UINT32_MAX;
+    atomic_fetch_add(&t->leaving, n->leaving);
+}
+
 /* After a name has gone from disk. `a` is dropped; the node's last link may have been it. */
 static void name_gone_locked(struct tree *t, struct alias *a)
 {
@@ -318,6 +329,8 @@ static void name_gone_locked(struct tree *t, struct alias *a)
         int64_t links = (int64_t)st.st_nlink + (n->indexed ? n->nlink_diff : 0);
 
         n->unlinked = links <= 0;
+        if (n->unlinked)
+            leaves_locked(t, n, &st);
     }
     node_put_locked(t, n);
 }

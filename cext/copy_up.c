@@ -193,6 +193,7 @@ static errint_t rename_at(struct tree *t, struct copying *c, int dirfd, const ch
 static errint_t rename_into(struct tree *t, struct copying *c, const struct target *g)
 {
     mode_t needed = t->sync_names ? S_IRWXU : S_IWUSR | S_IXUSR;
+    struct keyhold entering = {.keys = {g->parent->ino}};
     struct rdir *dir;
     struct loan *loan;
     char path[PROC_BYTES];
@@ -204,7 +205,9 @@ static errint_t rename_into(struct tree *t, struct copying *c, const struct targ
     proc_path(path, dirfd, NULL);
     err = loan_take(path, false, needed, &loan);
     if (err == 0) {
+        keys_take(&t->entering, &entering);
         err = rename_at(t, c, dirfd, g->name);
+        keys_give(&t->entering, &entering);
         loan_return(loan);
     }
     upper_unpin(t, dir);

@@ -48,7 +48,7 @@ extern PyType_Spec tree_spec, dir_spec, engine_spec, hold_spec;
     X(renamed) X(made_opaque) X(make_impure) X(set_nlink_diff) X(redirect_path) \
     X(made_nameless) X(named) X(plain_make) X(plain_link) X(plain_unlink) X(plain_rmdir) \
     X(plain_rename) X(plain_copy_up) X(mark_origin) X(temp_name) X(metacopy_noted) X(copying) \
-    X(committing) X(birth) X(flags) X(changeable) X(close)
+    X(committing) X(entering) X(birth) X(flags) X(changeable) X(close)
 // clang-format on
 #define DECLARE(name) PyObject *py_##name(PyObject *op, PyObject *args);
 TREE_METHODS(DECLARE)

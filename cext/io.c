@@ -265,6 +265,14 @@ ssize_t file_read(const struct file *f, char *buf, size_t size, off_t offset, bo
     return (ssize_t)got;
 }
 
+/* An append-only file, see file_open: where mmap(2) of a plain one fails, ours is not stored to. */
+static bool only_grows(int fd)
+{
+    int flags = fcntl(fd, F_GETFL);
+
+    return flags >= 0 && flags & O_APPEND;
+}
+
 ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, off_t offset,
                    bool mapped)
 {
@@ -274,8 +282,14 @@ ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, of
 
     if (!f)
         return -EBADF;
-    if (mapped)
+    if (mapped && only_grows(f->fd)) {
+        err = -EPERM;
+        pthread_mutex_lock(&t->lock);
+        f->node->pages_old = true;
+        pthread_mutex_unlock(&t->lock);
+    } else if (mapped) {
         done = mapped_store(f->fd, buf, size, offset);
+    }
     while (err == 0 && done < size) {
         ssize_t n = pwrite(f->fd, buf + done, size - done, offset + (off_t)done);
 
@@ -287,7 +301,8 @@ ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, of
             done += (size_t)n;
     }
     file_put(t, f);
-    return err < 0 && done == 0 ? err : (ssize_t)done;
+    /* Of pages that it was stored to the kernel does not look at how much was written. */
+    return err < 0 && (done == 0 || mapped) ? err : (ssize_t)done;
 }
 
 errint_t file_sync(struct tree *t, uint64_t fh, bool datasync)

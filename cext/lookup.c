@@ -15,21 +15,22 @@ uint64_t other_file_number(uint64_t ino, const struct stat *st)
     return (hash >> 2) | (1ULL << 62);
 }
 
+uint64_t number_by_name(uint64_t ino, const struct node *parent, const char *name)
+{
+    uint64_t hash = ino * 0x9e3779b97f4a7c15ULL;
+
+    hash ^= parent->ino * 0xbf58476d1ce4e5b9ULL;
+    for (; *name; name++)
+        hash = (hash ^ (unsigned char)*name) * 0x100000001b3ULL;
+    return (hash >> 2) | (1ULL << 62);
+}
+
 /* A number for what cannot have its own, taken by something else: of a directory by its name, since
  * one real directory may be shown twice; of anything else by the real inode, for its links. */
 static uint64_t other_number(uint64_t ino, const struct node *parent, const char *name,
                              const struct hit *h)
 {
-    uint64_t hash = ino * 0x9e3779b97f4a7c15ULL;
-
-    if (S_ISDIR(h->type)) {
-        hash ^= parent->ino * 0xbf58476d1ce4e5b9ULL;
-        for (; *name; name++)
-            hash = (hash ^ (unsigned char)*name) * 0x100000001b3ULL;
-    } else {
-        return other_file_number(ino, &h->st);
-    }
-    return (hash >> 2) | (1ULL << 62);
+    return S_ISDIR(h->type) ? number_by_name(ino, parent, name) : other_file_number(ino, &h->st);
 }
 
 /* Is `n` what was found, or something that merely has its number: a directory shown twice by a

@@ -95,9 +95,13 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
         if (is_natural(t, dirfd, wanted)) {
             if (!S_ISLNK(mode) && !has_default_acl(dirfd))
                 mode &= ~wanted->umask;
+            struct keyhold entering = {.keys = {parent_ino}};
+
+            keys_take(&t->entering, &entering);
             /* A name that is free in the upper and not known to the kernel has nothing below it
              * either, where whiteouts are devices. Another answer is for those who look. */
             int fd = make_at(t, dirfd, name, wanted, mode);
+            keys_give(&t->entering, &entering);
 
             if (fd >= 0) {
                 *ret_fd = S_ISREG(mode) ? fd : -1;
@@ -136,12 +140,16 @@ errint_t plain_link(struct tree *t, uint64_t ino, uint64_t parent_ino, const cha
     if (err == 0 && fd < 0)
         err = fd;
     if (err == 0 && (dirfd = upper_pin(t, parent, &dir)) >= 0) {
+        struct keyhold entering = {.keys = {parent_ino}};
+
         proc_path(path, fd, NULL);
+        keys_take(&t->entering, &entering);
         /* Another answer is for those who look what is there: a whiteout, say. */
         if (linkat(AT_FDCWD, path, dirfd, name, AT_SYMLINK_FOLLOW) < 0)
             err = NOT_PLAIN;
         else
             ask_anew(t, dirfd, name);
+        keys_give(&t->entering, &entering);
         upper_unpin(t, dir);
     } else if (err == 0) {
         err = NOT_PLAIN;
@@ -322,7 +330,11 @@ static errint_t remove_known(struct tree *t, struct known *k)
     if (err == 0)
         err = tree_prepare_unlink(t, parent, k->name);
     if (err == 0) {
+        struct keyhold entering = {.keys = {parent}};
+
+        keys_take(&t->entering, &entering);
         err = remove_at(t, dirfd, k, lower);
+        keys_give(&t->entering, &entering);
         if (err != 0)
             tree_abandon_unlink(t, parent, k->name);
         else
@@ -383,6 +395,7 @@ static bool moves_plainly(struct tree *t, const struct known *old, const struct 
 static errint_t move_at(struct tree *t, const struct known *old, const struct known *new,
                         unsigned flags)
 {
+    struct keyhold entering = {.keys = {old->parent->ino, new->parent->ino}};
     struct rdir *old_dir, *new_dir;
     int old_fd = upper_pin(t, old->parent, &old_dir), new_fd;
     errint_t err = NOT_PLAIN;
@@ -393,8 +406,10 @@ static errint_t move_at(struct tree *t, const struct known *old, const struct kn
     if (new_fd >= 0) {
         if (!new->node || !is_forbidden(t, new, new_fd))
             err = 0;
+        keys_take(&t->entering, &entering);
         if (err == 0 && syscall(SYS_renameat2, old_fd, old->name, new_fd, new->name, flags) < 0)
             err = errno_or_eio();
+        keys_give(&t->entering, &entering);
         upper_unpin(t, new_dir);
     }
     upper_unpin(t, old_dir);

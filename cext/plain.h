@@ -4,7 +4,8 @@
  * Whatever is otherwise is NOT_PLAIN, said before anything has been changed, and is for the
  * operations in Python (create.py, remove.py, rename.py, attributes.py, copy_up.py).
  *
- * Callable from any thread; needs no interpreter. Lock order: copying, committing, the tree's. */
+ * Callable from any thread; needs no interpreter. Lock order: copying, committing, entering,
+ * the tree's. */
 #ifndef UNIONFS_PLAIN_H
 #define UNIONFS_PLAIN_H
 

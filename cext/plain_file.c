@@ -25,7 +25,7 @@ static errint_t change_at(int fd, const struct change *c)
 
 errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c)
 {
-    struct keyhold hold = {.keys = {ino}};
+    struct keyhold hold = {.keys = {ino}}, entering = hold;
     struct node *n;
     errint_t err = 0;
     bool changed = false;
@@ -37,7 +37,8 @@ errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c)
         return -ESTALE;
     err = plain_copy_up_changed(t, ino, c, &changed);
     if (err == 0 && !changed) {
-        keys_take(&t->committing, &hold); /* not replaced meanwhile by its completed copy */
+        keys_take(&t->committing, &hold);   /* not replaced meanwhile by its completed copy */
+        keys_take(&t->entering, &entering); /* nor are its times put back, if it is a directory */
         pthread_mutex_lock(&t->lock);
         bool upper = n->upper;
         pthread_mutex_unlock(&t->lock);
@@ -45,6 +46,7 @@ errint_t plain_change(struct tree *t, uint64_t ino, const struct change *c)
         err = !upper ? NOT_PLAIN : fd < 0 ? fd : change_at(fd, c);
         if (err == -EPERM)
             err = NOT_PLAIN; /* append-only files may be given the time that is now */
+        keys_give(&t->entering, &entering);
         keys_give(&t->committing, &hold);
     }
     node_put(t, n);

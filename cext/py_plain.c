@@ -179,6 +179,11 @@ PyObject *py_committing(PyObject *op, PyObject *args)
     return hold_new(op, &TREE(op)->committing, args);
 }
 
+PyObject *py_entering(PyObject *op, PyObject *args)
+{
+    return hold_new(op, &TREE(op)->entering, args);
+}
+
 static PyObject *hold_enter(PyObject *op, PyObject *unused)
 {
     HoldObject *self = (HoldObject *)op;

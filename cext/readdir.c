@@ -392,6 +392,19 @@ uint64_t dir_ino(struct tree *t, uint64_t dh)
     return h ? h->node->ino : 0;
 }
 
+uint64_t dir_parent(struct tree *t, uint64_t dh)
+{
+    struct dirhandle *h = handle_of(t, dh);
+    uint64_t ino = 0;
+
+    if (!h)
+        return 0;
+    pthread_mutex_lock(&t->lock);
+    ino = h->node->aliases ? h->node->aliases->parent->ino : h->node->ino;
+    pthread_mutex_unlock(&t->lock);
+    return ino;
+}
+
 static void handle_clear(struct tree *t, struct dirhandle *h)
 {
     listing_clear(&h->list);

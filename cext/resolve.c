@@ -485,6 +485,15 @@ errint_t walk_down(struct walk *w, struct node *parent, uint16_t first_layer)
     return err;
 }
 
+/* Without an index each name of a lower file is a file of its own, as in kernel overlayfs: which
+ * names a copy is to have is not known. */
+static void take_own_number(const struct tree *t, const struct node *parent, const char *name,
+                            struct hit *h)
+{
+    if (t->work_fd >= 0 && !t->index && !S_ISDIR(h->type) && h->st.st_nlink > 1)
+        h->ino = number_by_name(h->ino, parent, name);
+}
+
 errint_t resolve(struct tree *t, struct node *parent, const char *name, struct hit *h)
 {
     struct walk *w;
@@ -508,6 +517,7 @@ errint_t resolve(struct tree *t, struct node *parent, const char *name, struct h
     if (err == 0 && h->any && !S_ISDIR(h->type)) {
         if (h->layer != 0 || !t->has_upper) {
             err = index_of_lower(t, parent, name, h);
+            take_own_number(t, parent, name, h);
         } else {
             err = index_of_upper(t, parent, name, h);
         }

@@ -46,6 +46,8 @@ void hit_clear(struct tree *t, struct hit *h);
 /* The number of a file whose own, `ino`, is taken by something else: by the real inode, for its
  * links. */
 uint64_t other_file_number(uint64_t ino, const struct stat *st);
+/* The number of what has one for each of its names. */
+uint64_t number_by_name(uint64_t ino, const struct node *parent, const char *name);
 
 /* Looks for w->path in the layers of `parent`, from `first_layer` on. */
 errint_t walk_down(struct walk *w, struct node *parent, uint16_t first_layer);

@@ -73,9 +73,10 @@ ssize_t on_setattr(struct answer *a)
     if (valid & OWNER)
         valid &= ~(uint32_t)FATTR_KILL_SUIDGID; /* our chown does so by itself */
     /* Sizes and more; a change of nothing, which stands for more than it says; set-group-ID, which
-     * is not everybody's to give: attributes.py. */
+     * is not everybody's to give, or to keep if root does the chown: attributes.py. */
     if (valid & ~(uint32_t)PLAIN || !(valid & (FATTR_MODE | OWNER | TIMES)) ||
-        (valid & FATTR_MODE && in->mode & S_ISGID && a->r->head->uid != 0))
+        (valid & FATTR_MODE && in->mode & S_ISGID && a->r->head->uid != 0) ||
+        (valid & OWNER && a->r->head->uid != 0 && a->s->tree->euid == 0))
         return by_call(a);
     c.set_mode = valid & FATTR_MODE;
     c.set_times = valid & TIMES;

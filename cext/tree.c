@@ -55,12 +55,15 @@ void unlock_and_close(struct tree *t)
 {
     int fds[sizeof t->closing / sizeof *t->closing];
     uint32_t n = t->nclosing;
+    uint64_t leaving = t->leaving_closed;
 
     memcpy(fds, t->closing, n * sizeof *fds);
     t->nclosing = 0;
+    t->leaving_closed = 0;
     pthread_mutex_unlock(&t->lock);
     for (uint32_t i = 0; i < n; i++)
         (void)close(fds[i]);
+    atomic_fetch_sub(&t->leaving, leaving);
 }
 
 void temp_name(struct tree *t, char name[static TEMP_BYTES])
@@ -179,6 +182,7 @@ static void node_clear_locked(struct tree *t, struct node *n)
     if (n->data_dir)
         rdir_put_locked(t, n->data_dir);
     closing_add_locked(t, n->pin);
+    t->leaving_closed += n->leaving;
     faces_drop_locked(t, n);
     free(n->dirs);
     free(n->data_name);
@@ -400,6 +404,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     (void)getrandom(&t->temps, sizeof t->temps, GRND_NONBLOCK);
     keylocks_init(&t->copying);
     keylocks_init(&t->committing);
+    keylocks_init(&t->entering);
     t->device = -1;
     t->squash_uid = options->squash_uid;
     t->squash_gid = options->squash_gid;
@@ -497,6 +502,7 @@ void tree_free(struct tree *t)
     free(t->gids);
     free(t->layers);
     keylocks_destroy(&t->committing);
+    keylocks_destroy(&t->entering);
     keylocks_destroy(&t->copying);
     pthread_mutex_destroy(&t->lock);
     pthread_rwlock_destroy(&t->leasing);

@@ -20,7 +20,7 @@
 #include "keylock.h"
 #include "sys.h"
 
-enum { ROOT_INO = 1, MAX_LAYERS = 500, TEMP_BYTES = 24 };
+enum { ROOT_INO = 1, MAX_LAYERS = 500, TEMP_BYTES = 24, LEAVING_BYTES = 4096 };
 
 struct layer {
     int fd;        /* immutable until tree_shut: root directory, the caller's of tree_new */
@@ -97,6 +97,7 @@ struct node {
     ino_t real_ino;     /* identity of the home */
     int64_t nlink_diff; /* indexed: union's link count less the real one (overlay.nlink) */
     int pin;            /* descriptor held while unlinked but known, else -1 */
+    uint32_t leaving;   /* its space in the upper, in LEAVING_BYTES, once it has no name any more */
     struct file *files;
     struct face *faces; /* face.h */
     bool pages_old;     /* the kernel's own pages are older than the data */
@@ -142,8 +143,9 @@ struct tree {
     gid_t egid;
     _Atomic uint32_t temps;      /* names given to temporaries */
     _Atomic bool metacopy_noted; /* the upper says that there may be metadata-only copies */
-    /* One copy-up of an inode at a time; inodes whose names or attributes change (union.py). */
-    struct keylocks copying, committing;
+    /* One copy-up of an inode at a time; inodes whose names or attributes change; directories whose
+     * entries do (union.py). */
+    struct keylocks copying, committing, entering;
 
     struct node *root;
     struct node **nodes; /* by inode number */
@@ -160,6 +162,9 @@ struct tree {
     uint32_t ndirhandles;
     int closing[64]; /* descriptors to close once the lock is dropped: it may free a large file */
     uint32_t nclosing;
+    uint64_t leaving_closed; /* that of nodes whose descriptors are among these */
+    /* What all of them have, until it has been closed here; written with the lock held or not. */
+    _Atomic uint64_t leaving;
     /* face.h; the first two are set before the engine's threads start */
     int device; /* that passthrough is asked of, or -1 */
     enum passthrough passthrough;
@@ -397,6 +402,8 @@ struct dirent_out {
 errint_t dir_read(struct tree *t, uint64_t dh, uint64_t offset,
                   int (*fn)(void *arg, const struct dirent_out *entry), void *arg);
 uint64_t dir_ino(struct tree *t, uint64_t dh);
+/* Of what ".." is: its own where it has no parent, as the root or when it was removed. */
+uint64_t dir_parent(struct tree *t, uint64_t dh);
 errint_t dir_is_empty(struct tree *t, uint64_t ino, bool *ret_empty);
 void dirhandles_free(struct tree *t);
 

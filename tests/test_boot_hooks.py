@@ -20,6 +20,7 @@ from tests.rig import ground, images, initramfs
 from tests.rig.mounted import program
 from tests.test_boot_initramfs import SECOND, base
 from tests.test_stores import label
+from unionfs.stores.tools import find
 
 __all__ = ["base"]
 
@@ -206,6 +207,8 @@ def test_mkinitcpio_install(tmp_path: Path, systemd: bool) -> None:
     listed = subprocess.run(
         [*program(), "boot", "--files"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
+    for name in ("cryptsetup", "gocryptfs"):  # as far as they are installed
+        assert find(name) in (None, *listed)
     lines = done.stdout.splitlines()
     last = lines.pop()
     if systemd:

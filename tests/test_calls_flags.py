@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,6 +175,17 @@ def append(path: Path) -> bytes:
         os.close(fd)
 
 
+def store(path: Path) -> None:
+    """Through a mapping."""
+    fd = os.open(path, os.O_RDWR | os.O_APPEND)
+    try:
+        with mmap.mmap(fd, 0) as data:
+            data[:8] = b"tampered"
+            data.flush()
+    finally:
+        os.close(fd)
+
+
 @pytest.fixture
 def flagged(single: Pair) -> Iterator[Pair]:
     yield single
@@ -239,6 +251,24 @@ def test_protected(flagged: Pair, where: str) -> None:
             snapshot.differences(snapshot.take(flagged.mnt), snapshot.take(flagged.plain), fresh=0)
             == []
         ), "after all"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("passthrough", ["auto", "off"])
+def test_an_append_only_file_is_not_stored_to(flagged: Pair, passthrough: str) -> None:
+    """A plain one is not mapped writable (EACCES), which FUSE cannot say: the store fails."""
+    flagged.fill(lambda root: (root / "log").write_text("an important line\n"))
+    flagged.union.options.append(f"passthrough={passthrough}")
+    with flagged.mounted():
+        log = flagged.mnt / "log"
+        append(log)
+        toggle(log, APPEND)
+        before = (flagged.upper / "log").read_bytes()
+        with pytest.raises(PermissionError):
+            store(log)
+        assert (flagged.upper / "log").read_bytes() == before
+        append(log)
+        assert (flagged.upper / "log").read_bytes() == before + b"moreand more"
 
 
 @pytest.mark.root

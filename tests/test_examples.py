@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ class Example(System):
         (tree / "var/cache/made").write_text(version)
         (tree / "var/lib/dpkg/status").write_text(version)
         (tree / "home/u/.profile").write_text("base")
+        (tree / "etc/unionfs").mkdir()
+        shutil.copy(self.file, tree / "etc/unionfs")
         image = images.squash(self.place / f"{name}.squashfs", tree)
         point = self.place / name
         point.mkdir()
@@ -116,7 +119,8 @@ def test_live(example: Example) -> None:
     image = images.make(example.place / "persistence.img", "ext4")
     example.take("live.toml", {"/run/live/medium/persistence.img": str(image)})
     root = example.system("sysroot", "1")
-    example.up("--root", str(root))
+    done = example.call("up", example.name, "--root", str(root))  # its own, as it is said there
+    assert done.returncode == 0, done
     (root / "etc/settings").write_text("mine")
     (root / "home/u/letter").write_text("mine")
     (root / "opt").mkdir()

@@ -185,7 +185,7 @@ def _plain(s: Stack) -> None:
     for parent, to in ((ROOT_INO, 1 << 40), (1 << 40, ROOT_INO)):
         with pytest.raises(OSError, match="Stale"):
             tree.plain_rename(parent, b"lower", to, b"elsewhere")
-    with tree.copying(lower + 1), tree.committing(lower, lower + 1):
+    with tree.copying(lower + 1), tree.committing(lower, lower + 1), tree.entering(lower):
         fd = os.open(s.upper / "file", os.O_RDWR)
         assert tree.mark_origin(lower, fd, fd)
         os.close(fd)
@@ -295,6 +295,7 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
             "mark_origin",
             "copying",
             "committing",
+            "entering",
             "temp_name",
             "metacopy_noted",
         },

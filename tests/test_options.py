@@ -309,3 +309,7 @@ def test_the_manual_knows_every_word() -> None:
     text = Path(__file__).parents[1].joinpath("docs/man/unionfs.8.md").read_text()
     told = set(re.findall(r"\*\*(?:-o )?([\w+-]+)", text))
     assert sorted(set(WORDS) - told) == []
+
+
+def test_a_time_is_not_longer_than_the_kernel_can_be_told() -> None:
+    assert positional("timeout=1e300").timeout == 1e9

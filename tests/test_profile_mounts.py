@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,9 +54,10 @@ class System:
     def write(self, text: str, paths: str) -> None:
         self.file.write_text(f'base = "{self.top}"\n{text}\n[paths]\n{paths}\n')
 
-    def call(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def call(self, *words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*program(), *words],
+            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=PATIENCE,
@@ -165,6 +168,45 @@ def test_what_anybody_may_have(system: System) -> None:
     status = json.loads(system.call("status", "--json", str(system.top / "etc")).stdout)
     assert status[0]["source"] == f"{system.name}:etc"
     assert status[0]["upper"] == f"{system.data}/kept/etc"
+    system.down()
+
+
+def test_what_was_made_to_mount_on_is_removed(system: System) -> None:
+    """But nothing that somebody else has made, or made use of."""
+    target = system.place / "view"
+    (target / "there").mkdir(parents=True)
+    head = f'store = "{system.data}"\ntarget = "{target}"'
+    paths = '"/etc" = "persist"\n"/var/cache" = "tmpfs"\n"/there" = "tmpfs"\n'
+    system.write(head, paths)
+    for _round in range(2):
+        system.up()
+        assert (target / "var/cache/apt/file").exists()
+        system.down()
+        assert os.listdir(target) == ["there"]
+    system.up()
+    (target / "var/mine").touch()
+    system.up()
+    system.down()
+    assert sorted(path.name for path in target.rglob("*")) == ["mine", "there", "var"]
+    (target / "var/mine").unlink()
+    (target / "var").rmdir()
+    system.write(head, paths + '"/home" = { kind = "tmpfs", options = "no such option" }\n')
+    system.refused()
+    system.write(head, paths + f'"/home" = {{ kind = "persist", upper = "{system.file}" }}\n')
+    system.refused()
+    assert os.listdir(target) == ["there"]
+
+
+@pytest.mark.root
+def test_who_waits_sees_how_far_it_is(system: System) -> None:
+    """On a terminal: a base may have much to fill a directory with."""
+    (system.top / "home/u/large").write_bytes(bytes(20 << 20))
+    system.write(f'store = "{system.data}"', '"/home" = "bind"\n')
+    code, shown = secret.typed(["up", system.file], [])
+    assert code == 0, shown
+    assert re.search(r"filling home .*\d/20\.\d MiB", shown), shown
+    system.down()
+    assert "filling" not in secret.typed(["up", "-q", system.file], [])[1], "it is filled"
     system.down()
 
 
@@ -288,6 +330,24 @@ def test_another_root(system: System) -> None:
 
 
 @pytest.mark.root
+def test_a_profile_that_another_root_has_itself(system: System) -> None:
+    """By its name, as examples/live.toml says; the root may be named from where one stands."""
+    own = system.top / "etc/unionfs"
+    own.mkdir()
+    text = f'store = "{system.data}"\n[paths]\n"/var" = "persist"\n'
+    (own / f"{system.name}.toml").write_text(text)
+    done = system.call("up", system.name, "--root", "sys", cwd=system.place)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert system.points() == ["var"]
+    told = system.call("policy", "show", "--root", "sys", cwd=system.place)
+    assert f"{own}/{system.name}.toml" in told.stdout
+    system.down()
+    nowhere = system.call("up", system.name, "--root", f"{system.place}/none-such")
+    assert nowhere.returncode == 1
+    assert "is no directory" in nowhere.stderr
+
+
+@pytest.mark.root
 def test_an_error_leaves_all_as_it_was(system: System) -> None:
     paths = '"/etc" = "persist"\n"/home" = { kind = "persist", upper = "LABEL=none-such" }\n'
     system.write(f'store = "{system.data}"', paths)
@@ -306,12 +366,19 @@ def test_an_error_leaves_all_as_it_was(system: System) -> None:
 @pytest.mark.root
 def test_a_store_that_is_not_there(system: System) -> None:
     system.write(
-        'store = "LABEL=none-such"\noptions = "fallback=tmpfs"',
+        'store = "LABEL=none-such"\noptions = "fallback=tmpfs,device-timeout=4"',
         '"/etc" = "persist"\n"/root" = { kind = "persist", options = "on-mismatch=ro" }\n',
     )
+    before = time.monotonic()
     told = system.up()
-    assert told.count("runs without its store") >= 2
+    took = time.monotonic() - before
+    assert 4 < took < 8, "the store is waited for once, not by each path"
+    assert told.count("runs without its store") == 2, "each is told once"
+    assert told.count("no device has LABEL=none-such after 4 s") == 2
     assert system.points() == ["etc", "root"]
+    before = time.monotonic()
+    assert system.up().count("runs without its store") == 2
+    assert time.monotonic() - before < 4, "nothing is to be mounted any more"
     assert "none-such" in (system.run_directory / "degraded").read_text()
     (system.top / "etc/new").touch()
     system.down()

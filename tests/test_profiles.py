@@ -389,6 +389,22 @@ def test_policy_of_a_system_that_is_mounted_elsewhere(tmp_path: Path, capsys: Ca
     assert f"{tmp_path}/etc/unionfs/there.toml" in capsys.readouterr().out
 
 
+@pytest.mark.root
+def test_a_system_s_own_profile_comes_before_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    of = {"/": [str(here)], "/there": [str(there)]}
+    monkeypatch.setattr(files, "directories", lambda root="/": of[root])
+    for place, names in ((here, ("both", "ours", "app@")), (there, ("both", "theirs"))):
+        place.mkdir()
+        for name in names:
+            (place / f"{name}.toml").touch()
+    told = {"both": "/there", "theirs": "/there", "ours": "/", "app@x": "/", "none": "/there"}
+    told["./ours"] = "/there"  # a file, whose paths are those of that system
+    assert {name: files.said_in(name, "/there") for name in told} == told
+
+
 def test_an_ordinary_user_s_places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

@@ -307,6 +307,22 @@ def test_chown_to_nobody_takes_set_id_bits_of_special_files(arena: Arena) -> Non
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("groups", [(1000,), (1000, 5000)])
+def test_chgrp_by_an_owner_in_and_out_of_the_old_group(
+    arena: Arena, groups: tuple[int, ...]
+) -> None:
+    """Set-group-ID without group execute stays only with who is in the group (chown_common)."""
+    (arena.lower / "f").write_text("program")
+    os.chown(arena.lower / "f", 1000, 5000)
+    (arena.lower / "f").chmod(0o2644)
+    with arena.mounted() as mnt:
+        _open_to_all(arena.place, mnt)
+        with syscalls.identity(1000, 1000, groups):
+            os.chown(mnt / "f", -1, 1000)
+        assert oct(mode(mnt / "f")) == oct(0o2644 if 5000 in groups else 0o644)
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("change", ["write", "chown", "truncate"])
 def test_setuid_goes_when_an_ordinary_user_changes_the_file(arena: Arena, change: str) -> None:
     (arena.lower / "f").write_text("program")

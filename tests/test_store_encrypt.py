@@ -24,6 +24,8 @@ from tests.rig.pair import Pair
 from tests.rig.waiting import wait_until
 from tests.test_store_commands import done, facts, fails, listing
 from tests.test_stores import _children, _command, base, change, check, need, union
+from unionfs import passphrase
+from unionfs.errors import UnionfsError
 
 __all__ = ["base"]
 
@@ -248,6 +250,46 @@ def test_typed(base: Path, up: Path, key: Path) -> None:
     check(base / "mnt")
     assert secret.run("umount", base / "mnt").returncode == 0
     check_encrypted(base, up, key)
+
+
+@as_root
+def test_nobody_types_it(base: Path, up: Path, key: Path) -> None:
+    """What has a fallback does not wait for ever."""
+    assert secret.run("store", "encrypt", up, "--key-file", key).returncode == 0
+    words = ["mount", base / "tree", up, base / "mnt", "-o", "fallback=tmpfs"]
+    code, shown = secret.typed(words, [], seconds=0.5)
+    assert code == 0, shown
+    assert f"nobody gave the passphrase of {up} in 0.5 s" in shown
+    assert "runs without its store" in shown
+    assert secret.run("umount", base / "mnt").returncode == 0
+    code, shown = secret.typed(words, [secret.PASSPHRASE], seconds=20)
+    assert code == 0, shown
+    assert "without its store" not in shown
+    assert secret.run("umount", base / "mnt").returncode == 0
+
+
+def test_the_console_of_an_initramfs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There it is the terminal, unless systemd's agents are there."""
+    shown, console = os.openpty()
+    monkeypatch.setattr(passphrase, "_TERMINAL", str(tmp_path / "none"))
+    monkeypatch.setattr(passphrase, "_CONSOLE", os.ttyname(console))
+    monkeypatch.setattr(passphrase, "_AGENTS", str(tmp_path / "agents"))
+    source = passphrase.Source(seconds=PATIENCE, console=True)
+
+    def type_it() -> None:
+        assert os.read(shown, 100) == b"Passphrase of the store: "
+        os.write(shown, b"typed\n")
+
+    typing = threading.Thread(target=type_it)
+    typing.start()
+    assert passphrase.obtain(source, "the store") == b"typed"
+    typing.join()
+    with pytest.raises(UnionfsError, match=r"the passphrase of the store in 0\.1 s"):
+        passphrase.obtain(source._replace(seconds=0.1), "the store")
+    (tmp_path / "agents").mkdir()
+    assert passphrase._terminals(source) == [str(tmp_path / "none")]
+    os.close(shown)
+    os.close(console)
 
 
 @contextlib.contextmanager

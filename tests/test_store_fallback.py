@@ -199,14 +199,19 @@ def test_another_base_is_refused(base: Path, runtime_place: Path) -> None:
     assert identity.parse_store(record.read_text(), "") == before
 
     other = union(base, second, base / "up", "on-mismatch=ro")
-    other.expected = ["runs without its store"]
+    other.expected = ["shows what its store has, but read-only"]
     with other:
         assert (base / "mnt/file").read_text() == "changed\n"
         assert (base / "mnt/new").read_text() == "in version 2\n"
         with pytest.raises(OSError, match="Read-only"):
             (base / "mnt/x").touch()
-        assert _told(other)["fallback"] == "ro"
-        assert (runtime_place / "degraded").exists()
+        told = _told(other)
+        assert (told["on-mismatch"], "fallback" in told) == ("ro", False)
+        assert f"on-mismatch=ro: the store {base}/up was made over" in ground.run(
+            *program(), "status", base / "mnt"
+        )
+        line = (runtime_place / "degraded").read_text()
+        assert line.startswith(f"{base}/mnt shows what its store has, but read-only: the store")
     memory = union(base, second, base / "up", "fallback=tmpfs")
     memory.expected = ["runs without its store"]
     with memory:

@@ -17,6 +17,7 @@ from tests.rig import ground, images
 from tests.rig.mounted import PATIENCE, Unionfs, is_mounted, program, user_mount_possible
 from tests.rig.waiting import wait_until
 from unionfs import locator
+from unionfs.cli import helper as mount_helper
 from unionfs.cli.mount import parse
 from unionfs.stores.find import find as find_device
 from unionfs.stores.tools import find
@@ -345,6 +346,11 @@ def test_an_image_found_by_its_label(base: Path) -> None:
             assert isinstance(store, dict)
             assert store["source"] == str(image)
             change(base / "mnt")
+        for verb in (["info"], ["check"], ["grow"], ["reset", "-n"]):
+            size = ["--size", "64M"] if verb == ["grow"] else []
+            ground.run(*program(), "store", *verb, f"LABEL={name}", *size)
+        assert image.stat().st_size == 64 << 20
+        ground.run(*program(), "store", "backup", f"LABEL={name}", base / "saved")
 
 
 @pytest.mark.parametrize("kind", ["squashfs", "erofs", "ext4"])
@@ -526,6 +532,25 @@ def test_by_mount_helper(base: Path) -> None:
         assert told[0]["asked"]["upper"] == str(image)
     finally:
         ground.run(*program(), "umount", base / "mnt")
+
+
+@pytest.mark.root
+def test_a_label_that_mount_has_resolved(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two devices mount(8) gives the helper either, as its SPEC."""
+    need("ext4")
+    name = label()
+    one, two = (images.make(base / f"{n}.img", "ext4", label=name) for n in ("one", "two"))
+    with images.attached(one) as device:
+        mount_helper.warn_of_namesakes(device)
+        assert capsys.readouterr().err == ""
+        with images.attached(two) as other:
+            assert mount_helper.run([device, str(base / "mnt")]) == 0
+            ground.run(*program(), "umount", base / "mnt")
+            told = capsys.readouterr().err
+            assert told.count("\n") == 1
+            assert f"LABEL={name} is ambiguous" in told
+            assert device in told
+            assert other in told
 
 
 def test_foreign_things(base: Path) -> None:

@@ -58,6 +58,13 @@ options = "fallback=tmpfs"
 [paths]
 "/etc" = "persist"
 """
+BROKEN = """\
+store = "/data/broken.img"
+base = "/srv/other"
+boot = true
+[paths]
+"/etc" = "persist"
+"""
 WRONG = 'boot = true\nno such key = "x"\n'
 OF_USER = """\
 store = "/home/stranger/store"
@@ -81,6 +88,7 @@ SCRIPTS = (
     "remount",
     "profile",
     "degraded",
+    "broken",
     "heal",
     "service",
     "names",
@@ -153,7 +161,7 @@ def _prepare(machine: Machine) -> None:
         "system/etc",
     ):
         machine.below(f"/srv/{path}").mkdir(parents=True)
-    for path in ("/srv/system/var/cache", "/srv/degraded/etc", "/data"):
+    for path in ("/srv/system/var/cache", "/srv/degraded/etc", "/srv/other/etc", "/data"):
         machine.below(path).mkdir(parents=True)
     machine.write("/srv/base/file", "hello\n")
     disk = machine.below("/srv/disk")
@@ -163,6 +171,8 @@ def _prepare(machine: Machine) -> None:
     machine.write("/etc/fstab", FSTAB.format(needs="x-systemd.requires-mounts-for=/data"))
     machine.write("/etc/unionfs/system.toml", PROFILE)
     machine.write("/etc/unionfs/degraded.toml", DEGRADED)
+    machine.write("/etc/unionfs/broken.toml", BROKEN)
+    machine.below("/etc/unionfs/broken.toml.d").mkdir()
     machine.write("/etc/unionfs/wrong.toml", WRONG)
     home = machine.below(f"/home/{USER}")
     for name in (".config/unionfs", "store", "view", "one", "two"):

@@ -150,6 +150,24 @@ def test_units_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         unit.run(argv)
 
 
+def test_how_long_systemd_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As for a line of fstab: in a drop-in of the device's unit."""
+    argv = ("LABEL=base", "/dev/vdb:/dir", "/srv/m", "-o", "device-timeout=2.5")
+    drop_ins = [
+        f"{node}.device.d/50-unionfs-srv-m.conf"
+        for node in ("dev-disk-by\\x2dlabel-base", "dev-vdb")
+    ]
+    for words in ((), ("--service",)):
+        units_of = printed(capsys, *argv, *words).split("# ")
+        assert units_of[2:] == [
+            f"{name}\n[Unit]\nJobRunningTimeoutSec=2.5s\n" + ("\n" if name == drop_ins[0] else "")
+            for name in drop_ins
+        ]
+    printed(capsys, *argv, "--output", str(tmp_path))
+    assert all((tmp_path / name).is_file() for name in drop_ins)
+    assert ".device.d" not in printed(capsys, "/a", "/b", "/m", "-o", "device-timeout=5")
+
+
 # The generator
 
 
@@ -180,22 +198,29 @@ def test_generator(tmp_path: Path) -> None:
     profiles(
         tmp_path,
         one=PROFILE,
+        must='options = "fallback=fail"\n' + PROFILE,
         two="nofail = true\n" + PROFILE,
         off=quiet,
         asked=quiet,
         wrong="[",
+        soon='options = "device-timeout=soon"\n' + quiet,
         whole=PROFILE.replace("/srv/s", "/") + '"/" = "persist"\n',
         memory='options = "device-timeout=5"\n' + quiet,
     )
     made, problems = generated(tmp_path, "quiet unionfs.profile=asked")
     assert {name for name in made if "local-fs" in name} == {
-        "local-fs.target.requires/unionfs@one.service",
+        "local-fs.target.wants/unionfs@one.service",
+        "local-fs.target.requires/unionfs@must.service",
         "local-fs.target.wants/unionfs@two.service",
-        "local-fs.target.requires/unionfs@asked.service",
+        "local-fs.target.wants/unionfs@asked.service",
     }
     assert not any("unionfs@whole" in name for name in made), "the initramfs brings it up"
     one = made["unionfs@one.service.d/50-profile.conf"]
-    assert "\nRequires=dev-disk-by\\x2dlabel-x.device\n" in one
+    assert "\nWants=dev-disk-by\\x2dlabel-x.device\n" in one, (
+        "it waits, starts, and says what it misses"
+    )
+    must = made["unionfs@must.service.d/50-profile.conf"]
+    assert "\nRequires=dev-disk-by\\x2dlabel-x.device\n" in must
     assert "\nAfter=srv-s-etc.mount\n" in one
     assert "\nBefore=local-fs.target\n" in one
     two = made["unionfs@two.service.d/50-profile.conf"]
@@ -203,6 +228,7 @@ def test_generator(tmp_path: Path) -> None:
     assert "Before=" not in two
     timeout = made["dev-disk-by\\x2dlabel-x.device.d/50-unionfs.conf"]
     assert timeout == "[Unit]\nJobRunningTimeoutSec=5s\n"
+    assert "unionfs@soon.service.d/50-profile.conf" in made, "it says what is wrong itself"
     assert len(problems) == 1
     assert "profile wrong" in problems[0]
 

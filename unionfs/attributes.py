@@ -61,7 +61,7 @@ def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | N
         if what.size is not None:
             _resize(fd, what.size, handle_fd, resized=resized)
         if union.override is not None and can_override(os.stat(fd).st_mode):
-            _override(union, ino, fd, what)
+            _override(union, ino, fd, what, ctx)
         else:
             _owner_and_mode(union, fd, what, ctx)
         if what.atime_ns is not None or what.mtime_ns is not None:
@@ -85,7 +85,7 @@ def _set_times(fd: int, atime: int, mtime: int) -> None:
 def _opened(union: Union, ino: int) -> Iterator[int]:
     """A descriptor (O_PATH) of the upper file, which is not replaced meanwhile by its completed
     copy: the change would be lost."""
-    with union.committing(ino):
+    with union.committing(ino), union.entering(ino):
         fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
         try:
             yield fd
@@ -151,8 +151,12 @@ def truncate_at_open(union: Union, ino: int, ctx: Caller) -> None:
 def without_set_id(mode: int, gid: int, ctx: Caller) -> int:
     """What is left of a file's mode when the caller changes its content
     (setattr_should_drop_suidgid of fs/attr.c)."""
-    if _keeps_set_id(ctx):
-        return mode
+    return mode if _keeps_set_id(ctx) else _with_another_owner(mode, gid, ctx)
+
+
+def _with_another_owner(mode: int, gid: int, ctx: Caller) -> int:
+    """What is left of the mode of anything but a directory when the caller changes its owner or
+    group, which was `gid` (chown_common of fs/open.c)."""
     mode &= ~stat.S_ISUID
     if mode & stat.S_IXGRP or not in_group(gid, ctx):
         mode &= ~stat.S_ISGID
@@ -195,6 +199,12 @@ def _owner_and_mode(union: Union, fd: int, what: Change, ctx: Caller) -> None:
         if union.options.squash_to_gid is not None or what.gid is None:
             gid = -1
         os.chown(fd_path(fd), uid, gid)
+        if what.mode is None and not stat.S_ISDIR(now.st_mode):
+            # We may be above what the caller is not.
+            mode = _native.mode_of(fd)
+            kept = _with_another_owner(mode, now.st_gid, ctx)
+            if kept != mode:
+                _native.set_mode(fd, stat.S_IMODE(kept))
     if what.mode is not None:
         _native.set_mode(fd, stat.S_IMODE(what.mode))
     if what == Change():
@@ -223,7 +233,7 @@ def _settle_privileges(fd: int, ctx: Caller) -> None:
     _native.set_mode(fd, mode)
 
 
-def _override(union: Union, ino: int, fd: int, what: Change) -> None:
+def _override(union: Union, ino: int, fd: int, what: Change, ctx: Caller) -> None:
     """Owner and mode go to the attribute; on disk as far as they can be given."""
     if what.mode is None and what.uid is None and what.gid is None:
         return
@@ -235,10 +245,7 @@ def _override(union: Union, ino: int, fd: int, what: Change) -> None:
     )
     mode = shown[1] if what.mode is None else what.mode
     if what.mode is None and stat.S_ISREG(shown[1]):
-        # chown(2) clears set-ID bits.
-        mode &= ~stat.S_ISUID
-        if mode & stat.S_IXGRP:
-            mode &= ~stat.S_ISGID
+        mode = _with_another_owner(mode, shown[4], ctx)
     set_override(union, fd, uid, gid, mode, shown[1], shown[5])
     give_owner(union, fd, uid, gid, mode)
     _native.set_mode(fd, override_mode(mode, directory=stat.S_ISDIR(shown[1])))

@@ -86,7 +86,7 @@ def ensure_name(union: Union, parent: int, name: bytes, ino: int) -> None:
         # The count stays as it is, but what nlink is relative to changes: for this moment it is
         # written down by itself.
         _mark_file(union, ino, "unionfs.links", b"%d" % union.tree.getattr(ino)[2])
-        with times_kept(dirfd):
+        with union.entering(parent), times_kept(dirfd):
             os.link(info.index_name, name, src_dir_fd=union.work.index, dst_dir_fd=dirfd)
             union.tree.ask_anew(dirfd, name)
         try:
@@ -383,6 +383,7 @@ def _publish(
         with (
             tree.upper_dir(parent) as dirfd,
             unprotected(dirfd),
+            union.entering(parent),
             times_kept(dirfd),
             lent(dirfd, 0o300),
             lent(fd, stat.S_IWUSR, when=directory),
@@ -463,6 +464,7 @@ def _replace(
                 with (
                     tree.upper_dir(place[0]) as dirfd,
                     unprotected(dirfd),
+                    union.entering(place[0]),
                     times_kept(dirfd),
                     lent(dirfd, 0o300),
                 ):

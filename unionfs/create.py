@@ -75,7 +75,7 @@ def create(union: Union, parent: int, name: bytes, new: New, ctx: Caller) -> int
     )
     if made is not None:
         return made
-    with union.tree.upper_dir(parent) as dirfd:
+    with union.tree.upper_dir(parent) as dirfd, union.entering(parent):
         default = None if stat.S_ISLNK(new.mode) else acl.default_acl(dirfd)
         uid, gid = disk_ids(union, ctx.uid, ctx.gid)
         mode = new.mode if default is not None else new.mode & ~ctx.umask
@@ -228,6 +228,12 @@ def link(union: Union, ino: int, parent: int, name: bytes) -> None:
     ensure_upper(union, parent)
     if union.tree.plain_link(ino, parent, name):
         return
+    with union.committing(ino):  # not replaced meanwhile by its completed copy
+        _link(union, ino, parent, name)
+
+
+def _link(union: Union, ino: int, parent: int, name: bytes) -> None:
+    """Preconditions: both are in the upper; committing(ino)."""
     info = union.info(ino)
     fd = union.tree.open_node(ino, os.O_PATH | os.O_NOFOLLOW)
     try:
@@ -237,7 +243,7 @@ def link(union: Union, ino: int, parent: int, name: bytes) -> None:
             write_nlink(union, ino, info.nlink_diff)
         if info.foreign and union.marks.xattrs:
             union.tree.make_impure(parent)
-        with union.tree.upper_dir(parent) as dirfd:
+        with union.tree.upper_dir(parent) as dirfd, union.entering(parent):
             entry = union.entry(parent, name)
             if entry.ino or entry.upper == UPPER_ENTRY:
                 raise _error(errno.EEXIST, name)

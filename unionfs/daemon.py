@@ -40,7 +40,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
-from unionfs import inherited, logs, notify
+from unionfs import capabilities, inherited, logs, notify
 from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.options import MountOptions
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from unionfs.handshake import Loop
     from unionfs.layer import Layer
     from unionfs.opened import Opened
-    from unionfs.passphrase import Ask
+    from unionfs.passphrase import Ask, Source
     from unionfs.recovery import Recovery
     from unionfs.session import Mount, Plan
     from unionfs.space import Watch
@@ -117,17 +117,23 @@ def preload() -> None:
     import unionfs.union  # noqa: F401
 
 
-def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
+def _warn(text: str) -> None:
+    sys.stderr.write(f"unionfs: warning: {text}\n")
+
+
+def run(
+    options: MountOptions, *, build: Build = _UnionServed, warn: Callable[[str], None] = _warn
+) -> int:
     """Mount; return 0 once the union can be used (foreground: once it has ended).
 
+    `warn`: is told, in the starting process, if it is not what was asked for.
     Raises UnionfsError if it could not be mounted; then nothing is left behind.
     """
     if options.foreground:
         logs.to_stderr(debug=options.debug)
         from unionfs import passphrase
 
-        source = passphrase.Source(options.key_file, options.credential)
-        ask = functools.partial(passphrase.obtain, source)
+        ask = functools.partial(passphrase.obtain, _key_source(options))
         return _Daemon(options, build, functools.partial(_tell_manager, options), ask).run()
     inherited.hear_signals()  # of the daemon's end, should it fail
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -142,7 +148,17 @@ def run(options: MountOptions, *, build: Build = _UnionServed) -> int:
             os._exit(int(ExitCode.INTERNAL))
     theirs.close()
     with ours:
-        return _await_ready(ours, child, options)
+        return _await_ready(ours, child, options, warn)
+
+
+def _key_source(options: MountOptions) -> "Source":
+    """Where a passphrase comes from.  What goes on without one does not wait for ever."""
+    from unionfs.boot import aside
+    from unionfs.passphrase import SECONDS, Source
+
+    console = aside.in_initramfs()
+    goes_on = options.fallback != "fail" or options.holds_root or console
+    return Source(options.key_file, options.credential, SECONDS if goes_on else None, console)
 
 
 def _tell_manager(options: MountOptions, _number: str, warning: str) -> None:
@@ -154,13 +170,15 @@ def _tell_manager(options: MountOptions, _number: str, warning: str) -> None:
 # The starting process
 
 
-def _await_ready(link: socket.socket, child: int, options: MountOptions) -> int:
+def _await_ready(
+    link: socket.socket, child: int, options: MountOptions, warn: Callable[[str], None]
+) -> int:
     """Wait for the daemon's word: ready, or what was wrong."""
     try:
         message = _converse(link, options)
         if "ready" in message:
             if message.get("warning"):
-                sys.stderr.write(f"unionfs: warning: {message['warning']}\n")
+                warn(message["warning"])
             # The daemon's answer to this proves that the tree can be used.
             if options.only is None:  # else it is not for us to look
                 os.stat(options.mountpoint)
@@ -190,8 +208,7 @@ def _converse(link: socket.socket, options: MountOptions) -> dict[str, Any]:
             return message
         from unionfs import passphrase
 
-        source = passphrase.Source(options.key_file, options.credential)
-        passphrase.answer(link, source, message["ask"])
+        passphrase.answer(link, _key_source(options), message["ask"])
     return {}
 
 
@@ -380,6 +397,7 @@ class _Daemon:
         # A helper thread that has finished sends SIGURG to the loop's thread: should that be in a
         # read whose request was taken back (its process was killed), it gets EINTR and goes on.
         signal.signal(signal.SIGURG, lambda _number, _frame: None)
+        capabilities.obey_quotas()  # the threads that answer too: none has been started yet
         try:
             trio.run(self._live, loop, mount, served)
         except BaseException as exc:

@@ -43,13 +43,18 @@ def watchdog_seconds() -> float | None:
     return seconds if seconds > 0 and pid == os.getpid() else None
 
 
+def is_service() -> bool:
+    """Whether systemd has started us."""
+    return _STARTED_BY_SYSTEMD in os.environ
+
+
 def has_store(name: str, *, degraded: bool) -> None:
     """Have the unit fail that says it of a union or a profile, or take that back.
 
     What is started in an initrd is not told there: the system that comes after has the unit, and
     its generator starts it.
     """
-    if _STARTED_BY_SYSTEMD not in os.environ or os.path.exists(_INITRD):
+    if not is_service() or os.path.exists(_INITRD):
         return
     mark = runtime.directory(f".failed-{name}")
     if mark is None or not _IN_UNIT_NAMES.fullmatch(name):

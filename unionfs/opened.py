@@ -75,7 +75,7 @@ def open_layers(options: MountOptions, stack: contextlib.ExitStack, asked: Asked
             raise
         opened = _degraded(options, stack, asked, exc)
     if options.degraded is not None:
-        _tell(opened, "tmpfs", UnionfsError(options.degraded))
+        _tell_fallback(opened, "tmpfs", UnionfsError(options.degraded))
     opened.facts["asked"] = named
     return opened
 
@@ -90,7 +90,9 @@ def _attempt(options: MountOptions, stack: contextlib.ExitStack, asked: Asked) -
                 raise
             mine.close()
             opened = _open_all(dataclasses.replace(options, readonly=True), mine, asked)
-            _tell(opened, "ro", exc)
+            opened.facts["degraded"] = {"on-mismatch": "ro", "reason": exc.line()}
+            what = "shows what its store has, but read-only"
+            opened.warning = f"{opened.point} {what}: {exc.line()}"
         stack.enter_context(mine.pop_all())
         return opened
 
@@ -117,11 +119,11 @@ def _degraded(
         opened = _attempt(other, stack, asked)
     except UnionfsError:
         raise error from None
-    _tell(opened, options.fallback, error)
+    _tell_fallback(opened, options.fallback, error)
     return opened
 
 
-def _tell(opened: Opened, mode: str, error: UnionfsError) -> None:
+def _tell_fallback(opened: Opened, mode: str, error: UnionfsError) -> None:
     opened.facts["degraded"] = {"fallback": mode, "reason": error.line()}
     what = {"ro": "read-only", "tmpfs": "its changes are in memory and will be lost"}[mode]
     opened.warning = f"{opened.point} runs without its store, {what}: {error.line()}"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from unionfs.errors import usage_error
 
 IGNORED = ""
+FOR_EVER = 1e9  # seconds, 31 years; in nanoseconds it still is a 64-bit number
 ID_LIMIT = 2**32 - 1  # (uid_t)-1 is no identity
 SIZE = re.compile(r"[1-9][0-9]*[KMGTkmgt]?|(?:100|[1-9][0-9]?)%")
 
@@ -144,7 +145,7 @@ def read_seconds(word: str, text: str) -> float:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
         raise usage_error(f"option {word}={text} is not a time", "give seconds, such as 1 or 0.5")
-    return seconds
+    return min(seconds, FOR_EVER)
 
 
 def read_size(word: str, text: str) -> str:

@@ -91,6 +91,7 @@ class MountOptions:
     autogrow: str | None = None  # up to this size an image grows by itself
     name: str | None = None  # in /run/unionfs; None: after the mount point
     store_flags: str | None = None  # for mounting the upper's file system, as in fstab
+    waited: bool = False  # who mounts has waited for the devices: see profiles/waiting.py
     holds_root: bool = False  # the running system's root is to be this union: see boot/aside.py
     degraded: str | None = (
         None  # why it is mounted, in memory, without the store that was asked for
@@ -175,6 +176,11 @@ def unescape(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
+def escape(text: str) -> str:
+    r"""A text as the value of one option: unescape() turned round."""
+    return re.sub(r"([\\,])", r"\\\1", text)
+
+
 def split_options(text: str) -> list[str]:
     r"""The items of A,B=C,...: \, does not separate; escapes stay, quotes are taken off.
 
@@ -239,6 +245,10 @@ class OptionReader:
     def asked(self, setting: str) -> object:
         """What was said about it; None if nothing was."""
         return self._values.get(setting)
+
+    def said(self) -> frozenset[str]:
+        """The settings that something was said about."""
+        return frozenset(self._values)
 
     def spelled(self, setting: str) -> str:
         """How that was written."""

@@ -2,9 +2,9 @@
 """Where the passphrase of an encrypted store comes from, and how it gets to the daemon.
 
 Owns the ways: a key file, a credential of systemd, a question on the terminal, or one by
-systemd-ask-password(1) where there is no terminal.  A passphrase is a bytearray, wiped when it has
-been used; it is in no argument list, no environment and no log.  Called by the daemon and the verbs
-of stores; used by stores/gocryptfs.py.
+systemd-ask-password(1) where there is no terminal; in an initramfs without that, on the console.
+A passphrase is a bytearray, wiped when it has been used; it is in no argument list, no environment
+and no log.  Called by the daemon and the verbs of stores; used by stores/gocryptfs.py.
 
 The daemon has neither terminal nor standard input.  It asks the process that started it, through
 the socket that it also says over that it is ready (daemon.py).
@@ -15,6 +15,7 @@ import errno
 import hmac
 import json
 import os
+import select
 import socket
 import subprocess
 import termios
@@ -24,6 +25,10 @@ from typing import Final, NamedTuple
 from unionfs.errors import ExitCode, UnionfsError, printable
 
 LIMIT: Final = 2048  # bytes; gocryptfs(1) reads no more
+SECONDS: Final = 90  # for an answer, where something goes on without one: as systemd's agents wait
+_TERMINAL: Final = "/dev/tty"
+_CONSOLE: Final = "/dev/console"
+_AGENTS: Final = "/run/systemd/ask-password"  # is there if somebody could answer
 _ANSWER_BYTES: Final = 1 << 16
 _GIVEN: Final = b"+"
 _NOT_GIVEN: Final = b"-"
@@ -33,10 +38,12 @@ Ask = Callable[[str], bytearray]
 
 
 class Source(NamedTuple):
-    """What its user said of it; with neither, somebody is asked."""
+    """What its user said of it; with neither a file nor a credential, somebody is asked."""
 
     key_file: str | None = None  # `-`: standard input
     credential: str | None = None
+    seconds: float | None = None  # for the answer; None: whoever has typed the command will come
+    console: bool = False  # there is a console, and may be nothing else: an initramfs
 
 
 @contextlib.contextmanager
@@ -56,10 +63,11 @@ def obtain(source: Source, store: str, *, new: bool = False) -> bytearray:
         where = _credential(source.credential)
         return _checked(_read_file(where), f"the credential {source.credential}")
     words = "New passphrase for" if new else "Passphrase of"
-    first = _checked(_ask(f"{words} {store}:", store), "the passphrase")
+    first = _checked(_ask(f"{words} {store}:", store, source), "the passphrase")
     if not new:
         return first
-    with wiped(_checked(_ask(f"Once more, for {store}:", store), "the passphrase")) as second:
+    again = _ask(f"Once more, for {store}:", store, source)
+    with wiped(_checked(again, "the passphrase")) as second:
         if not hmac.compare_digest(first, second):
             first[:] = bytes(len(first))
             raise UnionfsError("the two passphrases differ", hint="nothing was changed")
@@ -123,31 +131,49 @@ def _credential(name: str) -> str:
     return path
 
 
-def _ask(question: str, store: str) -> bytearray:
-    try:
-        terminal = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
-    except OSError:
-        return _ask_system(question, store)
-    try:
-        return _ask_terminal(terminal, question)
-    finally:
-        os.close(terminal)
+def _ask(question: str, store: str, source: Source) -> bytearray:
+    for path in _terminals(source):
+        try:
+            terminal = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            if os.isatty(terminal):
+                secret = _ask_terminal(terminal, question, source.seconds)
+                if secret is None:
+                    raise _nobody(f"{store} in {source.seconds:g} s")
+                return secret
+        finally:
+            os.close(terminal)
+    return _ask_system(question, store, source.seconds)
 
 
-def _ask_terminal(terminal: int, question: str) -> bytearray:
-    """What is typed is not shown."""
+def _terminals(source: Source) -> list[str]:
+    """Where to ask; on the console if systemd's agents, who know it better, are not there."""
+    use_console = source.console and not os.path.isdir(_AGENTS)
+    return [_TERMINAL, *([_CONSOLE] if use_console else [])]
+
+
+def _nobody(what: str) -> UnionfsError:
+    hint = "name a file by key-file, or a credential of systemd by credential"
+    return UnionfsError(f"nobody gave the passphrase of {what}", hint=hint)
+
+
+def _ask_terminal(terminal: int, question: str, seconds: float | None) -> bytearray | None:
+    """What is typed, which is not shown; None if no whole line is there in time."""
     before = termios.tcgetattr(terminal)
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
     try:
         termios.tcsetattr(terminal, termios.TCSAFLUSH, silent)
         os.write(terminal, os.fsencode(f"{printable(question)} "))
-        return _read(terminal)
+        ready, _, _ = select.select([terminal], [], [], seconds)
+        return _read(terminal) if ready else None
     finally:
         termios.tcsetattr(terminal, termios.TCSAFLUSH, before)
         os.write(terminal, b"\n")
 
 
-def _ask_system(question: str, store: str) -> bytearray:
+def _ask_system(question: str, store: str, seconds: float | None) -> bytearray:
     """Whoever answers for the machine: Plymouth, the console, a desktop."""
     from unionfs.stores.tools import find
 
@@ -155,7 +181,10 @@ def _ask_system(question: str, store: str) -> bytearray:
     if program is None:
         hint = "name a file by key-file, or a credential of systemd by credential"
         raise UnionfsError(f"there is no terminal to ask for the passphrase of {store}", hint=hint)
-    command = [program, "--no-tty", "--icon=drive-harddisk", f"--id=unionfs:{store}", question]
+    words = ["--no-tty", "--icon=drive-harddisk", f"--id=unionfs:{store}"]
+    if seconds is not None:
+        words.append(f"--timeout={seconds:g}")
+    command = [program, *words, question]
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
@@ -163,8 +192,7 @@ def _ask_system(question: str, store: str) -> bytearray:
         secret = _read(process.stdout.fileno())
     if process.returncode:
         secret[:] = bytes(len(secret))
-        hint = "name a file by key-file, or a credential of systemd by credential"
-        raise UnionfsError(f"nobody gave the passphrase of {store}", hint=hint)
+        raise _nobody(store)
     return secret
 
 

@@ -3,6 +3,7 @@
 one system call."""
 
 import errno
+import logging
 import os
 import stat
 
@@ -14,6 +15,8 @@ from unionfs.marks import lent_at
 from unionfs.reserve import using_reserve
 from unionfs.union import UPPER_ENTRY, Entry, Union
 from unionfs.work import empty_directory
+
+log = logging.getLogger("unionfs")
 
 
 @using_reserve
@@ -34,7 +37,7 @@ def unlink(union: Union, parent: int, name: bytes) -> None:
         try:
             count_link_removed(union, parent, name, entry.ino)
             record = numbers.last_link(union, entry.ino)
-            with union.tree.upper_dir(parent) as dirfd:
+            with union.tree.upper_dir(parent) as dirfd, union.entering(parent):
                 _remove_at(union, dirfd, name, entry)
         except BaseException:
             union.tree.abandon_unlink(parent, name)
@@ -72,7 +75,7 @@ def rmdir(union: Union, parent: int, name: bytes) -> None:
         entry = union.entry(parent, name)
         union.tree.prepare_unlink(parent, name)
         try:
-            with union.tree.upper_dir(parent) as dirfd:
+            with union.tree.upper_dir(parent) as dirfd, union.entering(parent):
                 _remove_dir_at(union, dirfd, name, entry)
         except BaseException:
             union.tree.abandon_unlink(parent, name)
@@ -101,14 +104,21 @@ def _remove_dir_at(union: Union, dirfd: int, name: bytes, entry: Entry) -> None:
 
 
 def discard_dir(union: Union, temp: bytes) -> None:
-    """Remove a directory that has been moved to the work directory, with the marks in it."""
-    with lent_at(union.work_fd, temp, stat.S_IRWXU):
-        fd = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=union.work_fd)
-        try:
-            empty_directory(fd)
-        finally:
-            os.close(fd)
-        os.rmdir(temp, dir_fd=union.work_fd)
+    """Remove a directory that has been moved to the work directory, with the marks in it.
+
+    It has lost its name already, so nothing that goes wrong is the caller's; what is left goes
+    when the upper is mounted again.
+    """
+    try:
+        with lent_at(union.work_fd, temp, stat.S_IRWXU):
+            fd = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=union.work_fd)
+            try:
+                empty_directory(fd)
+            finally:
+                os.close(fd)
+            os.rmdir(temp, dir_fd=union.work_fd)
+    except OSError as exc:
+        log.warning("%s stays in the work directory: %s", os.fsdecode(temp), exc)
 
 
 # ---- hard links of lower files ----

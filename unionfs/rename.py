@@ -82,6 +82,7 @@ def _commit(union: Union, old: Side, new: Side, *, exchange: bool) -> None:
         with (
             union.tree.upper_dir(parent) as old_fd,
             union.tree.upper_dir(new_parent) as new_fd,
+            union.entering(parent, new_parent),
         ):
             if exchange:
                 renameat2(old_fd, name, new_fd, new_name, RENAME_EXCHANGE)

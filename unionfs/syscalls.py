@@ -44,6 +44,7 @@ _FSPICK_CLOEXEC: Final = 1
 _FSPICK_EMPTY_PATH: Final = 8
 _MS_PRIVATE: Final = 1 << 18
 _CLONE_NEWNS: Final = 0x20000
+_CAPABILITY_VERSION_3: Final = 0x20080522
 _CLONE_NEWUSER: Final = 0x10000000
 _STATFS_BYTES: Final = 256
 _FICLONE: Final = 0x40049409
@@ -62,6 +63,7 @@ class MountAttr(IntFlag):
     NODEV = 0x4
     NOEXEC = 0x8
     NOATIME = 0x10
+    STRICTATIME = 0x20
     ATIME_MASK = 0x70
     NODIRATIME = 0x80
 
@@ -109,6 +111,14 @@ class _MountAttrStruct(ctypes.Structure):
         ("propagation", ctypes.c_uint64),
         ("userns_fd", ctypes.c_uint64),
     ]
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapWord(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable"))
 
 
 class _FileHandle(ctypes.Structure):
@@ -240,6 +250,19 @@ def filesystem_type(path: str) -> int:
 def syncfs(fd: int) -> None:
     """syncfs(2)."""
     _checked("syncfs", _libc.syncfs(ctypes.c_int(fd)))
+
+
+def set_effective(capability: int, *, on: bool) -> bool:
+    """Raise or lower a capability of this thread alone; False if it was so already."""
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    words = (_CapWord * 2)()
+    _checked("capget", _libc.capget(ctypes.byref(header), words))
+    word, bit = words[capability // 32], 1 << capability % 32
+    if bool(word.effective & bit) == on:
+        return False
+    word.effective ^= bit
+    _checked("capset", _libc.capset(ctypes.byref(header), words))
+    return True
 
 
 def unshare_mounts() -> None:

@@ -16,6 +16,8 @@ Lock order, outermost first:
                      taken inside its child's.
     committing(...)  the inodes whose names or attributes change; in ascending order; held for the
                      commit and the table's update only
+    entering(...)    the directories whose entries or times change, in the upper: a copy-up changes
+                     the times of the one that it is put into, and puts them back
     the tree's mutex (C)
 No request waits for a stranger's copy-up: only requests that need the copy of the same inode take
 its copying lock.
@@ -175,6 +177,7 @@ class Union:
         # Locks by number, for `with`; C takes the same ones.
         self.copying = self.tree.copying
         self.committing = self.tree.committing
+        self.entering = self.tree.entering
 
     def _namespace(self) -> str | None:
         if self.upper is not None and self.work is not None:

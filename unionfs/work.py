@@ -117,6 +117,7 @@ def lock_shared(upper: Layer, options: MountOptions) -> int:
         holder.lock(fd, fcntl.LOCK_SH, upper.path, area)
         if options.other_machine == "refuse":
             holder.refuse_elsewhere(holder.read_owner(area), upper.path)
+        _refuse_cut(fd, upper.path)
     except OSError as exc:
         if exc.errno not in _NO_DIRECTORY_LOCKS:
             raise
@@ -124,6 +125,12 @@ def lock_shared(upper: Layer, options: MountOptions) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _refuse_cut(upper: int, path: str) -> None:
+    from unionfs.stores import exchange
+
+    exchange.refuse_cut(upper, path)
 
 
 class Work:
@@ -267,6 +274,13 @@ class Work:
         self.before = None if text is None else holder.parse_owner(text)
         if options.other_machine == "refuse":
             holder.refuse_elsewhere(self.before, self._upper.path)
+        self._settle()
+
+    def _settle(self) -> None:
+        """A verb that was killed may have left the upper between two contents."""
+        from unionfs.stores import exchange
+
+        exchange.settle(self._locks[0])
 
     def _check_place(self, found: int) -> None:
         """A work directory of its own must be beside the upper, on the same mount."""

@@ -13,6 +13,13 @@ from pathlib import Path
 
 from tests.rig.mounted import PATIENCE, program
 
+_IMPATIENT = """
+import sys
+from unionfs import passphrase
+from unionfs.cli.main import main
+passphrase.SECONDS = float(sys.argv[1])
+sys.exit(main(sys.argv[2:]))
+"""
 PASSPHRASE = "correct horse battery staple"
 
 
@@ -43,15 +50,18 @@ def run(
     )
 
 
-def typed(arguments: Sequence[object], answers: Sequence[str]) -> tuple[int, str]:
+def typed(
+    arguments: Sequence[object], answers: Sequence[str], *, seconds: float | None = None
+) -> tuple[int, str]:
     """`unionfs ...` on a terminal of its own: each question gets the next answer.
 
-    Its exit code, and all that the terminal showed.
+    Its exit code, and all that the terminal showed.  `seconds`: of its patience, where it has any.
     """
+    started = program() if seconds is None else [sys.executable, "-c", _IMPATIENT, str(seconds)]
     pid, terminal = os.forkpty()
     if pid == 0:
         signal.alarm(int(PATIENCE))
-        words = [*program(), *map(str, arguments)]
+        words = [*started, *map(str, arguments)]
         os.execv(words[0] if words[0].startswith("/") else sys.executable, words)
     shown = b""
     left = list(answers)

@@ -5,7 +5,7 @@ systemctl is-active local-fs.target unionfs@labelled.service
 ls -l "/dev/disk/by-label/my\x20store"
 mountpoint /srv/system/etc
 unit='dev-disk-by\x2dlabel-my\x5cx20store.device'
-grep -F "Requires=$unit" /run/systemd/generator/unionfs@labelled.service.d/50-profile.conf
+grep -F "Wants=$unit" /run/systemd/generator/unionfs@labelled.service.d/50-profile.conf
 [ "$(systemctl show -P DropInPaths unionfs@labelled | wc -w)" = 1 ]
 echo kept >/srv/system/etc/kept
 # One that is not there is waited for as long as was said, and the boot goes on without it.

@@ -25,7 +25,8 @@ _FIRST: Final = (
 _PACKAGE: Final = "unionfs"
 # What is imported for other verbs only, or for other users than root.
 _NOT_AT_BOOT: Final = ("unionfs.cli.", "unionfs.notify")
-_PROGRAMS: Final = ("blkid", "e2fsck", "cryptsetup", "systemd-ask-password")
+# As far as they are installed; gocryptfs for what `unionfs store encrypt` makes.
+_PROGRAMS: Final = ("blkid", "e2fsck", "cryptsetup", "gocryptfs", "systemd-ask-password")
 
 
 def needed() -> list[str]:

@@ -5,7 +5,7 @@ Owns the links and drop-ins; the service itself is unionfs@.service, which is in
 store and looks at no device: a generator holds up the whole boot (systemd.generator(7)).  Called by
 `unionfs generate`, which unionfs-generator starts.
 
-    local-fs.target.requires/unionfs@NAME.service    (.wants/ with nofail)
+    local-fs.target.wants/unionfs@NAME.service       (.requires/ with fallback=fail)
     local-fs.target.wants/unionfs-degraded@root.service    if the initramfs missed the store
     unionfs@NAME.service.d/50-profile.conf           what it stands on
     DEVICE.device.d/50-unionfs.conf                  how long the device is waited for
@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from unionfs.boot import units
+from unionfs.boot import devices, units
 from unionfs.boot.cmdline import parse_cmdline
 from unionfs.boot.units import Needs, unit_name
 from unionfs.errors import UnionfsError, printable
@@ -77,14 +77,12 @@ def _in_initrd(place: str, cmdline: str) -> list[str]:
 def _write_profile(place: str, profile: Profile, *, start: bool) -> None:
     service = f"unionfs@{profile.name}.service"
     if start:
-        kind = "wants" if profile.nofail else "requires"
+        kind = "requires" if _must_come_up(profile) else "wants"
         _link(place, f"{TARGET}.{kind}", service)
     _write(place, f"{service}.d/50-profile.conf", drop_in(profile))
-    timeout = _option(profile.options, "device-timeout")
-    if timeout is not None:
-        for node in Needs.of(_store(profile)).devices:
-            text = ["[Unit]", f"JobRunningTimeoutSec={float(timeout):g}s"]
-            _write(place, f"{unit_name(node, 'device')}.d/50-unionfs.conf", text)
+    seconds = _seconds(_option(profile.options, "device-timeout"))
+    for unit in devices.drop_ins(_store(profile), seconds, "50-unionfs.conf"):
+        _write(place, unit.name, unit.text.splitlines())
 
 
 def drop_in(profile: Profile) -> list[str]:
@@ -92,11 +90,10 @@ def drop_in(profile: Profile) -> list[str]:
     lines = [f"# of {units.plain(', '.join(profile.files))}", "[Unit]"]
     if profile.description:
         lines.append(f"Description={units.plain(profile.description)}")
-    fallback = _option(profile.options, "fallback") or "fail"
     store = _store(profile)
     needed = [name for name in profile.needs() if name not in store]
     lines += Needs.of(needed).lines(required=True)
-    lines += Needs.of(store).lines(required=fallback == "fail" and not profile.nofail)
+    lines += Needs.of(store).lines(required=_must_come_up(profile))
     points = [unit_name(point, "mount") for point in profile.points() if point != "/"]
     if points:
         # So it is the service that unmounts them at the end, in its order.
@@ -104,6 +101,11 @@ def drop_in(profile: Profile) -> list[str]:
     if not profile.nofail:
         lines.append(f"Before={TARGET}")
     return lines
+
+
+def _must_come_up(profile: Profile) -> bool:
+    """Whether a boot ends without it: only if that is written.  Else it fails, and is seen to."""
+    return _option(profile.options, "fallback") == "fail" and not profile.nofail
 
 
 def _store(profile: Profile) -> list[str]:
@@ -118,6 +120,14 @@ def _option(options: Iterable[str], wanted: str) -> str | None:
         if word == wanted:
             return value
     return None
+
+
+def _seconds(text: str | None) -> float | None:
+    """None also if it is no number: the service says that."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 def _link(place: str, directory: str, service: str) -> None:

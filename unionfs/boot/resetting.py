@@ -19,7 +19,8 @@ def reset(options: MountOptions) -> str | None:
     """
     assert options.upper is not None
     # The device is waited for here: what looks at stores does not.
-    find.find(locator.parse(options.upper), timeout=options.device_timeout or 0)
+    where = locator.parse(options.upper)
+    find.find(where, search=options.search, timeout=options.device_timeout or 0)
     try:
         with backing.chosen(options.upper, write=True) as upper:
             if not changing.contents(upper):

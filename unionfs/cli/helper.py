@@ -15,7 +15,7 @@ from dataclasses import replace
 from unionfs import locator
 from unionfs.cli.main import guarded
 from unionfs.cli.parser import Parser
-from unionfs.errors import ExitCode, UnionfsError, usage_error
+from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
 from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions, OptionReader, read_strings
 from unionfs.unions import FSTYPE, ask, find, texts
@@ -81,10 +81,32 @@ def run(argv: Sequence[str]) -> int:
     if given.fake:
         check(options)
         return ExitCode.OK
+    if given.spec.startswith("/dev/") and given.spec in options.lowers:
+        warn_of_namesakes(given.spec)
     code = daemon.run(options)
     if given.verbose and code == ExitCode.OK:
         print(f"mount.unionfs: {given.spec} mounted on {given.directory}")
     return code
+
+
+def warn_of_namesakes(spec: str) -> None:
+    """Of a device by a label that another has too: where we look for it ourselves, an error.
+
+    mount(8) looks for the LABEL= of a first field before it starts us, and takes one of them.
+    """
+    from unionfs.stores import find
+    from unionfs.stores.probe import probe
+
+    try:
+        label = probe(spec).label
+    except UnionfsError:
+        return  # who mounts it says what is wrong with it
+    try:
+        if label:
+            find.look("LABEL", label, "devices")
+    except UnionfsError as exc:
+        what = f"{exc.message}, and this is {spec}; lowerdir=LABEL={label} would be refused"
+        print(printable(f"mount.unionfs: warning: {what}"), file=sys.stderr)
 
 
 def check(options: MountOptions) -> None:

@@ -5,12 +5,20 @@ Called by every verb; knows none of them.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import NoReturn
 
 from unionfs.errors import usage_error
 
 MARK = "\0"
+
+
+def system_root(text: str) -> str:
+    """What --root says, for argparse: free of links, and whole, whatever is made of it later."""
+    if not os.path.isdir(text):
+        raise usage_error(f"{text} is no directory", "--root names where a system is mounted")
+    return os.path.realpath(text)
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,7 +4,7 @@
 import json
 from collections.abc import Sequence
 
-from unionfs.cli.parser import Parser
+from unionfs.cli.parser import Parser, system_root
 from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
 from unionfs.profiles import files
 from unionfs.profiles.profile import Profile, Rule
@@ -38,7 +38,8 @@ def run(argv: Sequence[str]) -> int:
     add("verb", metavar="test|show", help="what to tell")
     add("words", nargs="*", metavar="PATH|NAME", help="in the union; a profile")
     add("--profile", metavar="NAME", help="only what this one says")
-    add("--root", default="/", metavar="DIR", help="those of the system that is mounted there")
+    where = "those of the system that is mounted there"
+    add("--root", type=system_root, default="/", metavar="DIR", help=where)
     add("--json", action="store_true", help="for programs")
     given = parser.read(argv)
     if given.verb == "test" and given.words:
@@ -50,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _test(paths: Sequence[str], only: str | None, root: str, *, as_json: bool) -> int:
     names = files.names(root) if only is None else [only]
-    profiles = [files.load(name, root) for name in names if only or not name.endswith("@")]
+    profiles = [_load(name, root) for name in names if only or not name.endswith("@")]
     told = []
     for path in paths:
         if not path.startswith("/"):
@@ -67,6 +68,11 @@ def _test(paths: Sequence[str], only: str | None, root: str, *, as_json: bool) -
     if as_json:
         print(json.dumps(told, indent=2))
     return ExitCode.OK
+
+
+def _load(name: str, root: str) -> Profile:
+    """The one that `unionfs up NAME --root ROOT` takes."""
+    return files.load(name, files.said_in(name, root))
 
 
 def meaning(profile: Profile, rule: Rule) -> str:
@@ -100,7 +106,7 @@ def _show(words: Sequence[str], root: str, *, as_json: bool) -> int:
     from unionfs.cli import show
 
     if words:
-        profile = files.load(words[0], root)
+        profile = _load(words[0], root)
         rules = [_object(rule.path, profile, rule) for rule in profile.rules]
         if as_json:
             print(json.dumps(rules, indent=2))

@@ -140,10 +140,11 @@ def _check(check: object) -> list[str]:
 
 
 def _degraded(degraded: object) -> list[str]:
-    """Why the union runs without its store."""
+    """Why the union runs without its store, or only reads it: the option that says so, and why."""
     if not isinstance(degraded, dict):
         return []
-    return [printable(f"fallback={degraded.get('fallback')}: {degraded.get('reason')}")]
+    options = [f"{name}={value}" for name, value in degraded.items() if name != "reason"]
+    return [printable(f"{','.join(options)}: {degraded.get('reason')}")]
 
 
 def _field(name: str, values: Sequence[str]) -> Iterator[str]:

@@ -9,11 +9,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from unionfs.boot import units
+from unionfs.boot import devices, units
 from unionfs.boot.units import Unit
 from unionfs.cli.mount import add_layers, read_layers, words_of
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, UnionfsError, usage_error
+from unionfs.runtime import name_of
 
 USAGE = """\
 unionfs unit LOWER[:LOWER...] UPPER MNT [-o OPT,...] [--service | --automount]
@@ -22,7 +23,7 @@ unionfs unit LOWER[:LOWER...] UPPER MNT [-o OPT,...] [--service | --automount]
 DESCRIPTION = """\
 Prints the unit files for what `unionfs mount` would mount with the same arguments: a
 .mount unit, which starts /sbin/mount.fuse.unionfs, or a service. With nofail among the
-options the boot goes on without it."""
+options the boot goes on without it, with device-timeout= the devices have a drop-in."""
 
 EPILOG = """
 example:
@@ -51,11 +52,20 @@ def run(argv: Sequence[str]) -> int:
         made = [units.service_unit(asked, _program())]
     else:
         made = units.mount_units(asked, automount=given.automount)
+    made += _waits(asked)
     if given.output is not None:
         _write(given.output, made)
     else:
         print("\n".join(f"# {unit.name}\n{unit.text}" for unit in made), end="")
     return ExitCode.OK
+
+
+def _waits(asked: units.Request) -> list[Unit]:
+    """device-timeout=, for systemd too: else it waits for its own 90 seconds."""
+    options = asked.options
+    named = [*options.lowers, *([options.upper] if options.upper is not None else [])]
+    file = f"50-unionfs-{name_of(asked.point)}.conf"
+    return devices.drop_ins(named, options.device_timeout, file)
 
 
 def _program() -> str:
@@ -71,6 +81,7 @@ def _write(directory: str, made: Sequence[Unit]) -> None:
     for unit in made:
         path = os.path.join(directory, unit.name)
         try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "x", encoding="utf-8") as file:
                 file.write(unit.text)
         except FileExistsError:

@@ -4,7 +4,7 @@
 import sys
 from collections.abc import Sequence
 
-from unionfs.cli.parser import Parser
+from unionfs.cli.parser import Parser, system_root
 from unionfs.errors import ExitCode, printable
 
 USAGE = "unionfs up NAME [--root DIR] [-f] [-q]"
@@ -12,6 +12,7 @@ USAGE = "unionfs up NAME [--root DIR] [-f] [-q]"
 DESCRIPTION = """\
 Mounts what the profile NAME says (unionfs-profile(5)): /etc/unionfs/NAME.toml, for an
 ordinary user ~/.config/unionfs/NAME.toml, or the file itself if NAME has a slash.
+With --root it is the profile of the system there, or of this one if that has none.
 What is mounted already stays; a union whose daemon has died is mounted anew. After an
 error all is as it was before."""
 
@@ -25,18 +26,24 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(prog="unionfs up", usage=USAGE, description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("name", metavar="NAME", help="the profile")
-    add("--root", default="/", metavar="DIR", help="the root of the system it is for")
+    add("--root", type=system_root, default="/", metavar="DIR", help="the system it is for")
     add("-f", "--foreground", action="store_true", help="stay, and end when a daemon ends")
-    add("-q", "--quiet", action="store_true", help="say nothing of what was mounted")
+    add("-q", "--quiet", action="store_true", help="say nothing of what was mounted, no progress")
     given = parser.read(argv)
     from unionfs import logs
+    from unionfs.cli import show
     from unionfs.profiles import files, running, supervise
 
     logs.to_stderr(debug=False)
-    profile = files.load(given.name)
+    said_in = files.said_in(given.name, given.root)
+    profile = files.load(given.name, said_in)
+    if said_in != given.root and not given.quiet:
+        what = f"{given.root} has no profile {profile.name}: {profile.files[0]} is taken"
+        print(printable(f"unionfs: {what}"), file=sys.stderr)
     if given.foreground:
         return supervise.run(profile, given.root)
-    outcome = running.up(profile, given.root)
+    shown = show.progress if sys.stderr.isatty() and not given.quiet else None
+    outcome = running.up(profile, given.root, shown=shown)
     for warning in outcome.warnings:
         print(printable(f"unionfs: warning: {warning}"), file=sys.stderr)
     if not given.quiet:

@@ -11,12 +11,12 @@ import logging
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from unionfs import locator, syscalls
 from unionfs.errors import UnionfsError
-from unionfs.stores import archive
+from unionfs.stores import archive, backing
 from unionfs.stores.volume import Volume, make_directory, open_volume, walk
 from unionfs.syscalls import MountAttr, MountFlag, RenameFlag
 
@@ -27,15 +27,28 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _FILLING: Final = ".filling"
 
 
-def bind(source: str, point: str, *, readonly: bool, like: str | None) -> None:
+# Of a copy: what is copied, and how many bytes that are.
+Shown = Callable[[str, int | None], contextlib.AbstractContextManager[archive.Advance]]
+
+
+def bind(
+    source: str,
+    point: str,
+    *,
+    readonly: bool,
+    like: str | None,
+    flags: str | None = None,
+    shown: Shown | None = None,
+) -> None:
     """Have a directory or file that a locator names seen at `point`.
 
-    A directory that is to be written and is not there is made, with the content of `like`.
+    A directory that is to be written and is not there is made, with the content of `like`;
+    `shown`: to somebody who waits for that.
     """
-    volume, inside = _reach(source, readonly=readonly)
+    volume, inside = _reach(source, readonly=readonly, flags=flags)
     try:
         if not readonly:
-            _provide(volume, inside, like)
+            _provide(volume, inside, like, shown)
         fd = _open(volume, inside)
         try:
             tree = syscalls.clone_mount(fd)
@@ -54,10 +67,10 @@ def bind(source: str, point: str, *, readonly: bool, like: str | None) -> None:
         volume.close()
 
 
-def _reach(text: str, *, readonly: bool) -> tuple[Volume, str]:
+def _reach(text: str, *, readonly: bool, flags: str | None) -> tuple[Volume, str]:
     """The volume that a locator names, and the place in it; a plain file is no image here."""
     if locator.is_tag(text) or locator.is_directory(text) or not os.path.isfile(text):
-        volume = open_volume(text, readonly=readonly)
+        volume = open_volume(text, readonly=readonly, flags=flags)
         return volume, volume.locator.directory or "/"
     folder, name = os.path.split(text)
     return open_volume(folder or "/", readonly=readonly), f"/{name}"
@@ -86,7 +99,7 @@ def _open(volume: Volume, inside: str) -> int:
         os.close(above)
 
 
-def _provide(volume: Volume, inside: str, like: str | None) -> None:
+def _provide(volume: Volume, inside: str, like: str | None, shown: Shown | None) -> None:
     """Make a directory of the store if it is not there, whole or not at all."""
     parent, name = os.path.split(inside)
     if not name:
@@ -95,12 +108,12 @@ def _provide(volume: Volume, inside: str, like: str | None) -> None:
     try:
         os.stat(name, dir_fd=above, follow_symlinks=False)
     except FileNotFoundError:
-        _fill(above, name, like)
+        _fill(above, name, like, shown)
     finally:
         os.close(above)
 
 
-def _fill(above: int, name: str, like: str | None) -> None:
+def _fill(above: int, name: str, like: str | None, shown: Shown | None) -> None:
     from pathlib import Path
 
     from unionfs.layer import remove_tree
@@ -117,7 +130,7 @@ def _fill(above: int, name: str, like: str | None) -> None:
             if like is not None:
                 log.info("filling %s from %s", name, like)
                 with _seen(like) as content:
-                    archive.copy(content, f"/proc/{os.getpid()}/fd/{made}", lambda _count: None)
+                    _copy(content, f"/proc/{os.getpid()}/fd/{made}", f"filling {name}", shown)
             syscalls.syncfs(made)
         finally:
             os.close(made)
@@ -125,6 +138,19 @@ def _fill(above: int, name: str, like: str | None) -> None:
         os.fsync(parent)
     finally:
         os.close(parent)
+
+
+def _copy(source: str, target: str, what: str, shown: Shown | None) -> None:
+    if shown is None:
+        archive.copy(source, target, lambda _count: None)
+        return
+    fd = os.open(source, _DIRECTORY & ~os.O_NOFOLLOW)
+    try:
+        total = backing.tree_bytes(fd)
+    finally:
+        os.close(fd)
+    with shown(what, total) as advance:
+        archive.copy(source, target, advance)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,16 @@ def own_name(name: str) -> str:
     return own
 
 
+def said_in(name: str, root: str) -> str:
+    """The system whose files say what a profile for the system at `root` is: that one itself.
+
+    Only if it has none of this name, the one that we run in: an initramfs, a rescue system.
+    """
+    if "/" in name or _main(name, root) is not None or _main(name, "/") is None:
+        return root
+    return "/"
+
+
 def load(name: str, root: str = "/") -> Profile:
     """Read a profile by its name, or from the one file that a path names.
 
@@ -65,16 +75,16 @@ def said(name: str, root: str = "/") -> Profile:
         return profile.read(own, [(name, _read(name))])
     own_name(name)
     places = directories(root)
-    template, at, instance = name.partition("@")
-    candidates = [name, f"{template}@"] if at and instance else [name]
+    _template, at, instance = name.partition("@")
     if at and not instance:
         raise UnionfsError(f"{name} is a template", hint=f"name what it is for: {name}ONE")
-    main = _first(places, [candidate + _SUFFIX for candidate in candidates])
+    main = _main(name, root)
     if main is None:
         known = ", ".join(names(root))
         hint = f"the profiles are {known}" if known else f"write {places[0]}/{name}.toml"
         raise UnionfsError(f"there is no profile {name}", hint=hint)
-    files = [main, *_drop_ins(places, [f"{c}{_SUFFIX}.d" for c in reversed(candidates)])]
+    folders = [f"{called}{_SUFFIX}.d" for called in reversed(_candidates(name))]
+    files = [main, *_drop_ins(places, folders)]
     documents = [(path, _read(path)) for path in files]
     if at:
         documents = [(path, _filled(document, instance)) for path, document in documents]
@@ -96,6 +106,17 @@ def _entries(place: str) -> list[str]:
         return sorted(os.listdir(place))
     except OSError:
         return []
+
+
+def _candidates(name: str) -> list[str]:
+    """What a profile's files may be called: by its own name, or as its template."""
+    template, at, instance = name.partition("@")
+    return [name, f"{template}@"] if at and instance else [name]
+
+
+def _main(name: str, root: str) -> str | None:
+    """The file of a profile, without its drop-ins."""
+    return _first(directories(root), [called + _SUFFIX for called in _candidates(name)])
 
 
 def _first(places: list[str], wanted: list[str]) -> str | None:

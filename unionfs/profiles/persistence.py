@@ -6,6 +6,7 @@ bind (the default), union, link and source=PATH; what live-boot skips with a war
 here.  live-boot keeps the changes of a union in `rw` below the source, as is done here.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -13,7 +14,8 @@ from typing import Final
 
 from unionfs import locator
 from unionfs.errors import UnionfsError, printable
-from unionfs.profiles.profile import Kind, Profile, Rule
+from unionfs.options import OptionReader, read_strings
+from unionfs.profiles.profile import Kind, Profile, Rule, below
 
 log = logging.getLogger("unionfs")
 
@@ -24,29 +26,59 @@ _UNSAFE: Final = ("/lib", "/live", "/run/live")
 _LARGEST: Final = 1 << 20
 
 
-def complete(profile: Profile) -> Profile:
-    """A profile with the paths that the file at its store's root names."""
+def complete(profile: Profile, top: str = "/") -> Profile:
+    """A profile with the paths that the file at its store's root names.
+
+    top: the directory that is taken for the root.
+    """
     assert profile.store is not None
-    return dataclasses.replace(profile, rules=tuple(read(_text(profile.store), profile.store)))
+    text = _text(profile.store, top, read_strings(profile.options))
+    return dataclasses.replace(profile, rules=tuple(read(text, profile.store, top)))
 
 
-def _text(store: str) -> str:
-    """The file at the root of a store."""
-    from unionfs.stores.volume import open_volume
+def _text(store: str, top: str, said: OptionReader) -> str:
+    """The file at the root of a store, which is waited for and looked for as the options say."""
+    from unionfs.profiles import waiting
+    from unionfs.stores.volume import open_volume, walk
 
-    volume = open_volume(store, readonly=True)
+    search, seconds = waiting.search_of(said), waiting.seconds_of(said)
+    volume = open_volume(store, readonly=True, search=search, timeout=seconds)
     try:
-        with open(os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=volume.root), "rb") as file:
+        folder = walk(volume, top)
+        try:
+            fd = os.open(FILE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder)
+        finally:
+            os.close(folder)
+        with open(fd, "rb") as file:
             return os.fsdecode(file.read(_LARGEST))
     except OSError as exc:
         hint = "name the paths in the profile, or write that file"
         reason = os.strerror(exc.errno or 0)
-        raise UnionfsError(f"{store} has no {FILE} at its root: {reason}", hint=hint) from exc
+        where = "at its root" if top == "/" else f"in {top}"
+        raise UnionfsError(f"{store} has no {FILE} {where}: {reason}", hint=hint) from exc
     finally:
         volume.close()
 
 
-def read(text: str, store: str) -> list[Rule]:
+def there(profile: Profile) -> list[Rule]:
+    """The rules whose directories in the store there are, for one that is only read."""
+    from unionfs.stores.volume import open_volume, walk
+
+    assert profile.store is not None
+    found = []
+    volume = open_volume(profile.store, readonly=True)
+    try:
+        for rule in profile.rules:
+            upper = None if rule.upper is None else locator.parse(rule.upper).directory
+            with contextlib.suppress(FileNotFoundError):
+                os.close(walk(volume, rule.source or upper or "/"))
+                found.append(rule)
+    finally:
+        volume.close()
+    return found
+
+
+def read(text: str, store: str, top: str = "/") -> list[Rule]:
     """The rules of a file's text; lines that cannot be used are logged and skipped."""
     device = locator.parse(store).source
     rules: dict[str, Rule] = {}
@@ -56,7 +88,7 @@ def read(text: str, store: str) -> list[Rule]:
         if not words or words[0].startswith("#"):
             continue
         try:
-            rule, source = _rule(words, device)
+            rule, source = _rule(words, device, top)
             others = [place for path, place in sources.items() if path != rule.path]
             if near := next((p for p in others if _nested(p, source)), None):
                 raise ValueError(f"{source} in the store lies in or around {near}")
@@ -72,7 +104,7 @@ def _nested(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def _rule(words: list[str], store: str) -> tuple[Rule, str]:
+def _rule(words: list[str], store: str, top: str) -> tuple[Rule, str]:
     """The rule of a line, and its place in the store."""
     path = words[0]
     if not path.startswith("/") or {".", ".."} & set(path.split("/")):
@@ -90,6 +122,7 @@ def _rule(words: list[str], store: str) -> tuple[Rule, str]:
             kind = _KINDS[option]
         elif option:
             raise ValueError(f"the option {option} is unknown")
+    source = below(top, source)
     if kind == "persist":
         upper = f"{store}:{os.path.join(source, 'rw')}"
         return Rule(path=path, kind=kind, upper=upper, said_by=FILE), source

@@ -2,7 +2,8 @@
 """Bringing a profile up and taking it down.
 
 Owns the order, what is undone after an error, and the record of what was mounted:
-/run/unionfs/NAME/mounts, written after each mount, under a lock.  Each union has a daemon of its
+/run/unionfs/NAME/mounts, written after each mount, under a lock; beside it `directories`, what was
+made to mount on.  Each union has a daemon of its
 own, which outlives us.  Called by the verbs up and down, by boot and by the supervisor.
 
 A union whose daemon has died is mounted anew by the next `up`, with what is mounted below it.
@@ -20,10 +21,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from unionfs import daemon, notify, runtime, syscalls
-from unionfs.errors import ExitCode, UnionfsError
+from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.mounts import MountEntry, read_mounts, topmost
-from unionfs.profiles import binding, plan
-from unionfs.profiles.plan import Ground, Step
+from unionfs.profiles import binding, plan, waiting
+from unionfs.profiles.binding import Shown
+from unionfs.profiles.plan import Ground, Step, Wish
 from unionfs.profiles.profile import Profile
 from unionfs.stores import kernel
 from unionfs.syscalls import UnmountFlag
@@ -33,6 +35,7 @@ from unionfs.unmounting import busy, unmount
 log = logging.getLogger("unionfs")
 
 _RECORD: Final = "mounts"
+_DIRECTORIES: Final = "directories"
 _LOCK: Final = "lock"
 
 
@@ -85,19 +88,25 @@ def directory_of(name: str) -> str:
     return place
 
 
-def up(profile: Profile, root: str = "/") -> Outcome:
-    """Mount all that is not mounted yet.  After an error all is as it was before."""
+def up(
+    profile: Profile, root: str = "/", wish: Wish | None = None, *, shown: Shown | None = None
+) -> Outcome:
+    """Mount all that is not mounted yet.  After an error all is as it was before.
+
+    `shown`: how far what takes long is, to somebody who waits for it.
+    """
     directory = directory_of(profile.name)
     with _locked(directory):
         os.makedirs(f"{directory}/{plan.EMPTY}", 0o755, exist_ok=True)
         record = _Record(directory)
         _heal(record)
-        had = list(record.made)
+        had, had_directories = list(record.made), list(record.directories)
         outcome = Outcome([], [])
         try:
-            _mount_all(profile, root, record, outcome)
+            _mount_all(profile, root, wish or Wish(), record, outcome, shown)
         except BaseException:
             _undo(record, had)
+            record.remove_directories(had_directories)
             if not record.made:
                 _sweep(directory)
             raise
@@ -107,18 +116,27 @@ def up(profile: Profile, root: str = "/") -> Outcome:
         return outcome
 
 
-def _mount_all(profile: Profile, root: str, record: "_Record", outcome: Outcome) -> None:
+def _mount_all(
+    profile: Profile,
+    root: str,
+    wish: Wish,
+    record: "_Record",
+    outcome: Outcome,
+    shown: Shown | None,
+) -> None:
     ground = Ground(
         root=os.path.realpath(root),
         directory=directory_of(profile.name),
         may_mount=kernel.may_mount(),
         standing=frozenset(made.point for made in record.made),
+        wish=wish,
     )
+    waiting.wait(profile, plan.missing(profile, ground), wish)
     wanted = plan.steps(profile, ground)
     if sum(step.action == "union" for step in wanted) > 1:
         daemon.preload()
     for step in wanted:
-        _do(profile, step, record, outcome)
+        _do(profile, step, record, outcome, shown)
 
 
 def _undo(record: "_Record", had: Sequence[Made]) -> None:
@@ -146,6 +164,7 @@ def down(name: str, *, lazy: bool = False) -> int:
         for made in reversed(list(record.made)):
             count += _take_down(made, lazy=lazy)
             record.remove(made)
+        record.remove_directories()
         _sweep(place)
         return count
 
@@ -164,9 +183,16 @@ def hand_over(name: str, root: str) -> None:
     with _locked(place):
         record = _Record(place)
         for made in list(record.made):
-            if made.point == top or made.point.startswith(f"{top}/"):
+            point = _seen_from(top, made.point)
+            if point != made.point:
                 record.remove(made)
-                record.add(dataclasses.replace(made, point=made.point.removeprefix(top) or "/"))
+                record.add(dataclasses.replace(made, point=point))
+        record.keep_directories([_seen_from(top, path) for path in record.directories])
+
+
+def _seen_from(top: str, path: str) -> str:
+    """A path as it is once `top` is the root, if it lies there."""
+    return path.removeprefix(top) or "/" if f"{path}/".startswith(f"{top}/") else path
 
 
 def standing(name: str) -> list[Made]:
@@ -176,15 +202,17 @@ def standing(name: str) -> list[Made]:
     return [made for made in found if made is not None and made.entry(mounts) is not None]
 
 
-def _do(profile: Profile, step: Step, record: "_Record", outcome: Outcome) -> None:
+def _do(
+    profile: Profile, step: Step, record: "_Record", outcome: Outcome, shown: Shown | None
+) -> None:
     if record.at(step.point) is not None and step.action != "links":
         return
     begun = _begin(step.point)
     try:
-        _make_point(step)
+        _make_point(step, record)
         if step.action != "links":
             record.add(begun)
-        _mount(step, profile)
+        _mount(step, profile, outcome, shown)
     except (UnionfsError, OSError) as exc:
         record.remove(begun)
         error = _error(step, exc)
@@ -207,10 +235,15 @@ def _error(step: Step, exc: UnionfsError | OSError) -> UnionfsError:
     return UnionfsError(f"{step.path}: {what}{reason}")
 
 
-def _make_point(step: Step) -> None:
-    """What is not there is made, in the union above; what cannot be changed has to have it."""
+def _make_point(step: Step, record: "_Record") -> None:
+    """What is not there is made, in the union above; what cannot be changed has to have it.
+
+    What lies in none of our mounts is noted before, to be removed by `down`.
+    """
     if os.path.lexists(step.point):
         return
+    if not any(f"{step.point}/".startswith(f"{made.point}/") for made in record.made):
+        record.keep_directories([*record.directories, *_missing(step.point)])
     try:
         if os.path.isfile(step.source):
             os.makedirs(os.path.dirname(step.point), 0o755, exist_ok=True)
@@ -222,16 +255,33 @@ def _make_point(step: Step) -> None:
         raise UnionfsError(f"{step.point} cannot be made: {reason}") from exc
 
 
-def _mount(step: Step, profile: Profile) -> None:
+def _missing(path: str) -> list[str]:
+    """The directories that are not there on the way to a path, the upper-most first."""
+    found: list[str] = []
+    while not os.path.lexists(path):
+        found.insert(0, path)
+        path = os.path.dirname(path)
+    return found
+
+
+def _mount(step: Step, profile: Profile, outcome: Outcome, shown: Shown | None) -> None:
     match step.action:
         case "union":
             assert step.options is not None
-            daemon.run(step.options)
+            options = dataclasses.replace(step.options, waited=True)
+            daemon.run(options, warn=lambda text: outcome.warnings.append(printable(text)))
         case "memory":
             name = f"{profile.name}:{runtime.name_of(step.path)}"
             binding.memory(step.point, name, step.size, step.like)
         case "bind" | "view":
-            binding.bind(step.source, step.point, readonly=step.readonly, like=step.like)
+            binding.bind(
+                step.source,
+                step.point,
+                readonly=step.readonly,
+                like=step.like,
+                flags=step.flags,
+                shown=shown,
+            )
         case "links":
             binding.links(step.source, step.point)
 
@@ -281,7 +331,7 @@ def _tell(profile: Profile, outcome: Outcome) -> None:
         union = runtime.directory(f"{profile.name}:{runtime.name_of(rule.path)}")
         with contextlib.suppress(OSError), open(f"{union}/degraded", encoding="utf-8") as file:
             lines += file.read().splitlines()
-    outcome.warnings = lines
+    outcome.warnings = lines = list(dict.fromkeys(lines))  # those of fresh unions stand in both
     if lines:
         runtime.tell_degraded(profile.name, "; ".join(lines))
     else:
@@ -298,7 +348,7 @@ def _sweep(place: str) -> None:
                 for name in files:  # where a file was seen
                     os.unlink(f"{folder}/{name}")
                 os.rmdir(folder)
-    for name in (_RECORD, "degraded", _LOCK):
+    for name in (_RECORD, _DIRECTORIES, "degraded", _LOCK):
         with contextlib.suppress(OSError):
             os.unlink(f"{place}/{name}")
     with contextlib.suppress(OSError):
@@ -327,9 +377,13 @@ class _Record:
 
     def __init__(self, directory: str) -> None:
         self._path = f"{directory}/{_RECORD}"
+        self._path_of_directories = f"{directory}/{_DIRECTORIES}"
         self.made: list[Made] = []
+        self.directories: list[str] = []
         with contextlib.suppress(OSError, ValueError, TypeError), open(self._path) as file:
             self.made = [Made(**item) for item in json.load(file)]
+        with contextlib.suppress(OSError, ValueError), open(self._path_of_directories) as file:
+            self.directories = json.load(file)
 
     def at(self, point: str) -> Made | None:
         return next((made for made in self.made if made.point == point), None)
@@ -356,7 +410,24 @@ class _Record:
             else:
                 self.replace(begun, made)
 
+    def keep_directories(self, directories: list[str]) -> None:
+        """Those that were made, or are going to be: what lies above others first."""
+        if directories != self.directories:
+            self.directories = directories
+            _write_whole(self._path_of_directories, directories)
+
+    def remove_directories(self, but: Sequence[str] = ()) -> None:
+        """Those that were made, as far as they are empty."""
+        for path in reversed([path for path in self.directories if path not in but]):
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        self.keep_directories(list(but))
+
     def _write(self) -> None:
-        with open(f"{self._path}.new", "w") as file:
-            json.dump([dataclasses.asdict(made) for made in self.made], file)
-        os.rename(f"{self._path}.new", self._path)
+        _write_whole(self._path, [dataclasses.asdict(made) for made in self.made])
+
+
+def _write_whole(path: str, what: object) -> None:
+    with open(f"{path}.new", "w") as file:
+        json.dump(what, file)
+    os.rename(f"{path}.new", path)

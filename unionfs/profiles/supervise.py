@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
-from unionfs import notify
+from unionfs import notify, runtime
 from unionfs.errors import ExitCode, UnionfsError
 from unionfs.mounts import read_mounts
 from unionfs.profiles import running
 from unionfs.profiles.profile import Profile
-from unionfs.profiles.running import Made
+from unionfs.profiles.running import Made, Outcome
 from unionfs.stores import kernel, sharing
 from unionfs.unions import FSTYPE, ask
 from unionfs.unmounting import hold_daemon
@@ -36,7 +36,7 @@ def run(profile: Profile, root: str) -> int:
     woken, waking = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     previous = {number: signal.signal(number, _interrupted) for number in _ENDING}
     try:
-        outcome = running.up(profile, root)
+        outcome = _up(profile, root)
         for number in _ENDING:
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(waking)
@@ -59,6 +59,17 @@ def run(profile: Profile, root: str) -> int:
         signal.set_wakeup_fd(-1)
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _up(profile: Profile, root: str) -> Outcome:
+    """What it lacks is told where a service manager has started it, also if that is all of it."""
+    try:
+        return running.up(profile, root)
+    except UnionfsError as exc:
+        if exc.code != ExitCode.INTERRUPT and notify.is_service():
+            runtime.tell_degraded(profile.name, f"{profile.name} is not up: {exc.line()}")
+            notify.has_store(profile.name, degraded=True)
+        raise
 
 
 def _interrupted(_number: int, _frame: object) -> NoReturn:

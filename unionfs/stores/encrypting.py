@@ -14,7 +14,7 @@ from unionfs import locator
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.mounts import read_mounts
-from unionfs.stores import archive, backing, belonging, fscrypt, gocryptfs, mounted_base
+from unionfs.stores import archive, backing, belonging, foreign, fscrypt, gocryptfs, mounted_base
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen
 from unionfs.stores.base import describe
@@ -35,13 +35,13 @@ def place_of(store: str, lower: str | None) -> tuple[str, os.stat_result | None]
     if locator.is_directory(store) or where.directory is not None:
         raise usage_error("--base is for an image or a device", "leave it out")
     with contextlib.ExitStack() as stack:
-        base = open_volume(lower, readonly=True, untouched=True)
+        base = open_volume(lower, readonly=True, untouched=True, search="images")
         stack.callback(base.close)
         if base.contents is not None:
             own = describe(base.locator, base.contents)
         else:
             own = mounted_base.describe(base.locator, base.mountpoint, read_mounts())
-        volume = open_volume(store, readonly=True, untouched=True)
+        volume = open_volume(store, readonly=True, untouched=True, search="images")
         stack.callback(volume.close)
         inside = belonging.default_directory(volume, own, base.locator)
         return f"{where.source}:{inside}", os.stat(".", dir_fd=base.root)
@@ -77,7 +77,7 @@ def encrypt(
             _become(upper, into, like)
 
     keep = keep and bool(set(there) - {AREA_NAME})
-    return replace(upper.volume, upper.directory, fill, keep=keep)
+    return replace(upper, fill, keep=keep, hint=foreign.BY_NO_DISCARD, encrypted=True)
 
 
 def encrypt_by_fscrypt(

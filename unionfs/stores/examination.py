@@ -70,7 +70,7 @@ def examine(text: str, report: Report, wish: Wish, progress: Progress) -> None:
     """Check everything; raises UnionfsError if it cannot be looked at at all."""
     fscrypt_keys.tidy()  # before anything is open where a daemon was killed
     where = locator.parse(text)
-    path = find.find(where)
+    path = find.find(where, search="images")
     if not os.path.exists(path):
         raise UnionfsError(f"there is no {path}", hint="correct the path")
     if not stat.S_ISDIR(os.stat(path).st_mode):
@@ -83,7 +83,7 @@ def examine(text: str, report: Report, wish: Wish, progress: Progress) -> None:
         check_filesystem(contents, report, repair=wish.repair)
         if report.code & (Code.UNCORRECTED | Code.TROUBLE):
             return
-    volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair)
+    volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair, search="images")
     try:
         if _is_hidden(volume):
             why = "has the feature encrypt: only root can look at what lies there"

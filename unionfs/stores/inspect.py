@@ -43,7 +43,7 @@ class Kept:
 
     @property
     def in_area(self) -> bool:
-        """Whether it is some paths only."""
+        """Whether it is some paths, or what could not be beside it."""
         return os.path.basename(os.path.dirname(self.directory)) == AREA_NAME
 
     def shown(self, store: str) -> str:
@@ -213,9 +213,9 @@ def upper_at(fd: int, directory: str) -> Upper | None:
     if not stat.S_ISDIR(status.st_mode):
         return None
     with _opened(fd, AREA_NAME) as area:  # not everybody may
-        paths = [n for n in sorted(directories(area)) if names.date_of_paths(n)]
+        dates = {n: names.date_in_area(n) for n in sorted(directories(area))}
     inside = os.path.join(directory, AREA_NAME)
-    kept = [Kept(f"{inside}/{n}", names.told(names.date_of_paths(n))) for n in paths]
+    kept = [Kept(f"{inside}/{n}", names.told(date)) for n, date in dates.items() if date]
     return Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind, kept=kept)
 
 
@@ -279,14 +279,14 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
     """One store, by its locator; `sizes`: also how much what is kept takes."""
     from unionfs import locator
 
-    path = find.find(locator.parse(text))
+    path = find.find(locator.parse(text), search="images")
     store = _outside(path)
     holders = [union for union in unions if union.alone and union.lies_in(path)]
     if holders and kernel.may_mount():  # the image of an ordinary user
         _told(store, holders)
         return store
     try:
-        volume = open_volume(text, readonly=True, untouched=True, share=True)
+        volume = open_volume(text, readonly=True, untouched=True, share=True, search="images")
     except UnionfsError as exc:
         if holders:
             _told(store, holders)
@@ -386,12 +386,12 @@ def _images_in(place: str) -> list[str]:
         return sorted(e.path for e in entries if e.name.endswith(".img") and e.is_file())
 
 
-def _everywhere(unions: Iterable[Mounted]) -> Iterator[str]:
-    """What unions have as their store, and of all else images and devices that can be one.
+def _everywhere(unions: Iterable[Mounted], named: Iterable[str]) -> Iterator[str]:
+    """What is `named`, what unions have as their store, and images and devices that can be one.
 
     A loop device on an image is that image.
     """
-    places = [union.place for union in unions]
+    places = [*named, *(union.place for union in unions)]
     yield from (place for place in places if os.path.isdir(place))
     nodes = [*(place for place in places if not os.path.isdir(place)), *find.block_devices()]
     devices = (find.image_of(node) or node for node in nodes)
@@ -409,8 +409,11 @@ def _each(paths: Iterable[str]) -> Iterator[str]:
             yield path
 
 
-def find_stores(places: Sequence[str]) -> Iterator[Store]:
-    """Those at the places, or in the images in them; without places all that have an upper."""
+def find_stores(places: Sequence[str], named: Iterable[str] = ()) -> Iterator[Store]:
+    """Those at the places, or in the images in them; without places all that have an upper.
+
+    `named`: paths to look at besides then.  What was told with one directory is no other.
+    """
     unions = mounted_unions()
     if places:
         named = (p for place in places for p in _with_images(place))
@@ -419,9 +422,14 @@ def find_stores(places: Sequence[str]) -> Iterator[Store]:
             if store.uppers or store.kind != "directory":
                 yield store
         return
-    for path in _each(_everywhere(unions)):
+    told = set()
+    for path in _each(_everywhere(unions, named)):
+        if os.path.realpath(path) in told:
+            continue
         with contextlib.suppress(UnionfsError):  # gone, or it cannot be reached from here
             store = look(path, unions)
+            if store.kind == "directory":
+                told |= {os.path.realpath(f"{path}/{u.directory}") for u in store.uppers}
             if store.uppers:
                 yield store
 

@@ -8,12 +8,14 @@ it goes, with its loop device, when its last descriptor is closed, however the p
 import errno
 import logging
 import os
+import re
 import stat
 from dataclasses import dataclass
 from typing import Final
 
 from unionfs import syscalls
 from unionfs.errors import ExitCode, UnionfsError, usage_error
+from unionfs.option_words import ignored_by_prefix
 from unionfs.stores import find, loop
 from unionfs.stores.probe import Contents
 from unionfs.syscalls import MountAttr
@@ -22,13 +24,23 @@ log = logging.getLogger("unionfs")
 
 _LOWER: Final = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOATIME
 _UPPER: Final = MountAttr.NOSUID | MountAttr.NODEV
-# Of fstab, what a mount takes and no file system; and what is so anyway.
+# Of fstab, what a mount takes and no file system; and what is so anyway, or makes no difference to
+# a mount that nobody sees.
 _ATTRIBUTES: Final = {
     "noatime": MountAttr.NOATIME,
     "noexec": MountAttr.NOEXEC,
     "nodiratime": MountAttr.NODIRATIME,
-    **dict.fromkeys(("defaults", "rw", "nosuid", "nodev", "relatime"), MountAttr(0)),
+    "strictatime": MountAttr.STRICTATIME,
+    **dict.fromkeys(("rw", "nosuid", "nodev", "relatime", "norelatime"), MountAttr(0)),
+    **dict.fromkeys(("suid", "dev", "exec", "atime", "diratime", "silent", "loud"), MountAttr(0)),
 }
+# What mount(8) keeps to itself, and what it leaves to others who read fstab (x-*, comment=).
+_OF_MOUNT: Final = (
+    *("defaults", "auto", "noauto", "nofail", "_netdev", "comment", "helper", "uhelper"),
+    *("user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup"),
+)
+# What the kernel says of a flag that the file system does not take.
+_WRONG_FLAG: Final = re.compile(r"(?:.*: )?(?:Unknown parameter|Bad value for) '([^']*)'")
 # Of a file system that was not unmounted, mounted without writing to it.
 _NO_REPLAY: Final = {
     "ext3": "noload",
@@ -66,6 +78,8 @@ def read_flags(text: str) -> Flags:
     values, words, attributes = {}, [], MountAttr(0)
     for item in filter(None, text.split(",")):
         word, equals, value = item.partition("=")
+        if word in _OF_MOUNT or ignored_by_prefix(word):
+            continue
         if word == "ro":
             raise usage_error(f"the flag ro of a store ({text})", "mount the union with --ro")
         if equals:
@@ -171,6 +185,9 @@ def _refused(contents: Contents, device: str, exc: OSError, *, readonly: bool) -
     if contents.fstype == "xfs" and code == errno.EINVAL and (twin := _twin(contents, device)):
         hint = f"unmount that one, or give the copy a UUID of its own: xfs_admin -U generate {path}"
         return UnionfsError(f"{what}: {twin} has the same UUID and is in use", hint=hint)
+    if (wrong := _WRONG_FLAG.match(said)) is not None:
+        hint = f"correct the flags of the store: {contents.fstype}(5) and mount(8) have them"
+        return usage_error(f"{what} with the flag {wrong[1]}: {said.rpartition(': ')[2]}", hint)
     if code in _DAMAGED:
         if said.startswith(("fsconfig", "fsmount")):
             said = os.strerror(code)

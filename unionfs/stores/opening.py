@@ -232,7 +232,7 @@ class Stores:
         self, text: str, *, readonly: bool, flags: str | None = None, guard: bool = False
     ) -> Volume:
         options = self.options
-        wait = options.device_timeout or 0
+        wait = 0 if options.waited else options.device_timeout or 0
         try:
             volume = open_volume(
                 text,
@@ -244,6 +244,8 @@ class Stores:
                 share=True,
             )
         except NotFound as exc:
+            if options.waited and options.device_timeout:
+                exc.message += f" after {options.device_timeout:g} s"
             if options.timeout is not None and options.device_timeout is None:
                 exc.hint = "device-timeout=SECONDS waits for it; timeout= is for cached names"
             raise

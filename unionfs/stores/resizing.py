@@ -20,6 +20,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from unionfs import capabilities
 from unionfs.errors import InUse, UnionfsError, usage_error
 from unionfs.stores import kernel, loop, userspace
 from unionfs.stores.making import new_file
@@ -173,7 +174,8 @@ def _device_bytes(fd: int) -> int:
 
 def _resize_ext4(fd: int) -> None:
     blocks = _device_bytes(fd) // os.fstatvfs(fd).f_bsize
-    fcntl.ioctl(fd, _EXT4_IOC_RESIZE_FS, struct.pack("=Q", blocks))
+    with capabilities.in_effect():
+        fcntl.ioctl(fd, _EXT4_IOC_RESIZE_FS, struct.pack("=Q", blocks))
 
 
 def _resize_xfs(fd: int) -> None:

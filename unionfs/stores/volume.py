@@ -18,13 +18,15 @@ from unionfs import holder, locator
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.holder import Owner
 from unionfs.locator import Locator
-from unionfs.mounts import read_mounts
+from unionfs.mounts import filesystem_at, read_mounts
 from unionfs.stores import ext, find, kept, kernel, loop, userspace
 from unionfs.stores.fscrypt_keys import Key
 from unionfs.stores.probe import Contents, probe, require_filesystem
 
 log = logging.getLogger("unionfs")
 
+_LOST_AND_FOUND: Final = "lost+found"
+_KEEPS_LOST: Final = (*ext.TYPES, "xfs")
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -242,6 +244,25 @@ def walk(volume: Volume, inside: str) -> int:
             os.close(fd)
         fd = below
     return fd
+
+
+def lost_and_found(volume: Volume, inside: str, directory: int) -> set[str]:
+    """What the file system has in its own root for fsck: no change of any union.
+
+    Of the open `directory`; as a set of names that has it, or has nothing.
+    """
+    if inside != "/":
+        return set()
+    if volume.contents is not None:
+        fstype = volume.contents.fstype
+    else:
+        entry = filesystem_at(volume.mountpoint, read_mounts())
+        fstype = "" if entry is None else entry.fstype
+    with contextlib.suppress(OSError):
+        status = os.stat(_LOST_AND_FOUND, dir_fd=directory, follow_symlinks=False)
+        if fstype in _KEEPS_LOST and stat.S_ISDIR(status.st_mode):
+            return {_LOST_AND_FOUND}
+    return set()
 
 
 def moved_aside(volume: Volume, inside: str) -> str | None:

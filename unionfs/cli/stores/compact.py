@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
     given = parser.read(argv)
     from unionfs.stores import find, resizing
 
-    path = find.find(locator.parse(given.store))
+    path = find.find(locator.parse(given.store), search="images")
     if os.path.isdir(path):
         raise usage_error(f"{path} is a directory", "it takes the space of what is in it")
     before = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0

@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     given = parser.read(argv)
     from unionfs.stores import find, resizing
 
-    path = find.find(locator.parse(given.store))
+    path = find.find(locator.parse(given.store), search="images")
     if os.path.isdir(path):
         raise usage_error(f"{path} is a directory", "it is as large as its file system")
     size = None

@@ -35,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
         raise usage_error("no --size is given", "write --size 2G")
     from unionfs.stores import find, resizing
 
-    path = find.find(locator.parse(given.image))
+    path = find.find(locator.parse(given.image), search="images")
     if os.path.isdir(path):
         raise usage_error(f"{path} is a directory", "it is as large as what is in it")
     size = show.read_size(given.size)
