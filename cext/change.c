@@ -8,6 +8,7 @@
 #include <sys/xattr.h>
 
 #include "loan.h"
+#include "spare.h"
 #include "tree.h"
 
 /* ---- copy-up ---- */
@@ -246,17 +247,16 @@ errint_t tree_prepare_unlink(struct tree *t, uint64_t parent, const char *name)
     bool hold = n->pin < 0 && n->nlookup > 0;
     pthread_mutex_unlock(&t->lock);
     if (hold) {
-        int fd = node_open(t, n, O_PATH | O_NOFOLLOW, false);
+        cleanup_fd int fd = node_open(t, n, O_PATH | O_NOFOLLOW, false);
 
-        if (fd < 0) {
-            err = fd == -ENOENT || fd == -EXDEV ? 0 : fd;
-        } else {
+        err = fd < 0 ? fd : spare_keep_pin(t, &fd);
+        if (err == 0) {
             pthread_mutex_lock(&t->lock);
             if (n->pin < 0)
-                n->pin = fd;
-            else
-                closing_add_locked(t, fd);
-            unlock_and_close(t);
+                n->pin = steal_fd(&fd);
+            pthread_mutex_unlock(&t->lock);
+        } else if (err == -ENOENT || err == -EXDEV) {
+            err = 0;
         }
     }
     node_put(t, n);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The tables: nodes by inode number, aliases by parent and name, and their life. */
 #include "face.h"
+#include "spare.h"
 
 #include <fcntl.h>
 #include <stdarg.h>
@@ -410,6 +411,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     t->nuids = options->nuids;
     t->ngids = options->ngids;
     t->max_open_dirs = options->max_open_dirs ? options->max_open_dirs : 256;
+    spare_init(t);
     t->node_mask = t->name_mask = 1023;
     t->lru.newer = t->lru.older = &t->lru;
     t->layers = calloc(nlayers, sizeof *t->layers);

@@ -155,7 +155,8 @@ struct tree {
     uint64_t name_mask, name_count;
     struct rdir lru; /* head: lru.newer is the oldest */
     uint32_t open_dirs, max_open_dirs;
-    struct file **files; /* handle number - 1 */
+    int most_open, most_pinned; /* immutable: spare.h */
+    struct file **files;        /* handle number - 1 */
     uint32_t nfiles, files_cap, file_hint;
     struct dirhandle **dirhandles;
     uint32_t ndirhandles;
@@ -244,6 +245,9 @@ void rdir_put_locked(struct tree *t, struct rdir *r);
 void rdir_put(struct tree *t, struct rdir *r);
 /* Descriptor (O_PATH) of a directory, kept open until rdir_unpin; or -errno. */
 int rdir_pin(struct tree *t, struct rdir *r);
+/* Where no descriptor is to be had: closes those of the directories that nobody uses just now.
+ * Whether there were any. */
+bool rdirs_release(struct tree *t);
 /* Closes what is cached; from here on nothing is kept open. */
 void rdirs_close_locked(struct tree *t);
 void rdir_unpin(struct tree *t, struct rdir *r);

@@ -336,6 +336,7 @@ _ALLOCATES = (
     "setxattr",
     "xattr.setxattr",
     "tree.make_impure",
+    "tree.make_whiteout",
     "copy_data",
     "copy_data, half way",
     "copy_xattrs",
