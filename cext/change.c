@@ -8,6 +8,7 @@
 #include <sys/xattr.h>
 
 #include "loan.h"
+#include "spare.h"
 #include "tree.h"
 
 /* ---- copy-up ---- */
@@ -246,17 +247,16 @@ errint_t tree_prepare_unlink(struct tree *t, uint64_t parent, const char *name)
     bool hold = n->pin < 0 && n->nlookup > 0;
     pthread_mutex_unlock(&t->lock);
     if (hold) {
-        int fd = node_open(t, n, O_PATH | O_NOFOLLOW, false);
+        cleanup_fd int fd = node_open(t, n, O_PATH | O_NOFOLLOW, false);
 
-        if (fd < 0) {
-            err = fd == -ENOENT || fd == -EXDEV ? 0 : fd;
-        } else {
+        err = fd < 0 ? fd : spare_keep_pin(t, &fd);
+        if (err == 0) {
             pthread_mutex_lock(&t->lock);
             if (n->pin < 0)
-                n->pin = fd;
-            else
-                closing_add_locked(t, fd);
-            unlock_and_close(t);
+                n->pin = steal_fd(&fd);
+            pthread_mutex_unlock(&t->lock);
+        } else if (err == -ENOENT || err == -EXDEV) {
+            err = 0;
         }
     }
     node_put(t, n);
@@ -299,6 +299,17 @@ static void dir_gone_locked(struct tree *t, struct node *n)
     n->ndirs = 0;
 }
 
+/* Its space is not free before the kernel has forgotten it. */
+static void leaves_locked(struct tree *t, struct node *n, const struct stat *st)
+{
+    uint64_t space = 1 + (uint64_t)st->st_blocks * 512 / LEAVING_BYTES;
+
+    if (n->leaving)
+        return;
+    n->leaving = space < UINT32_MAX ? (uint32_t)space : UINT32_MAX;
+    atomic_fetch_add(&t->leaving, n->leaving);
+}
+
 /* After a name has gone from disk. `a` is dropped; the node's last link may have been it. */
 static void name_gone_locked(struct tree *t, struct alias *a)
 {
@@ -318,6 +329,8 @@ static void name_gone_locked(struct tree *t, struct alias *a)
         int64_t links = (int64_t)st.st_nlink + (n->indexed ? n->nlink_diff : 0);
 
         n->unlinked = links <= 0;
+        if (n->unlinked)
+            leaves_locked(t, n, &st);
     }
     node_put_locked(t, n);
 }

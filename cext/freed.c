@@ -7,8 +7,11 @@
 
 enum {
     FREEING_MS = 1000,
+    FREEING_NS = FREEING_MS * 1000000,
     SOON_MS = 20,
+    DUE_NS = 50000000, /* of a program that waits: it may be other programs' turn first */
     JUST_NOW_NS = 1000000000,
+    LOOK_US = 100,
 };
 
 bool removes_something(const struct request *r)
@@ -60,4 +63,31 @@ bool freed_since(struct freed *f, uint64_t *before)
     }
     *before = freed_count(f);
     return *before != last;
+}
+
+uint64_t freed_due(struct freed *f, const _Atomic uint64_t *leaving)
+{
+    uint64_t now = atomic_load(leaving), stays = atomic_load(&f->stays);
+
+    if (now < stays)
+        atomic_store(&f->stays, now);
+    return now > stays ? now - stays : 0;
+}
+
+void freed_await(struct freed *f, const _Atomic uint64_t *leaving)
+{
+    int64_t begun;
+
+    if (!freed_due(f, leaving))
+        return;
+    begun = now_ns();
+    while (freed_due(f, leaving)) {
+        int64_t most = atomic_load(&f->freeing) > 0 ? FREEING_NS : DUE_NS;
+
+        if (now_ns() - begun >= most) {
+            atomic_store(&f->stays, atomic_load(leaving));
+            return;
+        }
+        (void)usleep(LOOK_US);
+    }
 }

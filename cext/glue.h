@@ -43,7 +43,7 @@ extern PyType_Spec tree_spec, dir_spec, engine_spec, hold_spec;
     X(lookup) X(getattr) X(forget) X(entry) X(info) X(name_of) X(name_is_real) X(open_node) \
     X(readlink) X(getxattr) X(listxattr) X(xattr_stored) X(take_warning) X(counts) X(open) \
     X(adopt) X(release) X(read) X(write) X(fsync) X(file_info) X(opendir) X(releasedir) \
-    X(dir_ino) X(readdir) X(is_empty) X(upper_dir) X(index_name) X(ask_anew) X(data_copied) \
+    X(dir_ino) X(readdir) X(is_empty) X(upper_dir) X(index_name) X(ask_anew) X(make_whiteout) X(data_copied) \
     X(is_written) X(prepare_unlink) X(abandon_unlink) X(unlinked) X(name_made_real) X(set_redirect) \
     X(renamed) X(made_opaque) X(make_impure) X(set_nlink_diff) X(redirect_path) \
     X(made_nameless) X(named) X(plain_make) X(plain_link) X(plain_unlink) X(plain_rmdir) \

@@ -7,6 +7,7 @@
 
 #include "face.h"
 #include "mapped.h"
+#include "spare.h"
 
 static errint_t file_add_locked(struct tree *t, struct file *f, uint64_t *ret_fh)
 {
@@ -93,7 +94,9 @@ errint_t file_open(struct tree *t, uint64_t ino, int flags, uint64_t *ret_fh)
             fd = -1;
             break;
         }
-        err = file_add(t, n, fd, flags, lower, ret_fh);
+        err = spare_keep(t, &fd);
+        if (err == 0)
+            err = file_add(t, n, fd, flags, lower, ret_fh);
         if (err < 0)
             break;
         (void)steal_fd(&fd);
@@ -116,7 +119,10 @@ errint_t file_adopt(struct tree *t, uint64_t ino, int fd, int flags, uint64_t *r
 
     if (!n)
         return -ESTALE;
-    err = file_add(t, n, fd, flags, false, ret_fh);
+    cleanup_fd int other = spare_duplicate(t, fd);
+    err = file_add(t, n, other >= 0 ? other : fd, flags, false, ret_fh);
+    if (err == 0 && steal_fd(&other) >= 0)
+        close_keep_errno(fd);
     node_put(t, n);
     return err;
 }
@@ -295,7 +301,8 @@ ssize_t file_write(struct tree *t, uint64_t fh, const char *buf, size_t size, of
             done += (size_t)n;
     }
     file_put(t, f);
-    return err < 0 && done == 0 ? err : (ssize_t)done;
+    /* Of pages that it was stored to the kernel does not look at how much was written. */
+    return err < 0 && (done == 0 || mapped) ? err : (ssize_t)done;
 }
 
 errint_t file_sync(struct tree *t, uint64_t fh, bool datasync)

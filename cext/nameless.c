@@ -5,6 +5,7 @@
 
 #include "marks.h"
 #include "resolve.h"
+#include "spare.h"
 
 static struct node *nameless_node_locked(struct tree *t, const struct stat *st, int pin)
 {
@@ -36,6 +37,9 @@ errint_t tree_made_nameless(struct tree *t, int fd, struct stat *ret_st)
     cleanup_fd int pin = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (pin < 0)
         return errno_or_eio();
+    err = spare_keep(t, &pin);
+    if (err < 0)
+        return err;
     pthread_mutex_lock(&t->lock);
     n = nameless_node_locked(t, &st, pin);
     pthread_mutex_unlock(&t->lock);

@@ -131,6 +131,8 @@ static bool moved(struct tree *t, struct node *n, const struct place *p, errint_
 
     if (err == -EACCES && !S_ISDIR(n->type) && geteuid() != 0)
         return try_other_name(t, n, attempt);
+    if (err == -EMFILE)
+        return attempt < ATTEMPTS && rdirs_release(t);
     /* The last two: what came in its place is a whiteout, or a directory. */
     if (err != -ENOENT && err != -ESTALE && err != -ENOTDIR && err != -ELOOP && err != -ENXIO &&
         err != -EISDIR)

@@ -9,6 +9,8 @@
 
 #include "flags.h"
 #include "resolve.h"
+#include "spare.h"
+#include "whiteout.h"
 
 enum { MODE_BITS = 07777, SYNC_FLAGS = O_SYNC | O_DSYNC };
 
@@ -75,9 +77,11 @@ errint_t plain_make(struct tree *t, uint64_t parent_ino, const char *name,
     struct node *parent;
     struct rdir *dir;
     mode_t mode = wanted->mode;
-    errint_t err;
+    errint_t err = S_ISREG(mode) ? spare_ask(t) : 0;
     int dirfd = -1;
 
+    if (err < 0)
+        return err;
     if (!t->plain || is_reserved(parent_ino, name))
         return NOT_PLAIN;
     if (S_ISCHR(mode) && wanted->rdev == 0) /* would be a whiteout */
@@ -269,18 +273,13 @@ static bool is_forbidden(struct tree *t, const struct known *k, int dirfd)
     return fd < 0 || is_protected(fd) || is_protected(dirfd);
 }
 
-static errint_t make_whiteout(int dirfd, const char *name)
-{
-    return mknodat(dirfd, name, S_IFCHR, 0) < 0 ? errno_or_eio() : 0;
-}
-
 static errint_t whiteout_over(struct tree *t, int dirfd, const char *name)
 {
     char temp[TEMP_BYTES];
     errint_t err;
 
     temp_name(t, temp);
-    err = make_whiteout(t->work_fd, temp);
+    err = make_whiteout(t, t->work_fd, temp);
     if (err < 0)
         return err;
     if (renameat(t->work_fd, temp, dirfd, name) == 0)
@@ -305,7 +304,7 @@ static errint_t remove_at(struct tree *t, int dirfd, const struct known *k, bool
     if (S_ISDIR(k->hit->type)) /* whiteouts may be in it, or what the union shows */
         return unlinkat(dirfd, k->name, AT_REMOVEDIR) < 0 ? NOT_PLAIN : 0;
     if (k->hit->upper != UPPER_ENTRY)
-        return make_whiteout(dirfd, k->name);
+        return make_whiteout(t, dirfd, k->name);
     if (lower)
         return whiteout_over(t, dirfd, k->name);
     return unlinkat(dirfd, k->name, 0) < 0 ? errno_or_eio() : 0;

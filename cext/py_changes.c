@@ -2,6 +2,8 @@
 /* Tree: where changes are made, and being told of them. */
 #include "glue.h"
 
+#include "whiteout.h"
+
 PyObject *py_upper_dir(PyObject *op, PyObject *args)
 {
     unsigned long long ino;
@@ -43,6 +45,22 @@ PyObject *py_ask_anew(PyObject *op, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     ask_anew(TREE(op), dirfd, name);
     Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+PyObject *py_make_whiteout(PyObject *op, PyObject *args)
+{
+    const char *name;
+    int dirfd;
+    errint_t err;
+
+    if (!PyArg_ParseTuple(args, "iy:make_whiteout", &dirfd, &name))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    err = make_whiteout(TREE(op), dirfd, name);
+    Py_END_ALLOW_THREADS
+    if (err < 0)
+        return raise_errno(err, name);
     Py_RETURN_NONE;
 }
 

@@ -70,12 +70,12 @@ void rdir_put(struct tree *t, struct rdir *r)
     pthread_mutex_unlock(&t->lock);
 }
 
-/* Closes the descriptors used longest ago, until the bound holds. */
-static void evict_locked(struct tree *t)
+/* Closes the descriptors used longest ago, until no more than `most` are open. */
+static void evict_locked(struct tree *t, uint32_t most)
 {
     struct rdir *r = t->lru.newer;
 
-    while (t->open_dirs > t->max_open_dirs && r != &t->lru) {
+    while (t->open_dirs > most && r != &t->lru) {
         struct rdir *next = r->newer;
 
         if (r->pins == 0) {
@@ -87,10 +87,23 @@ static void evict_locked(struct tree *t)
     }
 }
 
+bool rdirs_release(struct tree *t)
+{
+    uint32_t before;
+    bool some;
+
+    pthread_mutex_lock(&t->lock);
+    before = t->open_dirs;
+    evict_locked(t, 0);
+    some = t->open_dirs < before;
+    pthread_mutex_unlock(&t->lock);
+    return some;
+}
+
 void rdirs_close_locked(struct tree *t)
 {
     t->max_open_dirs = 0; /* what is pinned still is closed when it is not */
-    evict_locked(t);
+    evict_locked(t, 0);
 }
 
 static bool pin_cached_locked(struct tree *t, struct rdir *r)
@@ -156,7 +169,8 @@ static int rdir_open(struct tree *t, struct rdir *r, int parent_fd, const char *
         lru_add_locked(t, r);
     }
     r->pins++;
-    evict_locked(t);
+    /* None is kept where few are left. */
+    evict_locked(t, r->fd < t->most_open ? t->max_open_dirs : 0);
     int out = r->fd;
     pthread_mutex_unlock(&t->lock);
     return out;
@@ -247,7 +261,7 @@ static int descend(struct tree *t, struct climb *c, bool *ret_again)
 
 int rdir_pin(struct tree *t, struct rdir *r)
 {
-    for (;;) {
+    for (bool released = false;;) {
         struct climb c = {.fd = -1};
         bool again = false, cached;
         int out;
@@ -269,6 +283,8 @@ int rdir_pin(struct tree *t, struct rdir *r)
             rdir_put_locked(t, c.open);
         pthread_mutex_unlock(&t->lock);
         free(c.closed);
+        if (out == -EMFILE && !released)
+            again = released = rdirs_release(t);
         if (!again)
             return out;
     }
@@ -278,7 +294,7 @@ void rdir_unpin(struct tree *t, struct rdir *r)
 {
     pthread_mutex_lock(&t->lock);
     r->pins--;
-    evict_locked(t);
+    evict_locked(t, r->fd < t->most_open ? t->max_open_dirs : 0);
     pthread_mutex_unlock(&t->lock);
 }
 

@@ -12,6 +12,7 @@
 #include <sys/sysmacros.h>
 
 #include "loan.h"
+#include "spare.h"
 #include "tree.h"
 
 enum { BUFFER_BYTES = 64 * 1024 };
@@ -181,7 +182,7 @@ static errint_t open_listing(void *arg)
 
 /* A directory may be removed, and so must be seen to be empty, by one who cannot read it; and be
  * listed by one who cannot search it, so not by its ".". */
-static int open_for_listing(const struct tree *t, const struct rdir *r, int dirfd)
+static int try_for_listing(const struct tree *t, const struct rdir *r, int dirfd)
 {
     struct opening o = {.dirfd = dirfd};
     char path[PROC_BYTES];
@@ -192,6 +193,13 @@ static int open_for_listing(const struct tree *t, const struct rdir *r, int dirf
     proc_path(path, dirfd, NULL);
     err = as_owner(path, false, S_IRUSR, open_listing, &o);
     return err < 0 ? err : o.fd;
+}
+
+static int open_for_listing(struct tree *t, const struct rdir *r, int dirfd)
+{
+    int fd = try_for_listing(t, r, dirfd);
+
+    return fd == -EMFILE && rdirs_release(t) ? try_for_listing(t, r, dirfd) : fd;
 }
 
 static errint_t list_layer(struct tree *t, struct rdir *r, struct listing *l, char *buffer,
@@ -384,6 +392,19 @@ uint64_t dir_ino(struct tree *t, uint64_t dh)
     return h ? h->node->ino : 0;
 }
 
+uint64_t dir_parent(struct tree *t, uint64_t dh)
+{
+    struct dirhandle *h = handle_of(t, dh);
+    uint64_t ino = 0;
+
+    if (!h)
+        return 0;
+    pthread_mutex_lock(&t->lock);
+    ino = h->node->aliases ? h->node->aliases->parent->ino : h->node->ino;
+    pthread_mutex_unlock(&t->lock);
+    return ino;
+}
+
 static void handle_clear(struct tree *t, struct dirhandle *h)
 {
     listing_clear(&h->list);
@@ -449,6 +470,8 @@ static errint_t handle_start(struct tree *t, struct dirhandle *h, bool in_the_mi
             h->fd = open_for_listing(t, h->real, dirfd);
             if (h->fd < 0)
                 err = h->fd;
+            else
+                (void)spare_keep(t, &h->fd);
             rdir_unpin(t, h->real);
         }
         h->buffer = err == 0 ? malloc(BUFFER_BYTES) : NULL;
@@ -525,6 +548,8 @@ errint_t dir_read(struct tree *t, uint64_t dh, uint64_t offset,
         err = handle_start(t, h, offset != 0);
     if (err == 0)
         err = h->fd >= 0 ? read_stream(t, h, offset, fn, arg) : read_list(h, offset, fn, arg);
+    if (h->fd >= t->most_open) /* it goes on in the middle, with another */
+        handle_clear(t, h);
     pthread_mutex_unlock(&h->lock);
     return err;
 }

@@ -11,7 +11,10 @@
 #include "serve.h"
 #include "xattrs.h"
 
-enum { SILENT = -0x10000 }; /* no answer is due */
+enum {
+    SILENT = -0x10000, /* no answer is due */
+    COUNTS = 64,       /* what is less than this part of what is free does not */
+};
 
 uint64_t valid_seconds(const struct answer *a)
 {
@@ -102,6 +105,7 @@ static ssize_t on_statfs(struct answer *a)
     struct statvfs st;
     int image = a->s->tree->image_fd;
 
+    freed_await(&a->s->freed, &a->s->tree->leaving);
     if (fstatvfs(a->s->options.statfs_fd, &st) < 0)
         return errno_or_eio();
     if (image >= 0 && st.f_frsize > 0) {
@@ -378,7 +382,7 @@ static ssize_t on_opendir(struct answer *a)
 
 struct listing_out {
     struct answer *a;
-    uint64_t dir;
+    uint64_t dir, parent;
     size_t len, size;
 };
 
@@ -391,7 +395,7 @@ static int put_direntplus(void *arg, const struct dirent_out *entry)
     struct fuse_direntplus *out = (void *)(a->data + l->len);
     bool dots =
         entry->name[0] == '.' && (name_len == 1 || (name_len == 2 && entry->name[1] == '.'));
-    struct stat st = {.st_ino = l->dir};
+    struct stat st = {.st_ino = name_len == 2 ? l->parent : l->dir}; /* of ".." and "." */
     bool seen = false, known = false;
 
     if (l->len + step > l->size)
@@ -432,8 +436,10 @@ static int put_direntplus(void *arg, const struct dirent_out *entry)
 static ssize_t on_readdirplus(struct answer *a)
 {
     const struct fuse_read_in *in = BODY(a, fuse_read_in);
-    struct listing_out l = {
-        .a = a, .dir = dir_ino(a->s->tree, in->fh), .size = in->size < a->cap ? in->size : a->cap};
+    struct listing_out l = {.a = a,
+                            .dir = dir_ino(a->s->tree, in->fh),
+                            .parent = dir_parent(a->s->tree, in->fh),
+                            .size = in->size < a->cap ? in->size : a->cap};
     errint_t err = dir_read(a->s->tree, in->fh, in->offset, put_direntplus, &l);
 
     return err < 0 && l.len == 0 ? err : (ssize_t)l.len;
@@ -579,19 +585,57 @@ static ssize_t free_something(struct answer *a, handler *handler)
     return n;
 }
 
-static ssize_t change_something(struct answer *a, handler *handler)
+static bool lacks_room(ssize_t n)
+{
+    return n == -ENOSPC || n == -EDQUOT;
+}
+
+static ssize_t find_room(struct answer *a, handler *handler)
 {
     struct freed *freed = &a->s->freed;
-    uint64_t before;
+    uint64_t before = freed_count(freed);
+    ssize_t n = with_faces(a, handler);
+
+    for (int i = 0; lacks_room(n) && i < FREED_MOST && freed_since(freed, &before); i++)
+        n = with_faces(a, handler);
+    return n;
+}
+
+/* Whether a file was opened, and passes us by. */
+static bool passes_by(const struct answer *a, ssize_t n)
+{
+    uint32_t opcode = a->r->head->opcode;
+    const struct fuse_open_out *out;
+    size_t at = opcode == FUSE_OPEN ? 0 : sizeof(struct fuse_entry_out);
+
+    if (opcode != FUSE_OPEN && opcode != FUSE_CREATE && opcode != FUSE_TMPFILE)
+        return false;
+    out = (const void *)(a->data + at);
+    return n >= (ssize_t)(at + sizeof *out) && out->open_flags & FOPEN_PASSTHROUGH;
+}
+
+/* What the kernel will write by itself is not tried again: it finds the room that there will be. */
+static void make_room(struct answer *a)
+{
+    struct server *s = a->s;
+    uint64_t due = freed_due(&s->freed, &s->tree->leaving);
+    struct statvfs st;
+
+    if (due && fstatvfs(s->options.statfs_fd, &st) == 0 &&
+        due * LEAVING_BYTES >= st.f_bavail * st.f_frsize / COUNTS)
+        freed_await(&s->freed, &s->tree->leaving);
+}
+
+static ssize_t change_something(struct answer *a, handler *handler)
+{
     ssize_t n;
 
     hold_pass(&a->s->hold);
-    before = freed_count(freed);
-    n = with_faces(a, handler);
-    for (int i = 0; n == -ENOSPC && i < FREED_MOST && freed_since(freed, &before); i++)
-        n = with_faces(a, handler);
+    n = find_room(a, handler);
+    if (passes_by(a, n))
+        make_room(a);
     if (removes_something(a->r))
-        freed_soon(freed);
+        freed_soon(&a->s->freed);
     hold_passed(&a->s->hold);
     return n;
 }
@@ -604,6 +648,8 @@ static ssize_t handle(struct answer *a, handler *handler)
         return change_something(a, handler);
     if (frees_something(a->r))
         return free_something(a, handler);
+    if (a->r->head->opcode == FUSE_WRITE) /* of pages that were stored to: see hold.h */
+        return find_room(a, handler);
     return with_faces(a, handler);
 }
 

@@ -62,7 +62,7 @@ static void forget_attributes(const struct answer *a)
         struct fuse_notify_inval_inode_out which;
     } notice = {
         .head = {.len = sizeof notice, .error = FUSE_NOTIFY_INVAL_INODE},
-        .which = {.ino = a->r->head->nodeid, .off = -1}, /* no pages */
+        .which = {.ino = a->id, .off = -1}, /* no pages */
     };
 
     (void)!write(a->s->options.device, &notice, sizeof notice);

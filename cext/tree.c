@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The tables: nodes by inode number, aliases by parent and name, and their life. */
 #include "face.h"
+#include "spare.h"
 
 #include <fcntl.h>
 #include <stdarg.h>
@@ -54,12 +55,15 @@ void unlock_and_close(struct tree *t)
 {
     int fds[sizeof t->closing / sizeof *t->closing];
     uint32_t n = t->nclosing;
+    uint64_t leaving = t->leaving_closed;
 
     memcpy(fds, t->closing, n * sizeof *fds);
     t->nclosing = 0;
+    t->leaving_closed = 0;
     pthread_mutex_unlock(&t->lock);
     for (uint32_t i = 0; i < n; i++)
         (void)close(fds[i]);
+    atomic_fetch_sub(&t->leaving, leaving);
 }
 
 void temp_name(struct tree *t, char name[static TEMP_BYTES])
@@ -178,6 +182,7 @@ static void node_clear_locked(struct tree *t, struct node *n)
     if (n->data_dir)
         rdir_put_locked(t, n->data_dir);
     closing_add_locked(t, n->pin);
+    t->leaving_closed += n->leaving;
     faces_drop_locked(t, n);
     free(n->dirs);
     free(n->data_name);
@@ -406,6 +411,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
     t->nuids = options->nuids;
     t->ngids = options->ngids;
     t->max_open_dirs = options->max_open_dirs ? options->max_open_dirs : 256;
+    spare_init(t);
     t->node_mask = t->name_mask = 1023;
     t->lru.newer = t->lru.older = &t->lru;
     t->layers = calloc(nlayers, sizeof *t->layers);

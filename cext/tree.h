@@ -20,7 +20,7 @@
 #include "keylock.h"
 #include "sys.h"
 
-enum { ROOT_INO = 1, MAX_LAYERS = 500, TEMP_BYTES = 24 };
+enum { ROOT_INO = 1, MAX_LAYERS = 500, TEMP_BYTES = 24, LEAVING_BYTES = 4096 };
 
 struct layer {
     int fd;        /* immutable until tree_shut: root directory, the caller's of tree_new */
@@ -97,6 +97,7 @@ struct node {
     ino_t real_ino;     /* identity of the home */
     int64_t nlink_diff; /* indexed: union's link count less the real one (overlay.nlink) */
     int pin;            /* descriptor held while unlinked but known, else -1 */
+    uint32_t leaving;   /* its space in the upper, in LEAVING_BYTES, once it has no name any more */
     struct file *files;
     struct face *faces; /* face.h */
     bool pages_old;     /* the kernel's own pages are older than the data */
@@ -154,12 +155,16 @@ struct tree {
     uint64_t name_mask, name_count;
     struct rdir lru; /* head: lru.newer is the oldest */
     uint32_t open_dirs, max_open_dirs;
-    struct file **files; /* handle number - 1 */
+    int most_open, most_pinned; /* immutable: spare.h */
+    struct file **files;        /* handle number - 1 */
     uint32_t nfiles, files_cap, file_hint;
     struct dirhandle **dirhandles;
     uint32_t ndirhandles;
     int closing[64]; /* descriptors to close once the lock is dropped: it may free a large file */
     uint32_t nclosing;
+    uint64_t leaving_closed; /* that of nodes whose descriptors are among these */
+    /* What all of them have, until it has been closed here; written with the lock held or not. */
+    _Atomic uint64_t leaving;
     /* face.h; the first two are set before the engine's threads start */
     int device; /* that passthrough is asked of, or -1 */
     enum passthrough passthrough;
@@ -240,6 +245,9 @@ void rdir_put_locked(struct tree *t, struct rdir *r);
 void rdir_put(struct tree *t, struct rdir *r);
 /* Descriptor (O_PATH) of a directory, kept open until rdir_unpin; or -errno. */
 int rdir_pin(struct tree *t, struct rdir *r);
+/* Where no descriptor is to be had: closes those of the directories that nobody uses just now.
+ * Whether there were any. */
+bool rdirs_release(struct tree *t);
 /* Closes what is cached; from here on nothing is kept open. */
 void rdirs_close_locked(struct tree *t);
 void rdir_unpin(struct tree *t, struct rdir *r);
@@ -394,6 +402,8 @@ struct dirent_out {
 errint_t dir_read(struct tree *t, uint64_t dh, uint64_t offset,
                   int (*fn)(void *arg, const struct dirent_out *entry), void *arg);
 uint64_t dir_ino(struct tree *t, uint64_t dh);
+/* Of what ".." is: its own where it has no parent, as the root or when it was removed. */
+uint64_t dir_parent(struct tree *t, uint64_t dh);
 errint_t dir_is_empty(struct tree *t, uint64_t ino, bool *ret_empty);
 void dirhandles_free(struct tree *t);
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -195,11 +196,34 @@ def test_directory_and_flags(root: Path, image: Path) -> None:
     boot(root, f"unionfs.store={image} cow_directory=own/place cow_flags=noatime,data=journal")
     change(root)
     end(root)
-    refused = boot(root, f"unionfs.store={image} cow_flags=data=nonsense", code=64)
-    assert "cannot mount the ext4" in refused
-    end(root)
+    for flags, told in (
+        ("data=nonsense", "with the flag data: "),
+        ("noatime,nofial", "with the flag nofial: Unknown parameter 'nofial'; correct the flags"),
+    ):
+        refused = boot(root, f"unionfs.store={image} cow_flags={flags}", code=64)
+        assert "cannot mount the ext4" in refused
+        assert told in refused
+        assert "damaged" not in refused
+        end(root)
     boot(root, f"unionfs.store={image}:/own/place")
     assert is_changed(root)
+
+
+def test_flags_of_fstab_that_are_not_the_file_systems(root: Path, image: Path) -> None:
+    """mount(8) takes these itself, and so who copies them from fstab means no harm."""
+    flags = "defaults,nofail,_netdev,auto,user,x-systemd.device-timeout=9,exec,atime,noatime"
+    boot(root, f"unionfs.store={image} unionfs.flags={flags},data=journal")
+    change(root)
+    assert is_changed(root)
+
+
+def test_root_by_a_relative_path(root: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a profile is looked for there, and not below /."""
+    (root / "etc/unionfs").mkdir()
+    (root / "etc/unionfs/near.toml").write_text('[paths]\n"/etc" = "tmpfs"\n')
+    monkeypatch.chdir(place)
+    boot(Path("root"), "unionfs.profile=near")
+    assert ground.mounts_below(root) == [f"{root}/etc"]
 
 
 @pytest.mark.parametrize("reason", ["no device has LABEL", "no file system that is known"])
@@ -360,6 +384,28 @@ def test_root_in_memory(root: Path, image: Path, place: Path, kind: str, word: s
     end(root)
 
 
+def test_copying_the_base_is_told(root: Path, place: Path) -> None:
+    """It may take minutes: where it is going on, and on a terminal how far it is."""
+    need("squashfs")
+    (root / "unread").write_bytes(os.urandom(3 << 20))
+    lower = images.squash(place / "base.squashfs", root)
+    point = place / "point"
+    point.mkdir()
+    line = f"overlayroot=tmpfs toram unionfs.lower={lower}"
+    told = boot(point, line)
+    assert f"copying {lower} to memory: 4 MiB" in told
+    assert "%" not in told
+    end(point)
+    ours, theirs = os.openpty()
+    command = [*program(), "boot", "--root", str(point), "--cmdline", line]
+    subprocess.run(command, stderr=theirs, check=True, timeout=PATIENCE)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert re.search(rf"\runionfs: {lower}: 1 of 3 MiB, \d+ %\r +\r", shown)
+    end(point)
+
+
 def test_root_that_is_in_memory_already(root: Path, place: Path) -> None:
     need("squashfs")
     (place / "memory").mkdir()
@@ -466,6 +512,63 @@ def test_encrypted_store_is_unlocked(root: Path, place: Path, image: Path, words
     asked = (place / "asked").read_text().splitlines()
     assert len(asked) == 2, "it is unlocked already at the third boot"
     assert all("--key-file=-" in words and "horse" not in words for words in asked)
+
+
+# Unlocks each of some devices, whose contents are what other loop devices stand for.
+UNLOCKING_MORE = """\
+echo "$@" >>{place}/asked
+[ "$1" != close ] || exec rm /dev/mapper/"$2"
+for word; do device=$name name=$word; done
+case $(cat) in *horse) ;; *) exit 2 ;; esac
+case $device in {cases} *) exit 1 ;; esac
+ln -s "$found" /dev/mapper/"$name"
+"""
+
+
+@pytest.mark.usefixtures("agents")
+@pytest.mark.parametrize("word", ["persistence-label={name}", "unionfs.store=LABEL={name}"])
+def test_encrypted_store_is_known_by_the_label_inside(
+    root: Path, place: Path, image: Path, word: str
+) -> None:
+    """As live-boot: no LUKS device has a label, so each is looked into, and locked again."""
+    write_in(image, place, "persistence.conf", "/ union\n")
+    stranger = images.make(place / "stranger.img", label=label())
+    name = ground.run("blkid", "-p", "-s", "LABEL", "-o", "value", str(image)).strip()
+    line = f"persistence persistence-encryption=luks {word.format(name=name)} unionfs.timeout=1"
+    with contextlib.ExitStack() as stack:
+        locked, unlocked = [], []
+        for number, content in enumerate((stranger, image)):
+            outside = luks(place / f"locked{number}.img")
+            locked.append(stack.enter_context(images.attached(outside)))
+            unlocked.append(stack.enter_context(images.attached(content)))
+        pairs = list(zip(locked, unlocked, strict=True))
+        cases = " ".join(f"{outside}) found={inside} ;;" for outside, inside in pairs)
+        text = UNLOCKING_MORE.format(place=place, cases=cases)
+
+        told = boot(root, line, code=64, path=stand_ins(place, text, "wrong"))
+        assert "stays locked: cryptsetup ended with exit code" in told
+        end(root)
+        (place / "asked").unlink()
+        path = stand_ins(place, text, "correct horse")
+        for changed in (False, True):
+            boot(root, line, path=path)
+            assert not (RUN / "root/degraded").exists()
+            assert is_changed(root) == changed
+            assert os.path.realpath("/dev/mapper/unionfs-store") == unlocked[1]
+            if not changed:
+                change(root)
+            end(root)
+        asked = [row.split() for row in (place / "asked").read_text().splitlines()]
+        tried = [words[-2] for words in asked if words[0] == "open" and words[-2] in locked]
+        assert sorted(tried) == sorted(set(tried)), "each once, and not again at the third boot"
+        closed = [words for words in asked if words == ["close", "unionfs-store"]]
+        assert len(closed) == len(tried) - 1
+
+        os.unlink("/dev/mapper/unionfs-store")
+        told = boot(root, line.replace(name, "none-such"), code=64, path=path)
+        assert "no encrypted device (" in told
+        assert "has LABEL=none-such in it; plug it in" in told
+        assert not os.path.lexists("/dev/mapper/unionfs-store")
 
 
 def test_encrypted_store(root: Path, place: Path, image: Path) -> None:

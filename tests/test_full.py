@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -241,6 +242,69 @@ def test_mount_without_inodes(few_inodes: Small) -> None:
     (few_inodes.mnt / "new").write_bytes(b"new")
 
 
+class Busy:
+    """Programs that open and close a file all the time, so that several threads answer."""
+
+    def __init__(self, path: Path) -> None:
+        program = "import os, sys\nwhile True: os.close(os.open(sys.argv[1], os.O_RDONLY))"
+        command = [sys.executable, "-c", program, str(path)]
+        self._programs = [subprocess.Popen(command) for _ in range(2)]
+
+    def __enter__(self) -> Busy:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for program in self._programs:
+            program.kill()
+            program.wait()
+
+
+def _write_and_remove(path: Path, size: int) -> int:
+    """What writing fails with; 0 if it does not."""
+    with open(path, "wb", buffering=0) as file:
+        code = code_of(lambda: [file.write(BIG[:MIB]) for _ in range(size)])
+    path.unlink()
+    return code
+
+
+@pytest.mark.parametrize("passthrough", ["auto", "off"])
+def test_what_was_removed_has_left_its_room(passthrough: str) -> None:
+    """Also to who writes past the daemon, or asks how much there is."""
+    with Ground("unionfs-full-") as base:
+        disk, lower = base.filesystem("disk", "tmpfs", 12), base.directory("lower")
+        (lower / "little").write_bytes(b"little")
+        (disk / "upper").mkdir()
+        options = [f"passthrough={passthrough}"]
+        with Unionfs([lower], disk / "upper", base.directory("mnt"), options=options) as union:
+            empty = os.statvfs(union.mnt).f_bfree
+            with Busy(union.mnt / "little"):
+                time.sleep(0.2)
+                failed = [_write_and_remove(union.mnt / "new", 9) for _ in range(250)]
+                free = []
+                for _ in range(150):
+                    _write_and_remove(union.mnt / "new", 4)
+                    free.append(os.statvfs(union.mnt).f_bfree)
+            assert not any(failed)
+            assert min(free) > empty - 512
+
+
+def test_who_keeps_what_he_removed_holds_up_nobody() -> None:
+    with Ground("unionfs-full-") as base:
+        disk, lower = base.filesystem("disk", "tmpfs", 12), base.directory("lower")
+        (disk / "upper").mkdir()
+        with Unionfs([lower], disk / "upper", base.directory("mnt")) as union:
+            path = union.mnt / "kept"
+            with open(path, "wb") as kept:
+                kept.write(BIG)
+                path.unlink()
+                os.statvfs(union.mnt)
+                before = time.monotonic()
+                for _ in range(100):
+                    assert _write_and_remove(union.mnt / "new", 1) == 0
+                    assert os.statvfs(union.mnt).f_bfree < 1024
+                assert time.monotonic() - before < 5
+
+
 def test_quota() -> None:
     """EDQUOT comes through as what it is; checked with tmpfs's quota, where the kernel has it."""
     with Ground("unionfs-full-") as base:
@@ -272,6 +336,7 @@ _ALLOCATES = (
     "setxattr",
     "xattr.setxattr",
     "tree.make_impure",
+    "tree.make_whiteout",
     "copy_data",
     "copy_data, half way",
     "copy_xattrs",

@@ -88,6 +88,8 @@ def _copy_up(stack: Stack) -> None:
     ino = stack.ino("lower")
     stack.tree.index_name(ino)
     stack.tree.ask_anew(stack.fds[0], b"lower")
+    stack.plain().make_whiteout(stack.fds[0], b"gone")
+    (stack.upper / "gone").unlink()
     fh = stack.tree.open(ino, os.O_RDONLY)
     src = stack.tree.open_node(ino, os.O_RDONLY, True)
     dst = os.open("lower", os.O_CREAT | os.O_RDWR, dir_fd=stack.fds[0])
@@ -303,7 +305,10 @@ LEAKS: dict[str, tuple[Callable[[Stack], object], set[str]]] = {
     "upper_dir": (_upper_dir, {"upper_dir"}),
     "renamed": (_rename, {"renamed", "set_nlink_diff", "name_made_real", "name_is_real"}),
     "unlinked": (_unlink, {"prepare_unlink", "abandon_unlink", "unlinked"}),
-    "copied_up": (_copy_up, {"copied_up", "data_copied", "index_name", "ask_anew"}),
+    "copied_up": (
+        _copy_up,
+        {"copied_up", "data_copied", "index_name", "ask_anew", "make_whiteout"},
+    ),
     "marks": (
         _directory_marks,
         {"set_redirect", "redirect_path", "make_impure", "made_opaque", "take_warning"},

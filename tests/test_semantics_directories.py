@@ -108,6 +108,32 @@ def test_rewinddir_shows_what_was_made_since(arena: Arena) -> None:
         os.close(fd)
 
 
+def test_dots_have_their_numbers(arena: Arena) -> None:
+    """Of the directory and of the one it lies in, as it is now; of the root its own."""
+    (arena.lower / "outer" / "inner").mkdir(parents=True)
+    (arena.lower / "other").mkdir()
+    with arena.mounted() as mnt:
+
+        def dots(path: Path) -> tuple[int, int]:
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                found = {entry.name: entry.ino for entry in syscalls.read_directory(fd)}
+            finally:
+                os.close(fd)
+            return found[b"."], found[b".."]
+
+        def numbers(*paths: Path) -> tuple[int, ...]:
+            return tuple(path.stat().st_ino for path in paths)
+
+        assert dots(mnt / "outer" / "inner") == numbers(mnt / "outer" / "inner", mnt / "outer")
+        assert dots(mnt / "outer") == numbers(mnt / "outer", mnt)
+        if arena.backend == "unionfs":  # kernel overlayfs has the number that its upper tells
+            assert dots(mnt) == numbers(mnt, mnt)
+        os.rename(mnt / "outer" / "inner", mnt / "other" / "inner")
+        (mnt / "other" / "inner" / "new").touch()
+        assert dots(mnt / "other" / "inner") == numbers(mnt / "other" / "inner", mnt / "other")
+
+
 def test_removing_all_while_reading(arena: Arena) -> None:
     """What `rm -r` does: each batch is removed before the next is read."""
     for number in range(3000):

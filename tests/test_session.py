@@ -282,7 +282,9 @@ class TestMount:
                 assert standing.run("fusermount3", "-u", str(standing.mnt)).returncode == 0
             else:
                 ground.run("umount", standing.mnt)
-        beside = {"format", "index", "store", "work"} | ({"numbers"} if standing.user else set())
+        beside = {"format", "index", "store", "whiteout", "work"} | (
+            {"numbers"} if standing.user else set()
+        )
         assert set(os.listdir(standing.place / "u/.unionfs")) == beside
 
     def test_the_handlers_get_the_raw_mode_and_the_umask(self, standing: Standing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground, images, snapshot
+from tests.rig.mounted import program
 from tests.rig.waiting import wait_until
-from tests.test_store_commands import done, fails, killed_at, listing, shim
+from tests.test_store_commands import done, facts, fails, killed_at, listing, shim
 from tests.test_stores import ARCH, base, change, check, need, union
 from unionfs.errors import UnionfsError
 from unionfs.stores import archive, backing
@@ -157,6 +159,58 @@ def test_a_backup_does_not_go_into_the_store(base: Path) -> None:
         check(base / "mnt")
 
 
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_backup_does_not_go_into_a_directory(base: Path, mounted: bool) -> None:
+    """Nor anything else, for a moment: the union would show it."""
+    up = base / "up"
+    (up / "sub").mkdir(parents=True)
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+        for folder in (up, up / "sub", base / "mnt") if mounted else ():
+            assert "itself" in fails("backup", up, folder / "x.tar.zst")
+    for folder in (up, up / "sub"):
+        before = folder.stat().st_mtime_ns
+        assert f"the backup would lie in {up} itself" in fails("backup", up, folder / "x.tar.zst")
+        assert folder.stat().st_mtime_ns == before
+    (base / "link").symlink_to(up)
+    assert "itself" in fails("backup", up, base / "link/x.tar.zst")
+    assert "cannot open" in fails("backup", up, base / "nowhere/x.tar.zst")
+    done("backup", up, base / "up.tar.zst")
+
+
+def test_standard_output_and_input(base: Path) -> None:
+    """`-`, as tar has it; nothing else gets there, and nothing that is not complete."""
+    up = base / "up"
+    up.mkdir()
+    backup = [*program(), "store", "backup", str(up), "-"]
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+        found = subprocess.run(backup, capture_output=True, check=True, cwd=base)
+        assert b"sha256" in found.stderr
+    assert not (base / "-").exists()
+    (base / "x").write_bytes(found.stdout)
+    assert "is whole" in done("restore", "--verify", base / "x")
+    for words in (["restore", "--verify", "-"], ["restore", "-", str(base / "new")]):
+        with open(base / "x", "rb") as file:
+            subprocess.run([*program(), "store", *words], stdin=file, check=True)
+    with union(base, base / "tree", base / "new"):
+        check(base / "mnt")
+    broken = subprocess.run(
+        [*program(), "store", "restore", "-", base / "vain"],
+        input=found.stdout[:-300],
+        capture_output=True,
+        check=False,
+    )
+    assert broken.returncode == 32
+    assert not (base / "vain").exists()
+    leader, follower = os.openpty()
+    said = subprocess.run(backup, stdout=follower, stderr=subprocess.PIPE, check=False)
+    os.close(follower)
+    os.close(leader)
+    assert said.returncode == 1
+    assert b"terminal" in said.stderr
+
+
 def _damaged(whole: bytes) -> Iterator[tuple[str, bytes]]:
     """A backup as it should not be."""
     middle = len(whole) // 2
@@ -285,3 +339,33 @@ def test_where_a_backup_lay(store: str, name: str | None, place: str | None) -> 
 def test_header_is_readable() -> None:
     frame = archive._frame(b"{}")
     assert frame[:4] == bytes([0x5E, 0x2A, 0x4D, 0x18]), "a skippable frame of RFC 8878"
+
+
+def ids(*places: object) -> list[str]:
+    return [facts("info", place)["uppers"][0]["id"] for place in places]
+
+
+def test_the_id_of_what_is_restored(base: Path) -> None:
+    """A store that is restored stays what it is; a copy of it elsewhere is another one."""
+    need("ext4")
+    image = images.make(base / "s.img")
+    for name in ("one", "two"):
+        with union(base, base / "tree", f"{image}:/{name}"):
+            change(base / "mnt")
+    before = {u["directory"]: u["id"] for u in facts("info", image)["uppers"]}
+    wait_until(lambda: not images.loops_of(image))
+    done("backup", f"{image}:/one", base / "x")
+    done("restore", base / "x", f"{image}:/one")
+    done("restore", base / "x", f"{image}:/two")
+    done("restore", base / "x", f"{image}:/beside")
+    after = {u["directory"]: u["id"] for u in facts("info", image)["uppers"]}
+    assert {name: after[name] for name in before} == before
+    assert len(set(after.values())) == 3
+    done("restore", base / "x", base / "up")
+    assert ids(base / "up")[0] not in after.values()
+    image.unlink()
+    images.make(image)
+    done("restore", base / "x", f"{image}:/one")
+    assert ids(image) == [before["/one"]], "it was lost, and is there again"
+    with union(base, base / "tree", f"{image}:/one"):
+        check(base / "mnt")

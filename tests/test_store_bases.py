@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -122,7 +123,7 @@ def test_another_base_at_the_same_place(base: Path, slot: Slot, kind: str, store
     with made:
         assert (base / "mnt/file").read_text() == "lower\n"
     made = union(base, slot.point, upper, "on-mismatch=ro")
-    made.expected = ["runs without its store"]
+    made.expected = ["but read-only"]
     with made:
         assert (base / "mnt/file").read_text() == "changed\n"
     with union(base, slot.point, upper, "on-mismatch=ignore"):
@@ -351,6 +352,38 @@ def test_boot_with_another_base(root: Path, place: Path, store: str, mode: str) 
     boot(root, line)
     assert is_changed(root)
     end(root)
+
+
+def test_boot_finds_what_was_changed_before_its_base_was_called_so(root: Path, place: Path) -> None:
+    image = images.make(place / "store.img", "ext4")
+    first = system(place / "one.squashfs", root, kind="squashfs")
+    slot = Slot(root)
+    with looped(first) as device:
+        boot(root, f"unionfs.lower={device} unionfs.store={image}")
+        (root / "etc/name").write_text("changed\n")
+        (root / "gone").unlink()
+        end(root)
+    renamed = first.rename(place / "two.squashfs")
+    slot.holds(renamed)
+    boot(root, f"unionfs.store={image}")
+    assert is_changed(root)
+    assert status(root)["upper"] == f"{image}:/persistent_one/{ARCH}"
+    end(root)
+    slot.holds(renamed)
+    boot(root, f"unionfs.store={image} unionfs.reset")
+    assert not is_changed(root), "it was put aside there"
+    assert status(root)["upper"] == f"{image}:/persistent_one/{ARCH}"
+    end(root)
+
+
+@contextlib.contextmanager
+def looped(image: Path) -> Iterator[str]:
+    """A loop device for it."""
+    device = ground.run("losetup", "--find", "--show", "--read-only", image).strip()
+    try:
+        yield device
+    finally:
+        ground.run("losetup", "-d", device)
 
 
 def test_boot_does_not_reset_another_base_s_store(root: Path, place: Path) -> None:

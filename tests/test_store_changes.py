@@ -249,3 +249,113 @@ def test_reset_of_one_name_of_several(base: Path) -> None:
     assert "other names" in fails("reset", up, "/file")
     with union(base, base / "tree", up):
         assert (base / "mnt/link").read_text() == "changed\n"
+
+
+# What is not a store
+
+
+def files_in(place: Path) -> None:
+    place.mkdir()
+    (place / "2024").mkdir()
+    (place / "2024/one.jpg").write_text("dear")
+
+
+def saved(base: Path) -> Path:
+    """A backup of changes in base/up."""
+    (base / "up").mkdir()
+    with union(base, base / "tree", base / "up"):
+        change(base / "mnt")
+    done("backup", base / "up", base / "x")
+    return base / "x"
+
+
+def test_files_that_were_never_a_store_are_not_destroyed(base: Path) -> None:
+    backup = saved(base)
+    photos = base / "photos"
+    files_in(photos)
+    for words in (("restore", backup, photos), ("reset", photos, "--discard")):
+        said = fails(*words)
+        assert f"{photos} is not a store" in said
+        assert "or name an empty directory" in said
+        assert (photos / "2024/one.jpg").read_text() == "dear"
+    fails("reset", photos, "--discard", "-n")
+    assert "--keep keeps" in fails("restore", backup, photos)
+    assert "is not a store of unionfs" in fails("reset", photos, "2024")
+    assert listing(photos) == ["2024"]
+    assert hidden(base) == []
+    done("restore", "--keep", backup, photos)
+    (kept,) = base.glob("photos.before-*")
+    assert (kept / "2024/one.jpg").read_text() == "dear"
+    with union(base, base / "tree", photos):
+        check(base / "mnt")
+    done("restore", backup, photos)  # now it is one
+    done("reset", kept)  # and what is not may be put aside
+    (again,) = base.glob("photos.before-*.before-*")
+    assert (again / "2024/one.jpg").read_text() == "dear"
+
+
+def test_a_directory_in_an_image_that_was_never_a_store(base: Path) -> None:
+    need("ext4")
+    backup = saved(base)
+    image = images.make(base / "s.img")
+    with union(base, base / "tree", f"{image}:/docs"):
+        (base / "mnt/sub").mkdir()
+        (base / "mnt/sub/letter").write_text("dear")
+    docs = f"{image}:/docs/sub"
+    assert f"{docs} is not a store" in fails("restore", backup, docs)
+    assert "is not a store" in fails("reset", docs, "--discard")
+    with union(base, base / "tree", f"{image}:/docs"):
+        assert (base / "mnt/sub/letter").read_text() == "dear"
+
+
+def test_the_base_of_a_mounted_union_is_not_replaced(base: Path) -> None:
+    backup = saved(base)
+    (base / "over").mkdir()
+    with union(base, base / "tree", base / "over"):
+        for words in (("restore", backup, base / "tree", "--keep"), ("reset", base / "tree")):
+            assert f"is a lower of the union at {base / 'mnt'}" in fails(*words)
+        assert (base / "mnt/file").read_text() == "lower\n"
+    assert listing(base / "tree") == ["dir", "file", "gone"]
+
+
+@pytest.mark.parametrize("by", ["us", "overlayfs"])
+def test_an_upper_without_an_area_is_a_store(base: Path, by: str) -> None:
+    """One of workdir=, or of kernel overlayfs, where its root is marked."""
+    backup, up = saved(base), base / "other"
+    up.mkdir()
+    (base / "work").mkdir()
+    with union(base, base / "tree", up, f"workdir={base / 'work'}"):
+        (base / "mnt/file").write_text("changed\n")
+    assert listing(up) == ["file"]
+    if by == "overlayfs":
+        if os.geteuid() != 0:
+            pytest.skip("root's marks")
+        for name in os.listxattr(up):
+            os.removexattr(up, name)
+        os.setxattr(up, "trusted.overlay.impure", b"y")
+    done("restore", backup, up)
+    with union(base, base / "tree", up):
+        check(base / "mnt")
+
+
+def test_lost_and_found_is_no_change(base: Path) -> None:
+    """Of a file system whose root is the upper; anywhere else it is a directory as any."""
+    need("ext4")
+    image = images.make(base / "s.img")
+    up = f"{image}:/.."  # a Path would lose the slash
+    with union(base, base / "tree", up):
+        assert "lost+found" in listing(base / "mnt")
+    assert done("reset", up, "-n") == ""
+    assert "is not changed" in fails("reset", up, "lost+found")
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+    assert "lost+found" not in done("reset", up, "-n")
+    done("backup", up, base / "x")
+    done("clone", up, base / "copy")
+    for new in ("restored", "copy"):
+        if new == "restored":
+            done("restore", base / "x", base / new)
+        with union(base, base / "tree", base / new):
+            check(base / "mnt")
+    (base / "copy/lost+found").mkdir()
+    assert "lost+found" in done("reset", base / "copy", "-n")

@@ -13,6 +13,8 @@ import pytest
 from tests.rig import ground, images, snapshot
 from tests.test_store_commands import fails, store
 from tests.test_stores import base, need, union
+from unionfs.stores import rescue
+from unionfs.stores.tools import find
 
 __all__ = ["base"]
 
@@ -236,3 +238,75 @@ def test_names_of_a_link_in_a_read_only_union(base: Path) -> None:
         assert marks["index"]
     with union(base, base / "tree", base / "up", "ro", "index=off"):
         assert (base / "mnt/link").read_text() == "lower\n"
+
+
+# A damaged file system
+
+
+def _damaged(base: Path, *requests: str) -> Path:
+    """An ext4 with an upper, on which debugfs did this."""
+    need("ext4")
+    debugfs = find("debugfs")
+    if debugfs is None:
+        pytest.skip("there is no debugfs")
+    image = images.make(base / "s.img", megabytes=32)
+    with union(base, base / "tree", image):
+        (base / "mnt/made").mkdir()
+        (base / "mnt/made/file").write_text("made\n")
+    for request in requests:
+        ground.run(debugfs, "-w", "-R", request, image)
+    return image
+
+
+def test_what_can_be_repaired_without_a_loss_is(base: Path) -> None:
+    image = _damaged(base, "set_super_value free_blocks_count 5", "clri <11>")
+    found = store("check", "--repair", image)
+    assert found.returncode == 1, found
+    assert "ext4: repaired\n" in found.stdout
+    assert store("check", image).returncode == 0
+
+
+@pytest.mark.parametrize("lost", ["", "/x86"])
+def test_an_upper_that_a_repair_takes_away_is_told(base: Path, lost: str) -> None:
+    where = "/persistent_tree" + (f"/{os.uname().machine}" if lost else "")
+    image = _damaged(base, f"clri {where}")
+    found = store("check", "--repair", image, "--json")
+    assert found.returncode == 5, found
+    said = json.loads(found.stdout)
+    assert "by e2fsck -y" in said["filesystem"]
+    problems = {p["path"]: p["what"] for p in said["problems"]}
+    assert problems[where] == "was there before the repair, and is not any more"
+    assert any(path.startswith("/lost+found/#") for path in problems)
+    assert any("CLEARED" in note for note in said["notes"])
+    found = store("check", "--repair", image)
+    assert (found.returncode, found.stdout) == (0, "ext4: clean\nno problem is found\n")
+
+
+def test_a_root_that_is_lost_is_told(base: Path) -> None:
+    image = _damaged(base, "clri <2>")
+    found = store("check", "--repair", image)
+    assert found.returncode == 5, found
+    assert "\n/: could not be read: what was there is in lost+found, or gone\n" in found.stdout
+
+
+def test_what_xfs_repair_takes_away_is_told(base: Path) -> None:
+    need("xfs")
+    xfs_db = find("xfs_db")
+    if xfs_db is None:
+        pytest.skip("there is no xfs_db")
+    image = images.make(base / "s.img", "xfs")
+    with union(base, base / "tree", f"{image}:/up"):
+        pass
+    ground.run(xfs_db, "-x", "-c", "path /up", "-c", "write -d core.magic 0", image)
+    assert store("check", image).returncode == 4
+    found = store("check", "--repair", image)
+    assert found.returncode == 1, found
+    assert found.stdout.startswith("xfs: repaired\n")
+    assert "xfs_repair: cleared inode" in found.stdout
+    assert store("check", image).stdout.startswith("xfs: clean\n")
+
+
+def test_the_first_of_many_are_told() -> None:
+    told = rescue.shortened([str(number) for number in range(9)])
+    assert told == ["0", "1", "2", "3", "4", "and 4 more like these"]
+    assert rescue.shortened(["0"]) == ["0"]

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,19 @@ def test_it_is_too_late_to_interrupt() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), number)
     assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("words", [["list"], ["info"], ["check", "--no"]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_too_late_once_the_exit_code_is_decided(
+    tmp_path: Path, words: list[str], number: signal.Signals
+) -> None:
+    """The signal comes while the interpreter ends."""
+    code = store(*words, tmp_path).returncode
+    late = f"import atexit, os, sys; atexit.register(os.kill, os.getpid(), {int(number)})"
+    run = "from unionfs.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", f"{late}; {run}", "store", *words, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == code
 
 
 def test_an_interruption_waits_until_a_program_has_been_started() -> None:

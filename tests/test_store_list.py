@@ -15,6 +15,8 @@ from tests.rig import ground, images
 from tests.rig.mounted import program
 from tests.test_store_commands import done, facts, fails, store
 from tests.test_stores import base, change, check, label, mount, need, union
+from unionfs.cli.stores import configured
+from unionfs.stores.inspect import find_stores
 
 __all__ = ["base"]
 
@@ -180,3 +182,50 @@ def test_a_btrfs_of_two_devices_is_one(base: Path) -> None:
         with union(base, base / "tree", first):
             change(base / "mnt")
             assert len([x for x in facts("list") if x["label"] == name]) == 1
+
+
+def test_what_profiles_and_fstab_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories and images anywhere, that are not mounted now."""
+    (base / "data/of one").mkdir(parents=True)
+    (base / "conf").mkdir()
+    (base / "up").mkdir()
+    for upper in (base / "data/of one", base / "up"):
+        with union(base, base / "tree", upper):
+            change(base / "mnt")
+    (base / "conf/one.toml").write_text(
+        f'base = "{base}/tree"\nstore = "{base}/data"\n[paths]\n"/dir" = "persist"\n'
+    )
+    (base / "conf/wrong.toml").write_text("base = 7\n")
+    (base / "conf/all@.toml").write_text("")
+    (base / "fstab").write_text(
+        f"# {base}/no {base}/mnt unionfs upperdir={base}/commented 0 0\n"
+        f"{base}/tree {base}/mnt unionfs upperdir={base}/up,nofail 0 0\n"
+        f"{base}/tree {base}/mnt fuse.unionfs upperdir={base}/data/of\\040one 0 0\n"
+        f"{base}/tree {base}/mnt unionfs upperdir={base}/nowhere 0 0\n"
+        f"{base}/tree {base}/mnt unionfs bad=,upperdir={base}/bad 0 0\n"
+        "UUID=1 / ext4 errors=remount-ro 0 1\n\nshort line\n"
+    )
+    monkeypatch.setattr("unionfs.profiles.files.directories", lambda root="/": [f"{base}/conf"])
+    named = list(configured.stores(f"{base}/fstab"))
+    assert named == [f"{base}/data", f"{base}/up", f"{base}/data/of one"]
+    assert list(configured.stores(f"{base}/none")) == [f"{base}/data"]
+    found = [s for s in find_stores([], named) if s.path.startswith(f"{base}/")]
+    assert [s.path for s in found] == [f"{base}/data", f"{base}/up"]
+    assert [u.directory for u in found[0].uppers] == ["/of one"]
+    shown = done("list", base / "up")
+    assert "KIND" in shown
+    assert "directory" in shown
+
+
+def test_a_profile_of_ones_own(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root's profiles are the system's")
+    (base / "conf/unionfs").mkdir(parents=True)
+    (base / "up").mkdir()
+    with union(base, base / "tree", base / "up"):
+        change(base / "mnt")
+    (base / "conf/unionfs/one.toml").write_text(
+        f'base = "{base}/tree"\nstore = "{base}/up"\n[paths]\n"/dir" = "persist"\n'
+    )
+    monkeypatch.setenv("XDG_CONFIG_HOME", f"{base}/conf")
+    assert [one["path"] for one in listed(base)] == [f"{base}/up"]

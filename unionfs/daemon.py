@@ -26,7 +26,6 @@ Locks are taken and threads are started after the fork: neither survives it.
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import json
 import logging
@@ -41,7 +40,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
-from unionfs import logs, notify
+from unionfs import capabilities, inherited, logs, notify
 from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.options import MountOptions
 
@@ -64,8 +63,6 @@ log = logging.getLogger("unionfs")
 
 _FLUSH_SECONDS: Final = 10
 _DETACH_SECONDS: Final = 2
-_OOM_SCORE: Final = "-500"
-_DESCRIPTORS: Final = 4000
 
 
 class Served(Protocol):
@@ -138,6 +135,7 @@ def run(
 
         ask = functools.partial(passphrase.obtain, _key_source(options))
         return _Daemon(options, build, functools.partial(_tell_manager, options), ask).run()
+    inherited.hear_signals()  # of the daemon's end, should it fail
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -277,23 +275,6 @@ def _interrupted(_number: int, _frame: object) -> NoReturn:
     raise UnionfsError("interrupted before the union was mounted", code=ExitCode.INTERRUPT)
 
 
-def _settle() -> None:
-    """Be in nobody's way, and keep nobody's mode bits from the files we make."""
-    os.chdir("/")
-    os.umask(0)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # The table of descriptors grows now: with threads each time waits for a grace period of RCU,
-    # which is 5-20 ms for whoever has asked (expand_files of fs/file.c).
-    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard - 1)
-    with contextlib.suppress(OSError):
-        os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, most))
-    # Killed for want of memory, a union takes all its users with it.
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write(_OOM_SCORE)
-
-
 @dataclass
 class _Daemon:
     """One union in this process: the fields are filled in the order of run()."""
@@ -322,7 +303,7 @@ class _Daemon:
         # Until the loop listens: unwind what was done.  SIGINT is Python's KeyboardInterrupt.
         signal.signal(signal.SIGTERM, _interrupted)
         with contextlib.ExitStack() as stack:
-            _settle()
+            inherited.settle()
             if session.make_way(plan, self.options.mountpoint):
                 log.info("%s: the daemon before was killed", self.options.mountpoint)
             opened, served = self._open(stack)
@@ -416,6 +397,7 @@ class _Daemon:
         # A helper thread that has finished sends SIGURG to the loop's thread: should that be in a
         # read whose request was taken back (its process was killed), it gets EINTR and goes on.
         signal.signal(signal.SIGURG, lambda _number, _frame: None)
+        capabilities.obey_quotas()  # the threads that answer too: none has been started yet
         try:
             trio.run(self._live, loop, mount, served)
         except BaseException as exc:

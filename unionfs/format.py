@@ -137,6 +137,11 @@ def _walk(fd: int, dev: int, depth: int = 0) -> Iterator[tuple[int, str | None]]
         os.close(fd)
 
 
+def is_marked(directory: int) -> bool:
+    """Whether an open directory has marks itself, as the root of many uppers has."""
+    return _mark_namespace(directory) is not None
+
+
 def _mark_namespace(fd: int) -> Namespace | None:
     try:
         names = [name for name in os.listxattr(fd) if name != KEY_ATTRIBUTE]

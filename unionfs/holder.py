@@ -22,6 +22,7 @@ import json
 import os
 import re
 import select
+import time
 from dataclasses import dataclass
 from typing import Final
 
@@ -37,6 +38,8 @@ _MACHINE: Final = ("/etc/machine-id", "/sys/class/dmi/id/product_uuid")
 # Of boards whose maker gave none.
 _NO_UUID: Final = re.compile(r"0*|f*|03000200040005000006000700080009|uninitialized")
 _KEY: Final = b"unionfs"
+_LOOK_SECONDS: Final = 3
+_WAIT: Final = "wait for the end of what has it"
 _ENDING_SECONDS: Final = 10
 _LIMIT: Final = 65536
 
@@ -182,8 +185,20 @@ def _await_end(pid: int, owner: Owner) -> None:
             os.close(fd)
 
 
+def _await_look(fd: int, how: int) -> bool:
+    """Wait a little for a verb, which is not at work for long if it only looks; whether it is
+    locked now."""
+    end = time.monotonic() + _LOOK_SECONDS
+    while time.monotonic() < end:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def lock(fd: int, how: int, path: str, area: str) -> None:
-    """flock; `area` is where the one who has it says who he is."""
+    """flock; `area` is where the one who has it says who he is, if that is a union."""
     for last in (False, True):
         try:
             fcntl.flock(fd, how | fcntl.LOCK_NB)
@@ -193,9 +208,12 @@ def lock(fd: int, how: int, path: str, area: str) -> None:
             if owner.elsewhere(here()):  # NFS: flock(2) is seen by the other machines there
                 refuse_elsewhere(owner, path)
             pid = _holder_pid(fd, owner)
+            verb = not owner.pid or owner.pid != pid
             if last:
-                raise UnionfsError(
-                    f"{path} is in use by {_describe(pid, owner)}",
-                    hint="unmount that union first, or choose another upper",
-                ) from None
-            _await_end(pid, owner)
+                what = f"{path} is in use by {_describe(pid, owner)}"
+                hint = _WAIT if verb else "unmount that union first"
+                raise UnionfsError(what, hint=f"{hint}, or choose another upper") from None
+            if not verb:
+                _await_end(pid, owner)
+            elif _await_look(fd, how):
+                return

@@ -113,37 +113,41 @@ class Marks:
         else:
             os.close(os.open(WH_OPAQUE, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=fd))
 
-    def make_whiteout(self, dirfd: int, name: bytes) -> None:
+    def make_whiteout(self, tree: _native.Tree, dirfd: int, name: bytes) -> None:
         """A whiteout where nothing is yet. Atomic."""
         if self.wh:
             os.close(
                 os.open(WH + name, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
             )
         else:
-            os.mknod(name, stat.S_IFCHR, 0, dir_fd=dirfd)
+            tree.make_whiteout(dirfd, name)
 
-    def whiteout_over(self, work: int, temp: bytes, dirfd: int, name: bytes) -> None:
+    def whiteout_over(
+        self, tree: _native.Tree, work: int, temp: bytes, dirfd: int, name: bytes
+    ) -> None:
         """Replace a file by a whiteout."""
         if self.wh:
             # While both are there, the file of the same layer counts.
-            self.make_whiteout(dirfd, name)
+            self.make_whiteout(tree, dirfd, name)
             os.unlink(name, dir_fd=dirfd)
             return
-        os.mknod(temp, stat.S_IFCHR, 0, dir_fd=work)
+        tree.make_whiteout(work, temp)
         try:
             os.rename(temp, name, src_dir_fd=work, dst_dir_fd=dirfd)
         except OSError:
             os.unlink(temp, dir_fd=work)
             raise
 
-    def whiteout_over_dir(self, work: int, temp: bytes, dirfd: int, name: bytes) -> None:
+    def whiteout_over_dir(
+        self, tree: _native.Tree, work: int, temp: bytes, dirfd: int, name: bytes
+    ) -> None:
         """Replace a directory by a whiteout; the directory is work/TEMP then."""
         if self.wh:
-            self.make_whiteout(dirfd, name)
+            self.make_whiteout(tree, dirfd, name)
             with lent_at(dirfd, name, stat.S_IWUSR):
                 os.rename(name, temp, src_dir_fd=dirfd, dst_dir_fd=work)
             return
-        os.mknod(temp, stat.S_IFCHR, 0, dir_fd=work)
+        tree.make_whiteout(work, temp)
         try:
             with lent_at(dirfd, name, stat.S_IWUSR):
                 renameat2(work, temp, dirfd, name, RENAME_EXCHANGE)

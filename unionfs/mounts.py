@@ -43,7 +43,7 @@ class Position(NamedTuple):
         return self.path == other.path or self.path.startswith(other.path.rstrip("/") + "/")
 
 
-def _unescape(field: bytes) -> str:
+def unescape(field: bytes) -> str:
     """Spaces, tabs, newlines and backslashes are written as three octal digits."""
     return os.fsdecode(_ESCAPE.sub(lambda m: bytes([int(m[1], 8)]), field))
 
@@ -60,11 +60,11 @@ def parse_mounts(text: bytes) -> list[MountEntry]:
             MountEntry(
                 number=int(first[0]),
                 device=first[2].decode(),
-                root=_unescape(first[3]),
-                point=_unescape(first[4]),
+                root=unescape(first[3]),
+                point=unescape(first[4]),
                 fstype=last[0].decode(),
-                source=_unescape(last[1]),
-                options=_unescape(last[2]) if len(last) > 2 else "",
+                source=unescape(last[1]),
+                options=unescape(last[2]) if len(last) > 2 else "",
             )
         )
     return entries

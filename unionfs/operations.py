@@ -318,11 +318,9 @@ class UnionOperations(pyfuse3.Operations):
         tree = self.union.tree
         if name in (b".", b".."):
             # The kernel takes no reference for these two.
-            return bool(
-                pyfuse3.readdir_reply(
-                    token, name, self._attributes(tree.getattr(directory)), next_id
-                )
-            )
+            above = tree.name_of(directory) if name == b".." else None
+            attr = tree.getattr(above[0] if above else directory)
+            return bool(pyfuse3.readdir_reply(token, name, self._attributes(attr), next_id))
         try:
             attr = tree.lookup(directory, name)
         except FileNotFoundError:

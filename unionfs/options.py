@@ -176,6 +176,11 @@ def unescape(text: str) -> str:
     return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
 
 
+def escape(text: str) -> str:
+    r"""A text as the value of one option: unescape() turned round."""
+    return re.sub(r"([\\,])", r"\\\1", text)
+
+
 def split_options(text: str) -> list[str]:
     r"""The items of A,B=C,...: \, does not separate; escapes stay, quotes are taken off.
 
@@ -240,6 +245,10 @@ class OptionReader:
     def asked(self, setting: str) -> object:
         """What was said about it; None if nothing was."""
         return self._values.get(setting)
+
+    def said(self) -> frozenset[str]:
+        """The settings that something was said about."""
+        return frozenset(self._values)
 
     def spelled(self, setting: str) -> str:
         """How that was written."""

@@ -49,9 +49,9 @@ def unlink(union: Union, parent: int, name: bytes) -> None:
 
 def _remove_at(union: Union, dirfd: int, name: bytes, entry: Entry) -> None:
     if entry.upper != UPPER_ENTRY:
-        union.marks.make_whiteout(dirfd, name)
+        union.marks.make_whiteout(union.tree, dirfd, name)
     elif entry.lower:
-        union.marks.whiteout_over(union.work_fd, union.temp_name(), dirfd, name)
+        union.marks.whiteout_over(union.tree, union.work_fd, union.temp_name(), dirfd, name)
     else:
         os.unlink(name, dir_fd=dirfd)
 
@@ -85,11 +85,11 @@ def rmdir(union: Union, parent: int, name: bytes) -> None:
 
 def _remove_dir_at(union: Union, dirfd: int, name: bytes, entry: Entry) -> None:
     if entry.upper != UPPER_ENTRY:
-        union.marks.make_whiteout(dirfd, name)
+        union.marks.make_whiteout(union.tree, dirfd, name)
         return
     temp = union.temp_name()
     if entry.lower:
-        union.marks.whiteout_over_dir(union.work_fd, temp, dirfd, name)
+        union.marks.whiteout_over_dir(union.tree, union.work_fd, temp, dirfd, name)
     else:
         try:
             os.rmdir(name, dir_fd=dirfd)

@@ -153,7 +153,7 @@ def _move(union: Union, old_fd: int, old: Side, new_fd: int, new: Side) -> None:
         _clear_target(union, new_fd, new_name)
     if union.marks.wh:
         if old_entry.lower:
-            union.marks.make_whiteout(old_fd, name)
+            union.marks.make_whiteout(union.tree, old_fd, name)
         os.rename(name, new_name, src_dir_fd=old_fd, dst_dir_fd=new_fd)
         if new_entry.upper == UPPER_WHITEOUT or new_entry.lower:
             union.marks.drop_wh(new_fd, new_name)

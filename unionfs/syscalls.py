@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import struct
 import sys
 from collections.abc import Iterable
 from enum import IntFlag
@@ -44,8 +45,11 @@ _FSPICK_CLOEXEC: Final = 1
 _FSPICK_EMPTY_PATH: Final = 8
 _MS_PRIVATE: Final = 1 << 18
 _CLONE_NEWNS: Final = 0x20000
+_CAPABILITY_VERSION_3: Final = 0x20080522
 _CLONE_NEWUSER: Final = 0x10000000
 _STATFS_BYTES: Final = 256
+_STATX_BYTES: Final = 256
+_AT_STATX_DONT_SYNC: Final = 0x4000
 _FICLONE: Final = 0x40049409
 _GETFLAGS: Final = 0x80086601
 _FS_ENCRYPT_FL: Final = 0x800
@@ -62,6 +66,7 @@ class MountAttr(IntFlag):
     NODEV = 0x4
     NOEXEC = 0x8
     NOATIME = 0x10
+    STRICTATIME = 0x20
     ATIME_MASK = 0x70
     NODIRATIME = 0x80
 
@@ -109,6 +114,14 @@ class _MountAttrStruct(ctypes.Structure):
         ("propagation", ctypes.c_uint64),
         ("userns_fd", ctypes.c_uint64),
     ]
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapWord(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable"))
 
 
 class _FileHandle(ctypes.Structure):
@@ -242,6 +255,19 @@ def syncfs(fd: int) -> None:
     _checked("syncfs", _libc.syncfs(ctypes.c_int(fd)))
 
 
+def set_effective(capability: int, *, on: bool) -> bool:
+    """Raise or lower a capability of this thread alone; False if it was so already."""
+    header = _CapHeader(_CAPABILITY_VERSION_3, 0)
+    words = (_CapWord * 2)()
+    _checked("capget", _libc.capget(ctypes.byref(header), words))
+    word, bit = words[capability // 32], 1 << capability % 32
+    if bool(word.effective & bit) == on:
+        return False
+    word.effective ^= bit
+    _checked("capset", _libc.capset(ctypes.byref(header), words))
+    return True
+
+
 def unshare_mounts() -> None:
     """A copy of all mounts for this thread alone; while there is but one, for the process."""
     _checked("unshare", _libc.unshare(ctypes.c_int(_CLONE_NEWNS)))
@@ -264,6 +290,14 @@ def link_descriptor(fd: int, directory: int, name: str) -> None:
     source = f"/proc/self/fd/{fd}".encode()
     args = (AT_FDCWD, source, directory, os.fsencode(name), AT_SYMLINK_FOLLOW)
     _checked("linkat", _libc.linkat(*args), name)
+
+
+def device_of(path: str) -> int:
+    """st_dev, as far as it is known without asking the server of a network or FUSE file system."""
+    found = (ctypes.c_char * _STATX_BYTES)()
+    args = (AT_FDCWD, os.fsencode(path), _AT_STATX_DONT_SYNC, 0, ctypes.byref(found))
+    _checked("statx", _libc.statx(*args), path)
+    return os.makedev(*struct.unpack_from("=II", found.raw, 136))  # stx_dev_major, stx_dev_minor
 
 
 def clone_file(source: int, target: int) -> None:

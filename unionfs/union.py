@@ -30,6 +30,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
+from unionfs import inherited
 from unionfs._native import Tree
 from unionfs.acl import reads_all_ids
 from unionfs.format import AREA_NAME, OPEN_DIRECTORY, Record, parse_record
@@ -44,7 +45,6 @@ R = TypeVar("R")
 # Smaller files are copied whole when their metadata change: that costs about the same, and kernel
 # overlayfs then reads them without metacopy=on.
 METACOPY_BYTES = 64 * 1024
-MAX_OPEN_DIRS = 256
 FS_IOC_GETFSUUID = 0x80111500  # linux/fs.h: _IOR(0x15, 0, struct fsuuid2), Linux 6.9
 EXT4_IOC_GETFSUUID = 0x8008662C  # fs/ext4/ext4.h
 
@@ -240,7 +240,7 @@ class Union:
             squash_gid=-1 if options.squash_to_gid is None else options.squash_to_gid,
             uids=[(r.inside, r.outside, r.length) for r in options.uidmapping],
             gids=[(r.inside, r.outside, r.length) for r in options.gidmapping],
-            max_open_dirs=MAX_OPEN_DIRS,
+            max_open_dirs=inherited.open_directories(),
             index_fd=self.index,
             numbers_fd=self.numbers,
             image_fd=self.image,

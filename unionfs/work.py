@@ -11,6 +11,7 @@ daemon.py; the union uses the descriptors.
     AREA/work/incompat/NAME/   makes kernel overlayfs refuse what it would misread
     AREA/unchecked  a check after an unclean end was not finished (recovery.py)
     AREA/reserve    space for removing (reserve.py)
+    AREA/whiteout   what whiteouts are names of, where they are devices (cext/whiteout.h)
     AREA/index/     kernel overlayfs's hard link index
     AREA/numbers/   inode numbers of copies that can carry no xattr (a user's symbolic links ...)
 
@@ -23,6 +24,7 @@ import dataclasses
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from types import MappingProxyType
 from typing import Final
@@ -51,6 +53,7 @@ __all__ = ["AREA_NAME", "INCOMPAT_USERXATTR", "UNCHECKED", "Work", "empty_direct
 UNCHECKED: Final = "unchecked"  # a check of the upper was not finished (recovery.py)
 INCOMPAT_USERXATTR: Final = "unionfs-userxattr-redirect"
 _INCOMPAT: Final = "incompat"
+_WHITEOUT: Final = "whiteout"
 _OUR_INCOMPAT: Final = frozenset({INCOMPAT_USERXATTR})
 # A file system (NFS, some FUSE ones) on which a directory cannot be locked.
 _NO_DIRECTORY_LOCKS: Final = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -114,6 +117,7 @@ def lock_shared(upper: Layer, options: MountOptions) -> int:
         holder.lock(fd, fcntl.LOCK_SH, upper.path, area)
         if options.other_machine == "refuse":
             holder.refuse_elsewhere(holder.read_owner(area), upper.path)
+        _refuse_cut(fd, upper.path)
     except OSError as exc:
         if exc.errno not in _NO_DIRECTORY_LOCKS:
             raise
@@ -121,6 +125,12 @@ def lock_shared(upper: Layer, options: MountOptions) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _refuse_cut(upper: int, path: str) -> None:
+    from unionfs.stores import exchange
+
+    exchange.refuse_cut(upper, path)
 
 
 class Work:
@@ -264,6 +274,13 @@ class Work:
         self.before = None if text is None else holder.parse_owner(text)
         if options.other_machine == "refuse":
             holder.refuse_elsewhere(self.before, self._upper.path)
+        self._settle()
+
+    def _settle(self) -> None:
+        """A verb that was killed may have left the upper between two contents."""
+        from unionfs.stores import exchange
+
+        exchange.settle(self._locks[0])
 
     def _check_place(self, found: int) -> None:
         """A work directory of its own must be beside the upper, on the same mount."""
@@ -298,6 +315,8 @@ class Work:
             self._make_directory(self.area, "index")
             self.index = self._open_directory("index")
         self._decide(options, record)
+        if self.whiteout == "char":
+            self._share_whiteout()
         if self.xattrs != "trusted" or not self._upper.features.link_xattrs:
             self._make_directory(self.area, "numbers")
             self.numbers = self._open_directory("numbers")
@@ -311,6 +330,19 @@ class Work:
         except OSError as exc:
             if exc.errno not in FULL:  # what is full can be mounted, to remove things
                 raise
+
+    def _share_whiteout(self) -> None:
+        """What all whiteouts are names of (cext/whiteout.h). Without it each is an inode."""
+        try:
+            found = os.stat(_WHITEOUT, dir_fd=self.area, follow_symlinks=False)
+            if stat.S_ISCHR(found.st_mode) and found.st_rdev == 0:
+                return
+            os.unlink(_WHITEOUT, dir_fd=self.area)
+        except FileNotFoundError:
+            pass
+        with contextlib.suppress(OSError):  # no inode is left
+            os.mknod(_WHITEOUT, stat.S_IFCHR, 0, dir_fd=self.area)
+            self._made.append((self.area, _WHITEOUT, False))
 
     def _open_directory(self, name: str) -> int:
         """One of the area's; kernel overlayfs leaves them with no mode bits at all."""

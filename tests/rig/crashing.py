@@ -138,7 +138,7 @@ class _SteppingTree:
 
     def __init__(self, tree: Any, steps: Steps) -> None:  # noqa: ANN401
         self._tree = tree
-        for name in ("make_impure", "write", "fsync"):
+        for name in ("make_impure", "make_whiteout", "write", "fsync"):
             setattr(self, name, steps.before(f"tree.{name}", getattr(tree, name)))
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401

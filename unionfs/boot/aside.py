@@ -87,7 +87,11 @@ def _make_readonly(root: int) -> None:
 
 
 def _make_root() -> None:
-    """A directory in memory, with what is kept."""
+    """A directory in memory, with what is kept; what was mounted below it is let go of first."""
+    for entry in reversed(read_mounts()):
+        if entry.point.startswith(f"{_PLACE}/"):
+            with contextlib.suppress(OSError):  # gone with another
+                syscalls.umount(entry.point, UnmountFlag.NOFOLLOW | UnmountFlag.DETACH)
     points = {entry.point for entry in read_mounts()}
     syscalls.mount("unionfs", _PLACE, "tmpfs", MountFlag.NOSUID | MountFlag.NODEV, "mode=755")
     for point in _KEPT:

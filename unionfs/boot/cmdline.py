@@ -126,7 +126,8 @@ class _Reading:
         crypt = cast(str | None, values.get("crypt"))
         if crypt != store:  # another word named another store
             crypt = None
-        if values.get("encrypted") and store is not None:
+        by_name = bool(values.get("encrypted")) and store is not None and crypt is None
+        if by_name:
             crypt = store
         return Request(
             asked=asked,
@@ -137,13 +138,15 @@ class _Reading:
             size=cast(str | None, values.get("size")),
             reset=bool(values.get("reset", False)),
             crypt=crypt,
+            crypt_by_name=by_name,
             toram=bool(values.get("toram", False)),
             lower=cast(str | None, values.get("lower")),
             timeout=cast(float | None, values.get("timeout")),
             fallback=cast(Fallback, values.get("fallback", "tmpfs")),
             on_mismatch=cast(OnMismatch, values.get("on_mismatch", "refuse")),
             profile=cast(str | None, values.get("profile")),
-            persistence=bool(values.get("persistence", False)),
+            # Without a store nothing says what persists.
+            persistence=bool(values.get("persistence", False)) and mode in ("persist", "ro"),
             options=cast(str, values.get("options", "")),
             notices=tuple(self.notices),
             sources=self._sources(),

@@ -9,7 +9,6 @@ union's loop device holds what lies in it.
 """
 
 import contextlib
-import dataclasses
 import os
 import re
 import stat
@@ -17,11 +16,11 @@ from typing import Final
 
 from unionfs import locator, syscalls
 from unionfs.boot.aside import IN_MEMORY
-from unionfs.boot.telling import Teller
+from unionfs.boot.telling import MIB, Teller
 from unionfs.errors import UnionfsError
 from unionfs.mounts import read_mounts
-from unionfs.options import MountOptions
 from unionfs.stores import find, mounted_base, squash
+from unionfs.stores.tools import Progress
 from unionfs.syscalls import MountFlag, UnmountFlag
 
 _PLACE: Final = "/run/unionfs/toram"
@@ -32,25 +31,26 @@ _TAIL: Final = 64 * 1024  # by which a squashfs is recognized: stores/base.py
 
 
 def to_memory(
-    options: MountOptions, lower: str | None, teller: Teller, stack: contextlib.ExitStack
-) -> MountOptions:
-    """The options with the copy for the base; as they are, with a warning, if it cannot be had."""
+    lower: str | None, root: str, seconds: float, teller: Teller, stack: contextlib.ExitStack
+) -> str | None:
+    """The copy of the base, a locator; None, with a line that says why, if there is none.
+
+    seconds: how long the device of `lower` is waited for.
+    """
     try:
-        source = lower or _device_of(options.lowers[-1])
+        source = lower or _device_of(root)
         where = locator.parse(source)
-        path = find.find(where, timeout=options.device_timeout or 0)
+        path = find.find(where, timeout=seconds)
         if _is_in_memory(path):
             teller.say(f"{source} is in memory already")
-            return options
-        copy = _copy(path, stack)
+            return None
+        copy = _copy(path, source, teller, stack)
     except (UnionfsError, OSError) as exc:
         reason = exc.line() if isinstance(exc, UnionfsError) else str(exc)
         teller.warn(f"the base stays where it is: {reason}")
-        return options
+        return None
     teller.say(f"{source} is copied to memory")
-    if where.directory is not None:
-        copy = f"{copy}:{where.directory}"
-    return dataclasses.replace(options, lowers=(*options.lowers[:-1], copy))
+    return copy if where.directory is None else f"{copy}:{where.directory}"
 
 
 def _device_of(root: str) -> str:
@@ -83,7 +83,7 @@ def _type_of(path: str) -> int:
     return 0 if stat.S_ISBLK(status.st_mode) else syscalls.filesystem_type(path)
 
 
-def _copy(path: str, stack: contextlib.ExitStack) -> str:
+def _copy(path: str, called: str, teller: Teller, stack: contextlib.ExitStack) -> str:
     with open(path, "rb", buffering=0) as source:
         if not stat.S_ISREG(mode := os.fstat(source.fileno()).st_mode) and not stat.S_ISBLK(mode):
             raise UnionfsError(f"{path} is no file and no device", hint="name an image")
@@ -93,9 +93,8 @@ def _copy(path: str, stack: contextlib.ExitStack) -> str:
         free = _available()
         if free is not None and used + _LEFT > free:
             hint = "leave toram out, or add memory"
-            mib = 1 << 20
             raise UnionfsError(
-                f"{path} has {used // mib} MiB, and only {free // mib} are free", hint=hint
+                f"{path} has {used // MIB} MiB, and only {free // MIB} are free", hint=hint
             )
         os.makedirs(_PLACE, 0o700, exist_ok=True)
         size = f"size={used + _TAIL + _OWN},mode=700"
@@ -103,15 +102,17 @@ def _copy(path: str, stack: contextlib.ExitStack) -> str:
         stack.callback(os.rmdir, _PLACE)
         stack.callback(syscalls.umount, _PLACE, UnmountFlag.NOFOLLOW | UnmountFlag.DETACH)
         copy = f"{_PLACE}/{os.path.basename(path)}"
-        with open(copy, "wb", buffering=0) as target:
+        teller.say(f"copying {called} to memory: {-(-used // MIB)} MiB")
+        with open(copy, "wb", buffering=0) as target, teller.counting(called, used) as advance:
             target.truncate(whole)
-            _copy_range(source.fileno(), target.fileno(), 0, used)
+            _copy_range(source.fileno(), target.fileno(), 0, used, advance)
             if used < whole:
-                _copy_range(source.fileno(), target.fileno(), max(used, whole - _TAIL), whole)
+                start = max(used, whole - _TAIL)
+                _copy_range(source.fileno(), target.fileno(), start, whole, advance)
     return copy
 
 
-def _copy_range(source: int, target: int, start: int, end: int) -> None:
+def _copy_range(source: int, target: int, start: int, end: int, advance: Progress) -> None:
     """What is empty stays a hole."""
     position = start
     while position < end:
@@ -121,6 +122,7 @@ def _copy_range(source: int, target: int, start: int, end: int) -> None:
         if piece.strip(b"\0"):
             os.pwrite(target, piece, position)
         position += len(piece)
+        advance(len(piece))
 
 
 def _available() -> int | None:

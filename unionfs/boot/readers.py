@@ -20,8 +20,9 @@ from unionfs.options import read_strings
 MEMORY: Final = "tmpfs:"
 NOWHERE: Final = ""
 
-_YES: Final = ("1", "yes", "true", "on", "y")
-_NO: Final = ("0", "no", "false", "off", "n")
+# As systemd reads them; others take fewer.
+_YES: Final = ("1", "yes", "true", "on", "y", "t")
+_NO: Final = ("0", "no", "false", "off", "n", "f")
 # A device below /dev, and a directory in it: /dev/sda1/changes, LABEL:x/changes.
 _DEVICE_PATH: Final = re.compile(r"(/dev/(?:disk/by-[a-z]+/|mapper/)?[^/]+)(/.*)?")
 _COLON_TAG: Final = re.compile(r"(LABEL|UUID|PARTUUID|PARTLABEL):([^/]+)(/.*)?", re.IGNORECASE)
@@ -305,10 +306,15 @@ def read_cow_persistent(collector: Collector, value: str | None) -> None:
 
 
 def read_volatile(collector: Collector, value: str | None) -> None:
-    """systemd's; of its ways only `overlay` is a union."""
+    """systemd's, a switch or a way; of these only `overlay` is a union."""
     if value == "overlay":
         collector.say("place", MEMORY)
-    elif choice(value, "yes", "state", "no", "overlay") != "no":
+        return
+    try:
+        away = value == "state" or truth(value)
+    except Malformed as exc:
+        raise Malformed("it is one of yes, state, no, overlay") from exc
+    if away:
         collector.note("this is no union: systemd does it")
 
 

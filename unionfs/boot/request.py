@@ -23,6 +23,7 @@ class Request:
     size: str | None = None  # of the memory, as tmpfs takes it
     reset: bool = False
     crypt: str | None = None  # the store is encrypted, and lies on this device
+    crypt_by_name: bool = False  # it, or what is in it, has that name: which device is not known
     toram: bool = False
     lower: str | None = None  # the base, a locator; None: what is mounted as the root
     timeout: float | None = None  # seconds to wait for the store's device

@@ -6,21 +6,19 @@ import os
 
 from unionfs import identity, locator
 from unionfs.errors import UnionfsError
-from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions
 from unionfs.passphrase import Source, obtain
-from unionfs.stores import backing, base, changing, find, inspect, mounted_base, probe
+from unionfs.stores import backing, changing, find, inspect, mounted_base
 
 
 def reset(options: MountOptions) -> str | None:
     """Put the upper's changes aside; where they are kept, None if there were none.
 
-    Not those of another base, unless mismatches are ignored.
+    Not those of another base, unless mismatches are ignored.  Does not wait for its device.
     """
     assert options.upper is not None
-    # The device is waited for here: what looks at stores does not.
-    where = locator.parse(options.upper)
-    find.find(where, search=options.search, timeout=options.device_timeout or 0)
+    # Where it is looked for, as what looks at stores does not heed.
+    find.find(locator.parse(options.upper), search=options.search)
     try:
         with backing.chosen(options.upper, write=True) as upper:
             if not changing.contents(upper):
@@ -38,12 +36,7 @@ def reset(options: MountOptions) -> str | None:
 
 
 def _refuse_another(upper: backing.Chosen, lower: str) -> None:
-    where = locator.parse(lower)
-    path = find.find(where)
-    if os.path.isdir(path):
-        own = mounted_base.describe(where, path, read_mounts())
-    else:
-        own = base.describe(where, probe.probe(path))
+    own = mounted_base.named(lower)
     error = identity.mismatch(inspect.read_record(upper.fd), own, upper.name)
     if error is not None:
         raise error

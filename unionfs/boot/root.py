@@ -11,7 +11,7 @@ import dataclasses
 import errno
 import os
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfs import locator, runtime, syscalls
 from unionfs.boot.request import Request
@@ -22,6 +22,9 @@ from unionfs.mounts import MountEntry, mounted_beneath, read_mounts, topmost
 from unionfs.options import MountOptions, read_strings
 from unionfs.syscalls import UnmountFlag
 from unionfs.unions import FSTYPE
+
+if TYPE_CHECKING:
+    from unionfs.profiles.profile import Profile
 
 _OTHERS: Final = ("overlay", "aufs", "fuse.fuse-overlayfs")
 
@@ -34,6 +37,14 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
     if not request.asked:
         teller.say("the kernel's command line asks for no union")
         return ExitCode.OK
+    if request.profile is not None:
+        from unionfs.boot import parts  # slow to load, and seldom needed
+
+        request, idle = parts.beside_profile(request, root)
+        if idle is not None:
+            teller.warn(idle)
+    for line in idle_words(request):
+        teller.warn(line)
     lower = lower or request.lower
     mounts = read_mounts()
     point = os.path.realpath(root)
@@ -62,6 +73,14 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
 def _is_done(entry: MountEntry, request: Request) -> bool:
     """Whether somebody has been here: ourselves, or those whose words are on the command line."""
     return entry.fstype == FSTYPE or (entry.fstype in _OTHERS and not request.native)
+
+
+def idle_words(request: Request) -> list[str]:
+    """What is said of writing to a store, where that is not done: a line each."""
+    if request.mode in ("persist", "off"):
+        return []
+    words = [request.sources[name] for name in ("reset", "flags") if getattr(request, name)]
+    return [f"{word}: without effect, as nothing is written to a store" for word in words]
 
 
 def described(request: Request, root: str, lower: str | None) -> list[str]:
@@ -154,6 +173,7 @@ class _Boot:
     def run(self) -> int:
         """All that is asked for; the exit code."""
         code: int = ExitCode.OK
+        runtime.clear(NAME)
         if self.request.mode != "off":
             action = self._persistence if self.request.persistence else self._union
             code = self._go_on(action)
@@ -161,10 +181,13 @@ class _Boot:
             code = max(code, self._go_on(self._profile))
         return code
 
-    def _go_on(self, action: Callable[[], None]) -> int:
-        """Do a part of it; what cannot be done stops the boot only if that is asked for."""
+    def _go_on(self, action: Callable[[], list[str]]) -> int:
+        """Do a part of it; what cannot be done stops the boot only if that is asked for.
+
+        The action returns why its unions run without their stores, as far as they have not told.
+        """
         try:
-            action()
+            warnings = action()
         except (UnionfsError, OSError) as exc:
             error = exc if isinstance(exc, UnionfsError) else UnionfsError(str(exc))
             self._unmount_dead()
@@ -174,36 +197,91 @@ class _Boot:
             self.teller.warn(f"the system goes on without its union: {error.line()}")
             runtime.tell_degraded(NAME, error.line())
             return ExitCode.PARTIAL
-        if (reason := degraded()) is not None:
+        for warning in warnings:
+            self.teller.warn(warning)
+        if warnings:
+            runtime.tell_degraded(NAME, "; ".join(warnings))
+        elif (reason := degraded()) is not None:
             self.teller.warn(reason, shown=True)
-            return ExitCode.PARTIAL
-        return ExitCode.OK
+        else:
+            return ExitCode.OK
+        return ExitCode.PARTIAL
 
-    def _union(self) -> None:
+    def _union(self) -> list[str]:
         """One union over the root."""
         from unionfs import daemon
-        from unionfs.boot import copying, crypt
+        from unionfs.boot import crypt
 
         request = self.request
         if request.crypt is not None and request.mode != "ram":
             try:
                 request = crypt.unlocked(request)
             except UnionfsError as exc:
-                self._in_memory(exc)
-                return
-        options = mount_options(request, self.root, self.lower)
+                return self._in_memory(exc)
+        options = self._found(request, mount_options(request, self.root, self.lower))
         if request.reset and request.mode == "persist":
             self._reset(options)
         with contextlib.ExitStack() as stack:
-            if request.toram:
-                options = copying.to_memory(options, self.lower, self.teller, stack)
-            daemon.run(options)
+            daemon.run(self._over(self._base(stack), options))
         if degraded() is None:
             beneath = f" over {options.upper}" if options.upper else ""
             where = options.upper if request.mode == "persist" else f"memory{beneath}"
             self.teller.say(f"{self.root} is a union, with changes in {where}")
+        return []
 
-    def _in_memory(self, error: UnionfsError) -> None:
+    def _found(self, request: Request, options: MountOptions) -> MountOptions:
+        """With the upper that is there for this base already, if its name or place is another.
+
+        The store's device is waited for here, for all that look at it later on.
+        """
+        if options.upper is None:
+            return options
+        from unionfs.boot import layouts
+        from unionfs.stores import find
+
+        seconds = options.device_timeout or 0
+        with contextlib.suppress(UnionfsError):  # whoever mounts it says why
+            find.find(locator.parse(options.upper), search=options.search, timeout=seconds)
+        left = layouts.find_left(request, options.upper)
+        if left is not None:
+            self.teller.say(f"the changes that {left.program} has left are used: {left.upper}")
+        known = None if left or request.directory else self._known(options)
+        upper = left.upper if left else known or options.upper
+        return dataclasses.replace(options, upper=upper, waited=True)
+
+    def _known(self, options: MountOptions) -> str | None:
+        """The upper that was made over this very base when that had another name."""
+        assert options.upper is not None
+        from unionfs.stores import belonging, mounted_base
+        from unionfs.stores.volume import open_volume
+
+        where = locator.parse(options.upper)
+        if where.directory is None:  # the store is the upper
+            return None
+        with contextlib.suppress(UnionfsError, OSError):  # whoever mounts it says why
+            name = _base_name(self.root, self.lower, 0)
+            own = dataclasses.replace(mounted_base.named(self.lower or self.root), name=name)
+            volume = open_volume(where.source, readonly=True, untouched=True, search=options.search)
+            try:
+                inside = belonging.default_directory(volume, own, Locator(name, name))
+            finally:
+                volume.close()
+            return f"{where.source}:{inside}"
+        return None
+
+    def _base(self, stack: contextlib.ExitStack) -> str | None:
+        """What is the base in place of what the root has; the copy in memory, if one is wanted."""
+        if not self.request.toram:
+            return self.lower
+        from unionfs.boot import copying
+
+        copy = copying.to_memory(self.lower, self.root, self.request.seconds, self.teller, stack)
+        return copy or self.lower
+
+    def _over(self, base: str | None, options: MountOptions) -> MountOptions:
+        return options if base is None else dataclasses.replace(options, lowers=(base,))
+
+    def _in_memory(self, error: UnionfsError) -> list[str]:
         """The fallback where it is not the mount that has failed."""
         from unionfs import daemon
 
@@ -212,7 +290,10 @@ class _Boot:
         self._unmount_dead()
         memory = dataclasses.replace(self.request, mode="ram")
         options = mount_options(memory, self.root, self.lower)
-        daemon.run(dataclasses.replace(options, degraded=error.line()))
+        options = dataclasses.replace(options, degraded=error.line())
+        with contextlib.ExitStack() as stack:
+            daemon.run(self._over(self._base(stack), options))
+        return []
 
     def _reset(self, options: MountOptions) -> None:
         """Put the store's changes aside, if they are those of this base."""
@@ -226,7 +307,7 @@ class _Boot:
         if kept is not None:
             self.teller.say(f"the store is reset; its changes are kept in {kept}")
 
-    def _persistence(self) -> None:
+    def _persistence(self) -> list[str]:
         """As live-boot: the root in memory, and what the store's persistence.conf names."""
         from unionfs.boot import crypt, parts
 
@@ -234,20 +315,35 @@ class _Boot:
         try:
             if request.crypt is not None:
                 request = crypt.unlocked(request)
-            warnings = parts.up_persistence(request, self.root)
+            profile = parts.persistent(request)
+            if request.reset and request.mode == "persist":
+                self._reset_parts(profile)
+            with contextlib.ExitStack() as stack:
+                base = self._base(stack)
+                warnings = parts.up_persistent(profile, request, self.root, base)
         except UnionfsError as exc:
-            self._in_memory(exc)
-            return
-        for warning in warnings:
-            self.teller.warn(warning)
-        self.teller.say(f"{self.root} is in memory, and persists where {self.request.store} says")
+            return self._in_memory(exc)
+        how = "and persists where" if request.mode == "persist" else "over what persists where"
+        self.teller.say(f"{self.root} is in memory, {how} {self.request.store} says")
+        return warnings
 
-    def _profile(self) -> None:
+    def _reset_parts(self, profile: "Profile") -> None:
+        """Put aside what persists by itself; what is seen as it is in the store has no base."""
+        from unionfs.boot import parts
+
+        uppers, others = parts.uppers(profile)
+        for upper in uppers:
+            options = mount_options(self.request, self.root, self.lower)
+            self._reset(dataclasses.replace(options, upper=upper))
+        if others:
+            word = self.request.sources["reset"]
+            self.teller.warn(f"{word}: without effect on {', '.join(others)}, which are no unions")
+
+    def _profile(self) -> list[str]:
         """A profile of the system that is booted."""
         from unionfs.boot import parts
 
-        for warning in parts.up_profile(self.request, self.root):
-            self.teller.warn(warning)
+        return parts.up_profile(self.request, self.root)
 
     def _unmount_dead(self) -> None:
         """A daemon that has ended before it was ready left its mount: it had stepped aside."""

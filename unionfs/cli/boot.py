@@ -50,7 +50,9 @@ def run(argv: Sequence[str]) -> int:
     from unionfs.boot.cmdline import parse_cmdline
 
     text = given.cmdline if given.cmdline is not None else _kernels_own()
-    return root.boot(parse_cmdline(text), given.root, lower=given.lower, dry=given.dry_run)
+    # What lies below it is named by joining paths, and a relative one would be taken from /.
+    top = os.path.realpath(given.root)
+    return root.boot(parse_cmdline(text), top, lower=given.lower, dry=given.dry_run)
 
 
 def _kernels_own() -> str:

@@ -55,12 +55,16 @@ class Verb(Protocol):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    return guarded("unionfs", lambda: dispatch(arguments))
+    return guarded("unionfs", lambda: dispatch(arguments, last=argv is None))
 
 
-def dispatch(argv: Sequence[str]) -> int:
-    """Find the verb and run it."""
+def dispatch(argv: Sequence[str], *, last: bool = False) -> int:
+    """Find the verb and run it; `last`: it is all that this process is for."""
     first = argv[0] if argv else ""
+    if first == "store":
+        from unionfs.cli import store
+
+        return store.run(argv[1:], last=last)
     if first in VERBS:
         return cast(Verb, importlib.import_module(f"unionfs.cli.{first}")).run(argv[1:])
     if first == "generate":  # for systemd only

@@ -52,4 +52,4 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for what it cannot read."""
-        raise usage_error(message, f"see {self.prog} --help")
+        raise usage_error(message.replace(MARK, ""), f"see {self.prog} --help")

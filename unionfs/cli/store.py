@@ -42,8 +42,8 @@ unionfs store VERB --help tells more.
 """
 
 
-def run(argv: Sequence[str]) -> int:
-    """Find the verb and run it."""
+def run(argv: Sequence[str], *, last: bool = False) -> int:
+    """Find the verb and run it; `last`: it is all that this process is for."""
     first = argv[0] if argv else ""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="surrogateescape")  # names and labels need not be UTF-8
@@ -52,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
 
         verb = cast(Verb, importlib.import_module(f"unionfs.cli.stores.{first}"))
         try:
-            with interruptible():
+            with interruptible(last=last):
                 return verb.run(argv[1:])
         except BrokenPipeError:
             raise

@@ -32,14 +32,20 @@ Shown = Callable[[str, int | None], contextlib.AbstractContextManager[archive.Ad
 
 
 def bind(
-    source: str, point: str, *, readonly: bool, like: str | None, shown: Shown | None = None
+    source: str,
+    point: str,
+    *,
+    readonly: bool,
+    like: str | None,
+    flags: str | None = None,
+    shown: Shown | None = None,
 ) -> None:
     """Have a directory or file that a locator names seen at `point`.
 
     A directory that is to be written and is not there is made, with the content of `like`;
     `shown`: to somebody who waits for that.
     """
-    volume, inside = _reach(source, readonly=readonly)
+    volume, inside = _reach(source, readonly=readonly, flags=flags)
     try:
         if not readonly:
             _provide(volume, inside, like, shown)
@@ -61,10 +67,10 @@ def bind(
         volume.close()
 
 
-def _reach(text: str, *, readonly: bool) -> tuple[Volume, str]:
+def _reach(text: str, *, readonly: bool, flags: str | None) -> tuple[Volume, str]:
     """The volume that a locator names, and the place in it; a plain file is no image here."""
     if locator.is_tag(text) or locator.is_directory(text) or not os.path.isfile(text):
-        volume = open_volume(text, readonly=readonly)
+        volume = open_volume(text, readonly=readonly, flags=flags)
         return volume, volume.locator.directory or "/"
     folder, name = os.path.split(text)
     return open_volume(folder or "/", readonly=readonly), f"/{name}"

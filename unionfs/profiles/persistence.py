@@ -6,6 +6,7 @@ bind (the default), union, link and source=PATH; what live-boot skips with a war
 here.  live-boot keeps the changes of a union in `rw` below the source, as is done here.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Final
 from unionfs import locator
 from unionfs.errors import UnionfsError, printable
 from unionfs.options import OptionReader, read_strings
-from unionfs.profiles.profile import Kind, Profile, Rule
+from unionfs.profiles.profile import Kind, Profile, Rule, below
 from unionfs.profiles.reading import read_whole
 
 log = logging.getLogger("unionfs")
@@ -25,31 +26,57 @@ _KINDS: Final[dict[str, Kind]] = {"bind": "bind", "union": "persist", "link": "l
 _UNSAFE: Final = ("/lib", "/live", "/run/live")
 
 
-def complete(profile: Profile) -> Profile:
-    """A profile with the paths that the file at its store's root names."""
+def complete(profile: Profile, top: str = "/") -> Profile:
+    """A profile with the paths that the file at its store's root names.
+
+    top: the directory that is taken for the root.
+    """
     assert profile.store is not None
-    text = _text(profile.store, read_strings(profile.options))
-    return dataclasses.replace(profile, rules=tuple(read(text, profile.store)))
+    text = _text(profile.store, top, read_strings(profile.options))
+    return dataclasses.replace(profile, rules=tuple(read(text, profile.store, top)))
 
 
-def _text(store: str, said: OptionReader) -> str:
+def _text(store: str, top: str, said: OptionReader) -> str:
     """The file at the root of a store, which is waited for and looked for as the options say."""
     from unionfs.profiles import waiting
-    from unionfs.stores.volume import open_volume
+    from unionfs.stores.volume import open_volume, walk
 
     search, seconds = waiting.search_of(said), waiting.seconds_of(said)
     volume = open_volume(store, readonly=True, search=search, timeout=seconds)
     try:
-        return os.fsdecode(read_whole(FILE, folder=volume.root, flags=os.O_NOFOLLOW))
+        folder = walk(volume, top)
+        try:
+            return os.fsdecode(read_whole(FILE, folder=folder, flags=os.O_NOFOLLOW))
+        finally:
+            os.close(folder)
     except OSError as exc:
         hint = "name the paths in the profile, or write that file"
-        what = f"{store} has no {FILE} at its root: {exc.strerror}"
+        where = "at its root" if top == "/" else f"in {top}"
+        what = f"{store} has no {FILE} {where}: {exc.strerror}"
         raise UnionfsError(what, hint=hint) from exc
     finally:
         volume.close()
 
 
-def read(text: str, store: str) -> list[Rule]:
+def there(profile: Profile) -> list[Rule]:
+    """The rules whose directories in the store there are, for one that is only read."""
+    from unionfs.stores.volume import open_volume, walk
+
+    assert profile.store is not None
+    found = []
+    volume = open_volume(profile.store, readonly=True)
+    try:
+        for rule in profile.rules:
+            upper = None if rule.upper is None else locator.parse(rule.upper).directory
+            with contextlib.suppress(FileNotFoundError):
+                os.close(walk(volume, rule.source or upper or "/"))
+                found.append(rule)
+    finally:
+        volume.close()
+    return found
+
+
+def read(text: str, store: str, top: str = "/") -> list[Rule]:
     """The rules of a file's text; lines that cannot be used are logged and skipped."""
     device = locator.parse(store).source
     rules: dict[str, Rule] = {}
@@ -59,7 +86,7 @@ def read(text: str, store: str) -> list[Rule]:
         if not words or words[0].startswith("#"):
             continue
         try:
-            rule, source = _rule(words, device)
+            rule, source = _rule(words, device, top)
             others = [place for path, place in sources.items() if path != rule.path]
             if near := next((p for p in others if _nested(p, source)), None):
                 raise ValueError(f"{source} in the store lies in or around {near}")
@@ -75,7 +102,7 @@ def _nested(one: str, other: str) -> bool:
     return one.startswith(other) or other.startswith(one)
 
 
-def _rule(words: list[str], store: str) -> tuple[Rule, str]:
+def _rule(words: list[str], store: str, top: str) -> tuple[Rule, str]:
     """The rule of a line, and its place in the store."""
     path = words[0]
     if "\0" in "".join(words):
@@ -95,6 +122,7 @@ def _rule(words: list[str], store: str) -> tuple[Rule, str]:
             kind = _KINDS[option]
         elif option:
             raise ValueError(f"the option {option} is unknown")
+    source = below(top, source)
     if kind == "persist":
         upper = f"{store}:{os.path.join(source, 'rw')}"
         return Rule(path=path, kind=kind, upper=upper, said_by=FILE), source

@@ -18,12 +18,12 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from unionfs import locator, runtime
 from unionfs.errors import UnionfsError
 from unionfs.locator import Locator
-from unionfs.options import MountOptions, read_strings
+from unionfs.options import MountOptions, OptionReader, read_strings
 from unionfs.profiles.binding import open_seen
 from unionfs.profiles.profile import Profile, Rule, below
 
@@ -50,6 +50,18 @@ class Step:
     readonly: bool = False
     size: str | None = None  # of memory
     like: str | None = None  # a directory of the base: what is made gets its mode, or its content
+    flags: str | None = None  # of a bind: for mounting the store's file system
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What whoever brings a profile up has to say besides its files."""
+
+    options: tuple[str, ...] = ()  # which win over those of the files
+    defaults: tuple[str, ...] = ()  # for what no file says
+    base: str | None = None  # a locator, from here, in place of the profile's
+    only_read: bool = False  # the store is: what changes is in memory, and gone at the end
+    size: str | None = None  # of that memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +75,7 @@ class Ground:
     directory: str
     may_mount: bool
     standing: frozenset[str] = frozenset()
+    wish: Wish = Wish()
 
 
 def steps(profile: Profile, ground: Ground, failed: Failed | None = None) -> list[Step]:
@@ -110,7 +123,11 @@ class _Planner:
     def __init__(self, profile: Profile, ground: Ground) -> None:
         self.profile = profile
         self.ground = ground
+        self.wish = ground.wish
         self.top = self._rooted(profile.where)
+        own = [self._rooted(layer) for layer in profile.base]
+        self.base = own if self.wish.base is None else [self.wish.base]
+        self.in_place = profile.in_place and self.wish.base is None
 
     def _rooted(self, text: str) -> str:
         """A plain path of the profile's system, from here."""
@@ -127,7 +144,7 @@ class _Planner:
             raise UnionfsError(f"{rule.said_by}: / cannot be covered while it is in use", hint=hint)
         above = self.profile.above(rule)
         made: list[Step] = []
-        if self.profile.in_place and above is not None:
+        if self.in_place and above is not None:
             base = f"{self.ground.directory}/base/{runtime.name_of(rule.path)}"
             lowers = [base] if self._has_base(rule, point, base) else []
             if lowers:
@@ -137,7 +154,7 @@ class _Planner:
         else:
             self._need_a_way(rule)
             lowers = self._lowers(rule)
-            if self.profile.in_place and not lowers:
+            if self.in_place and not lowers:
                 hint = "make it in the base, or give the path above it a rule"
                 raise UnionfsError(f"{rule.said_by}: {point} does not exist", hint=hint)
         if rule.kind == "exclude" and not lowers:
@@ -145,10 +162,8 @@ class _Planner:
             hint = "make it there, or leave out its rule; what is up already, take down first"
             raise UnionfsError(f"{rule.said_by}: the base has no {rule.path}", hint=hint)
         if rule.kind == "link":
-            source = place_in_store(self.profile, rule)
-            made.append(
-                Step(action="bind", path=rule.path, point=self._linked(rule), source=source)
-            )
+            linked = Step(action="bind", path=rule.path, point=self._linked(rule))
+            made.append(self._stored(rule, linked))
         made.append(self._step(rule, point, lowers))
         return made
 
@@ -180,9 +195,12 @@ class _Planner:
         match rule.kind:
             case "persist":
                 upper = rule.upper or place_in_store(self.profile, rule)
-                return dataclasses.replace(step, options=self._options(rule, point, lowers, upper))
+                options = self._options(rule, point, lowers, upper)
+                if self.wish.only_read:
+                    options = self._covered(options)
+                return dataclasses.replace(step, options=options)
             case "tmpfs" if rule.union:
-                memory = f"tmpfs:size={rule.size}" if rule.size else "tmpfs:"
+                memory = _memory(rule.size)
                 return dataclasses.replace(step, options=self._options(rule, point, lowers, memory))
             case "tmpfs":
                 self._need_rights(rule, "an empty tmpfs")
@@ -192,10 +210,29 @@ class _Planner:
             case "exclude":
                 return dataclasses.replace(step, options=self._options(rule, point, lowers, None))
         self._need_rights(rule, rule.kind)
-        source = place_in_store(self.profile, rule)
         if rule.kind == "bind":
-            return dataclasses.replace(step, action="bind", source=source)
+            return self._stored(rule, step)
         return dataclasses.replace(step, action="links", source=self._linked(rule))
+
+    def _stored(self, rule: Rule, step: Step) -> Step:
+        """A directory of the store as it is, at the place of the step; only read: below memory."""
+        source = place_in_store(self.profile, rule)
+        if self.wish.only_read:
+            options = self._options(rule, step.point, [source], _memory(self.wish.size))
+            return dataclasses.replace(step, action="union", options=options)
+        flags = cast(str | None, self._said(rule).asked("store_flags"))
+        return dataclasses.replace(step, action="bind", source=source, flags=flags)
+
+    def _covered(self, options: MountOptions) -> MountOptions:
+        """The store is only read, beneath memory (opened.py)."""
+        return dataclasses.replace(
+            options,
+            ephemeral=True,
+            ephemeral_size=self.wish.size,
+            autogrow=None,
+            low_water=None,
+            store_flags=None,
+        )
 
     def _linked(self, rule: Rule) -> str:
         """Where the files that are linked to are seen."""
@@ -214,28 +251,41 @@ class _Planner:
         if self.ground.may_mount:
             return
         for other in self.profile.rules:
-            options = read_strings((*self.profile.options, *other.options))
-            if other != rule and other.covers(rule.path) and not options.has("allow_other"):
+            covers = other != rule and other.covers(rule.path)
+            if covers and not self._said(other).has("allow_other"):
                 what = f"{rule.path}: an ordinary user's path below {other.path} needs allow_other"
                 hint = 'add options = "allow_other", and user_allow_other to /etc/fuse.conf'
                 raise UnionfsError(f"{rule.said_by}: {what}", hint=hint)
 
     def _lowers(self, rule: Rule) -> list[str]:
         """What the layers of the base have of a path."""
-        places = [_inside(self._rooted(layer), rule.path) for layer in self.profile.base]
+        places = [_inside(layer, rule.path) for layer in self.base]
         return [place for place in places if rule.path == "/" or self._has(rule, place)]
+
+    def _said(self, rule: Rule, *, stored: bool = True) -> OptionReader:
+        """What is said of a path, by the files and by who brings it up; stored: in a store."""
+        reader = read_strings(self.profile.options)
+        # Said once for all paths.  What the rule itself says stays, and is an error there.
+        others = () if stored else _OF_STORE
+        reader.forget(others)
+        for text in rule.options:
+            reader.take(text)
+        for text in (*self.wish.options, *self.wish.defaults):
+            said = read_strings([text]).said()
+            if said.isdisjoint(others):
+                if text in self.wish.options:
+                    reader.forget(said)
+                elif not said.isdisjoint(reader.said()):
+                    continue
+                reader.take(text)
+        return reader
 
     def _options(
         self, rule: Rule, point: str, lowers: list[str], upper: str | None
     ) -> MountOptions:
         """Those of a union, as if they were given on a command line."""
         name = f"{self.profile.name}:{runtime.name_of(rule.path)}"
-        reader = read_strings(self.profile.options)
-        if upper is None or upper.startswith("tmpfs:"):
-            # Said once for all paths.  What the rule itself says stays, and is an error there.
-            reader.forget(_OF_STORE)
-        for text in rule.options:
-            reader.take(text)
+        reader = self._said(rule, stored=upper is not None and not upper.startswith("tmpfs:"))
         try:
             reader.lowers = list(lowers) or [f"{self.ground.directory}/{EMPTY}"]
             reader.mountpoint = point
@@ -249,6 +299,11 @@ class _Planner:
             raise UnionfsError(
                 f"{rule.said_by}: {rule.path}: {exc.message}", hint=exc.hint
             ) from exc
+
+
+def _memory(size: str | None) -> str:
+    """The upper that is in memory."""
+    return f"tmpfs:size={size}" if size else "tmpfs:"
 
 
 def _inside(layer: str, path: str) -> str:

@@ -25,7 +25,7 @@ from unionfs.errors import ExitCode, UnionfsError, printable
 from unionfs.mounts import MountEntry, read_mounts, topmost
 from unionfs.profiles import binding, plan, waiting
 from unionfs.profiles.binding import Shown
-from unionfs.profiles.plan import Ground, Step
+from unionfs.profiles.plan import Ground, Step, Wish
 from unionfs.profiles.profile import Profile
 from unionfs.stores import kernel
 from unionfs.syscalls import UnmountFlag
@@ -90,7 +90,9 @@ def directory_of(name: str) -> str:
     return place
 
 
-def up(profile: Profile, root: str = "/", *, shown: Shown | None = None) -> Outcome:
+def up(
+    profile: Profile, root: str = "/", wish: Wish | None = None, *, shown: Shown | None = None
+) -> Outcome:
     """Mount all that is not mounted yet.  After an error all is as it was before.
 
     `shown`: how far what takes long is, to somebody who waits for it.
@@ -103,7 +105,7 @@ def up(profile: Profile, root: str = "/", *, shown: Shown | None = None) -> Outc
         had, had_directories = list(record.made), list(record.directories)
         outcome = Outcome([], [])
         try:
-            _mount_all(profile, root, record, outcome, shown)
+            _mount_all(profile, root, wish or Wish(), record, outcome, shown)
         except BaseException:
             _undo(record, had)
             record.remove_directories(had_directories)
@@ -117,15 +119,21 @@ def up(profile: Profile, root: str = "/", *, shown: Shown | None = None) -> Outc
 
 
 def _mount_all(
-    profile: Profile, root: str, record: "_Record", outcome: Outcome, shown: Shown | None
+    profile: Profile,
+    root: str,
+    wish: Wish,
+    record: "_Record",
+    outcome: Outcome,
+    shown: Shown | None,
 ) -> None:
     ground = Ground(
         root=os.path.realpath(root),
         directory=directory_of(profile.name),
         may_mount=kernel.may_mount(),
         standing=frozenset(made.point for made in record.made),
+        wish=wish,
     )
-    waiting.wait(profile, plan.missing(profile, ground))
+    waiting.wait(profile, plan.missing(profile, ground), wish)
     wanted = plan.steps(profile, ground, lambda error: _go_on(profile, outcome, error))
     if sum(step.action == "union" for step in wanted) > 1:
         daemon.preload()
@@ -276,8 +284,14 @@ def _mount(step: Step, profile: Profile, outcome: Outcome, shown: Shown | None) 
             name = f"{profile.name}:{runtime.name_of(step.path)}"
             binding.memory(step.point, name, step.size, step.like)
         case "bind" | "view":
-            source, readonly, like = step.source, step.readonly, step.like
-            binding.bind(source, step.point, readonly=readonly, like=like, shown=shown)
+            binding.bind(
+                step.source,
+                step.point,
+                readonly=step.readonly,
+                like=step.like,
+                flags=step.flags,
+                shown=shown,
+            )
         case "links":
             binding.links(step.source, step.point)
 

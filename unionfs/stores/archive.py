@@ -17,7 +17,7 @@ import os
 import select
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
@@ -65,15 +65,18 @@ def tar_words() -> list[str]:
     return ["--xattrs", f"--xattrs-include={pattern}", "--acls", "--numeric-owner", "--sparse"]
 
 
-def tar_creating(directory: str) -> list[str]:
+def tar_creating(directory: str, without: Collection[str] = ()) -> list[str]:
     """The command that writes an upper to its standard output.
 
-    Without what belongs to this place: who holds it, temporaries, and inode numbers.
+    Without what belongs to this place: who holds it, temporaries, inode numbers and what is kept of
+    all of it (stores/exchange.py); and `without` these names at its top.
     """
     return [
         tool("tar", "tar"),
         *("-C", directory, "-cf", "-", "--format=posix", *tar_words()),
         *("--exclude=./.unionfs/owner", "--exclude=./.unionfs/work/#*"),
+        *("--exclude=./.unionfs/before-*", "--exclude=./.unionfs/exchange.*"),
+        *(f"--exclude=./{name}" for name in without),
         *("--exclude=./.unionfs/numbers/*", "--no-wildcards-match-slash", "."),
     ]
 
@@ -85,8 +88,17 @@ def tar_extracting(directory: str) -> list[str]:
     return [tool("tar", "tar"), "-C", directory, "-xf", "-", *words]
 
 
-def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -> Trailer:
-    """Archive a directory.  The caller makes the file durable and gives it its name."""
+def write(
+    target: IO[bytes],
+    header: Header,
+    directory: str,
+    advance: Advance,
+    without: Collection[str] = (),
+) -> Trailer:
+    """Archive a directory, but for some names at its top.
+
+    The caller makes the file durable and gives it its name.
+    """
     head = {"kind": _WHOLE, "version": VERSION, **_asdict(header)}
     target.write(_frame(json.dumps(head).encode()))
     target.flush()
@@ -95,7 +107,7 @@ def write(target: IO[bytes], header: Header, directory: str, advance: Advance) -
     with open(errors, "w+b") as said, contextlib.ExitStack() as started:
         with delayed():
             tar = subprocess.Popen(
-                tar_creating(directory),
+                tar_creating(directory, without),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=said,
@@ -262,12 +274,12 @@ def extract(
             raise UnionfsError(f"{path} cannot be restored: {reason}") from None
 
 
-def copy(source: str, target: str, advance: Advance) -> None:
-    """From one directory to another, all that an upper has."""
+def copy(source: str, target: str, advance: Advance, without: Collection[str] = ()) -> None:
+    """From one directory to another, all that an upper has but for some names at its top."""
     with open(os.memfd_create("tar"), "w+b") as said, contextlib.ExitStack() as started:
         with delayed():
             reader = subprocess.Popen(
-                tar_creating(source),
+                tar_creating(source, without),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=said,

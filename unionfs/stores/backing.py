@@ -12,12 +12,14 @@ A restore unpacks beside the old upper; how it takes its place is for replacing.
 """
 
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import os
 import resource
 import stat
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Final
@@ -25,14 +27,23 @@ from typing import IO, Final
 from unionfs import holder, locator, syscalls
 from unionfs.errors import InUse, UnionfsError
 from unionfs.format import AREA_NAME
-from unionfs.mounts import read_mounts
+from unionfs.identity import FILE
+from unionfs.mounts import locate, read_mounts
 from unionfs.passphrase import Ask
-from unionfs.stores import archive, fscrypt, holding, unlocking
+from unionfs.stores import archive, exchange, foreign, fscrypt, holding, unlocking
 from unionfs.stores.archive import Advance, Header
 from unionfs.stores.inspect import read_record, uppers_of
 from unionfs.stores.mounted import union_of
 from unionfs.stores.replacing import replace
-from unionfs.stores.volume import Volume, make_directory, moved_aside, open_volume, put_back, walk
+from unionfs.stores.volume import (
+    Volume,
+    lost_and_found,
+    make_directory,
+    moved_aside,
+    open_volume,
+    put_back,
+    walk,
+)
 from unionfs.unions import FSTYPE, ask_in_child
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -64,12 +75,18 @@ class Chosen:
         alone = self.volume.contents is None and self.directory == "/"
         return source if alone else f"{source}:{self.directory}"
 
+    def not_its_own(self) -> set[str]:
+        """The names in it that are its file system's, and no changes."""
+        return lost_and_found(self.volume, self.directory, self.fd)
+
     def in_use_by_a_union(self) -> InUse:
         """The error that it is."""
         return unlocking.in_use(self.volume, self.directory, self.fd)
 
     def beside(self, name: str) -> str:
-        """The name, for messages, of what is kept beside it."""
+        """The name, for messages, of what is kept beside it, or in its area."""
+        if name.startswith(f"{AREA_NAME}/"):
+            return os.path.join(self.name, name)
         parent = os.path.dirname(self.directory)
         if self.volume.contents is None and parent == self.directory:
             return os.path.join(os.path.dirname(self.volume.mountpoint), name)
@@ -139,6 +156,11 @@ def chosen(
                 in_use = _lock(upper, write=write)
                 if in_use and alone:
                     raise unlocking.in_use(volume, directory, upper)
+                if not in_use:
+                    if alone:
+                        exchange.settle(upper)
+                    else:
+                        exchange.refuse_cut(upper, unlocking.name_of(volume, directory))
                 yield Chosen(volume, directory, upper, in_use, found)
         finally:
             os.close(upper)
@@ -213,16 +235,38 @@ def refuse_bound(upper: Chosen) -> None:
         raise UnionfsError(f"{upper.name} {what}", hint=hint)
 
 
-def refuse_target(upper: Chosen, target: int) -> None:
-    """A backup in the store would be in itself, and must not wait for writers to be let go on."""
-    place = os.fstat(target).st_dev
-    own = upper.volume.contents is not None and place == os.fstat(upper.fd).st_dev
-    device = f"{os.major(place)}:{os.minor(place)}"
-    points = [m.point for m in read_mounts() if m.fstype == FSTYPE and m.device == device]
-    if own or points:
-        where = points[0] if points else upper.volume.locator.source
-        hint = "write it to another file system"
+def refuse_target(upper: Chosen, folder: str) -> None:
+    """A backup in the store would be in itself, and must not wait for writers to be let go on.
+
+    `folder`: what it is to lie in.
+    """
+    try:
+        place = os.open(folder, _OPEN & ~os.O_NOFOLLOW)
+    except OSError as exc:
+        raise UnionfsError(f"cannot open {folder}: {os.strerror(exc.errno or 0)}") from exc
+    try:
+        where = _own_place(upper, place)
+    finally:
+        os.close(place)
+    if where:
+        hint = "write it to another place, on no file system of the union"
         raise UnionfsError(f"the backup would lie in {where} itself", hint=hint)
+
+
+def _own_place(upper: Chosen, place: int) -> str:
+    """The store or the union that an open directory belongs to; empty if it does to none."""
+    mounts = read_mounts()
+    number = os.fstat(place).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    for entry in mounts:
+        if entry.fstype == FSTYPE and entry.device == device:
+            return entry.point
+    if upper.volume.contents is not None:
+        own = number == os.fstat(upper.fd).st_dev
+    else:
+        inner, outer = locate(place, mounts), locate(upper.fd, mounts)
+        own = inner is not None and outer is not None and inner.inside(outer)
+    return upper.name if own else ""
 
 
 def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Trailer:
@@ -244,7 +288,7 @@ def backup(upper: Chosen, target: IO[bytes], advance: Advance) -> archive.Traile
     def read(advance: Advance) -> archive.Trailer:
         target.seek(0)
         target.truncate()
-        return archive.write(target, header, path, advance)
+        return archive.write(target, header, path, advance, upper.not_its_own())
 
     _raise_limit()
     if not upper.in_use:
@@ -390,9 +434,40 @@ def restore(
         hint = "restore it to a store that is not, and encrypt that: unionfs store encrypt"
         raise UnionfsError(f"{upper.name} is encrypted, but {path} is not", hint=hint)
     trailer = archive.read_trailer(source, path)
+
+    def fill(into: str) -> None:
+        archive.extract(source, trailer, path, into, advance)
+        if (own := _own_id(upper, header)) != header.id:
+            give_id(into, own)
+
     return replace(
-        upper.volume,
-        upper.directory,
-        lambda into: archive.extract(source, trailer, path, into, advance),
+        upper,
+        fill,
         keep=keep and not upper.made,
+        hint=foreign.BY_KEEP,
+        encrypted=bool(header.encrypted),
     )
+
+
+def _own_id(upper: Chosen, header: Header) -> str | None:
+    """The id of what is restored to a place: that of the store there, or of one called the same.
+
+    Anywhere else it is one more store, as a clone is.
+    """
+    record = read_record(upper.fd)
+    if record is not None:
+        return record.uuid
+    return header.id if header.store == upper.name else str(uuid.uuid4())
+
+
+def give_id(into: str, own: str | None) -> None:
+    """Have a copy of an upper be a store of its own; one that nobody can read stays as it is."""
+    fd = os.open(into, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        record = read_record(fd)
+    finally:
+        os.close(fd)
+    if record is not None:
+        changed = dataclasses.replace(record, uuid=own or str(uuid.uuid4()))
+        with open(f"{into}/{AREA_NAME}/{FILE}", "w", encoding="utf-8") as file:
+            file.write(changed.text())

@@ -6,22 +6,20 @@ that is taken away is kept beside, as NAME.before-DATE, unless it is told otherw
 """
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
 import stat
-import uuid
 from typing import Final
 
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.identity import FILE, StoreRecord, new_record
 from unionfs.passphrase import Ask, wiped
-from unionfs.stores import archive, fscrypt, gocryptfs
+from unionfs.stores import archive, foreign, fscrypt, gocryptfs
 from unionfs.stores import kept as names
 from unionfs.stores.archive import Advance
-from unionfs.stores.backing import Chosen, refuse_bound
+from unionfs.stores.backing import Chosen, give_id, refuse_bound
 from unionfs.stores.encrypting import encrypt_by_fscrypt, opened_by_gocryptfs
 from unionfs.stores.inspect import read_record
 from unionfs.stores.replacing import replace
@@ -39,19 +37,16 @@ def refuse_used(source: Chosen) -> None:
 
 def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
     """Copy an upper that no union uses to an empty place; the copy is a store of its own."""
-    if os.listdir(target.fd) or target.encrypted:
+    if set(os.listdir(target.fd)) - target.not_its_own() or target.encrypted:
         hint = "name a directory that is not there yet, by :/dir"
         raise UnionfsError(f"{target.name} is not empty: it is not overwritten", hint=hint)
 
     def fill(into: str) -> None:
-        archive.copy(f"/proc/{os.getpid()}/fd/{source.fd}", into, advance)
-        record = read_record(source.fd)
-        if record is not None:
-            own = dataclasses.replace(record, uuid=str(uuid.uuid4()))
-            with open(f"{into}/{AREA_NAME}/{FILE}", "w", encoding="utf-8") as file:
-                file.write(own.text())
+        path = f"/proc/{os.getpid()}/fd/{source.fd}"
+        archive.copy(path, into, advance, source.not_its_own())
+        give_id(into, None)
 
-    replace(target.volume, target.directory, fill, keep=False)
+    replace(target, fill, keep=False)
 
 
 def default_directory(source: Chosen) -> str:
@@ -93,7 +88,7 @@ def reset(upper: Chosen, ask: Ask, *, keep: bool, known: bool = False) -> str | 
             os.chown(into, status.st_uid, status.st_gid)
         os.chmod(into, stat.S_IMODE(status.st_mode))
 
-    return replace(upper.volume, upper.directory, fill, keep=keep)
+    return replace(upper, fill, keep=keep, hint=foreign.BY_NO_DISCARD)
 
 
 def _copy_record(upper: Chosen, into: str, secret: bytearray) -> None:
@@ -121,7 +116,8 @@ def contents(upper: Chosen) -> list[str]:
 
 
 def _not_shown(upper: Chosen) -> set[str]:
-    return set(gocryptfs.OWN_FILES) if upper.encrypted == gocryptfs.KIND else set()
+    own = set(gocryptfs.OWN_FILES) if upper.encrypted == gocryptfs.KIND else set()
+    return own | upper.not_its_own()
 
 
 def find_paths(upper: Chosen, paths: list[str]) -> list[str]:
@@ -133,6 +129,8 @@ def find_paths(upper: Chosen, paths: list[str]) -> list[str]:
             raise usage_error(f"{path} is no path in the union", "leave it out to reset everything")
         folder, name = os.path.split(relative)
         here = [n for n in (name, f".wh.{name}") if _exists(upper.fd, os.path.join(folder, n))]
+        if not folder:
+            here = [n for n in here if n not in upper.not_its_own()]
         if not here:
             raise UnionfsError(f"{path} is not changed: {upper.name} has nothing of it")
         found += [os.path.join(folder, n) for n in here]
@@ -151,7 +149,11 @@ def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
     """Take paths out of an upper, so that the base is seen there; where they are kept."""
     for relative in found:
         _refuse_linked(upper, relative)
-    area = os.open(AREA_NAME, _OPEN, dir_fd=upper.fd)
+    try:
+        area = os.open(AREA_NAME, _OPEN, dir_fd=upper.fd)
+    except FileNotFoundError:
+        hint = "mount it once, or reset it as a whole"
+        raise UnionfsError(f"{upper.name} is not a store of unionfs", hint=hint) from None
     try:
         aside = names.new_paths(area)
         os.mkdir(aside, 0o700, dir_fd=area)

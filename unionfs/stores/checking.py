@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from unionfs.errors import InUse, UnionfsError
-from unionfs.stores import ext, kernel, loop, userspace
+from unionfs.stores import ext, kernel, loop, rescue, userspace, whole
 from unionfs.stores.probe import Contents
 from unionfs.stores.tools import lines_of, run, tool
 
@@ -38,6 +38,8 @@ _GOOD: Final = (Code.OK, Code.CORRECTED)
 _PENDING: Final = "it was not unmounted; mounting it replays its journal"
 # What xfs_repair says of a log with changes in it, and of one whose ends it does not find.
 _XFS_PENDING: Final = re.compile(rb"valuable metadata changes|log head and/or tail cannot be")
+_XFS_CORRECTED: Final = 4  # with -e
+_XFS_DROPPED: Final = re.compile(r"clear(ed|ing)|junking|moving to lost\+found")
 _BTRFS_LOG_ROOT: Final = 65536 + 96  # struct btrfs_super_block: there is a tree of logs
 # How what is in a journal is given up.
 _DISCARD: Final = {"xfs": "xfs_repair -L", "btrfs": "btrfs rescue zero-log"}
@@ -73,8 +75,8 @@ class Report:
         self.code |= Code.CORRECTED if repaired else Code.UNCORRECTED
 
 
-def check_filesystem(contents: Contents, report: Report, *, repair: bool) -> None:
-    """Run the fsck of an image or device that nobody uses.
+def check_filesystem(contents: Contents, report: Report, *, repair: bool) -> bool:
+    """Run the fsck of an image or device that nobody uses; whether it may be mounted then.
 
     One that was not unmounted has its last changes in its journal.  Until that is replayed fsck
     sees what is no more, so nothing it says is told; with `repair` it is replayed first.
@@ -83,33 +85,66 @@ def check_filesystem(contents: Contents, report: Report, *, repair: bool) -> Non
     command = _fsck(path, fstype, repair=repair)
     if command is None:
         report.filesystem = f"{fstype} has no fsck"
-        return
-    if fstype in ext.TYPES:
-        try:
-            ext.check_whole(path)  # e2fsck calls it clean
-        except UnionfsError as exc:
-            _say(report, fstype, Code.UNCORRECTED, exc.message)
-            return
+        return True
+    try:
+        whole.check_whole(path, fstype)  # e2fsck may call it clean
+    except UnionfsError as exc:
+        _say(report, fstype, Code.UNCORRECTED, exc.message)
+        return False
+    if fstype in ext.TYPES and repair:
+        return _repair_ext(path, fstype, report)
     with _locked(path, write=repair):
         pending = _pending(path, fstype)
-        done = None if pending and (fstype == "btrfs" or not repair) else run(command)
+        done = None if pending else run(command)
     if fstype == "xfs" and done is not None:
         pending = bool(_XFS_PENDING.search(done.stdout + done.stderr))
     if pending and not repair:
         report.code |= Code.TROUBLE
         report.filesystem = f"{fstype}: {_PENDING}; to check it, mount it first or use --repair"
-        return
-    if pending and fstype not in ext.TYPES:  # e2fsck has done it itself
+        return False
+    if pending:
         if not _replay(contents, report):
-            return
+            return False
         with _locked(path, write=repair):
             done = run(command)
     assert done is not None
     code = _meaning(fstype, done.returncode, repair=repair)
     _say(report, fstype, code, "" if code in _GOOD else _complaint(fstype, done))
+    if code == Code.CORRECTED:
+        lines = lines_of(done.stdout + done.stderr)
+        dropped = [line for line in lines if _XFS_DROPPED.search(line)]
+        report.notes += [f"xfs_repair: {line}" for line in rescue.shortened(dropped)]
     if pending:
-        report.code |= Code.CORRECTED
-        report.filesystem += "; it was not unmounted, and its journal has been replayed"
+        _say_replayed(report)
+    return code in _GOOD
+
+
+def _repair_ext(path: str, fstype: str, report: Report) -> bool:
+    """e2fsck replays the journal itself; what it has dropped is told."""
+    with _locked(path, write=True):
+        pending = _pending(path, fstype)
+        outcome = rescue.repair(path)
+    code = _meaning(fstype, outcome.done.returncode, repair=True)
+    why = "" if code in _GOOD else _complaint(fstype, outcome.done)
+    if outcome.forced and not why:
+        why = "by e2fsck -y, which takes away what cannot be read"
+    _say(report, fstype, code, why)
+    if pending:
+        _say_replayed(report)
+    for place in outcome.gone:
+        what = "was there before the repair, and is not any more"
+        if place == "/":
+            what = f"could not be read: what was there is in {rescue.LOST}, or gone"
+        report.add(place, what)
+    for place in outcome.found:
+        report.add(place, "has lost its name and was put there by e2fsck: it may be of an upper")
+    report.notes += [f"e2fsck: {line}" for line in rescue.shortened(outcome.dropped)]
+    return code in _GOOD
+
+
+def _say_replayed(report: Report) -> None:
+    report.code |= Code.CORRECTED
+    report.filesystem += "; it was not unmounted, and its journal has been replayed"
 
 
 def _say(report: Report, fstype: str, code: Code, why: str) -> None:
@@ -166,9 +201,9 @@ def _complaint(fstype: str, done: "subprocess.CompletedProcess[bytes]") -> str:
 
 def _fsck(path: str, fstype: str, *, repair: bool) -> list[str] | None:
     if fstype in ext.TYPES:
-        return [tool("e2fsck", "e2fsprogs"), "-f", "-y" if repair else "-n", path]
+        return [tool("e2fsck", "e2fsprogs"), "-f", "-n", path]
     if fstype == "xfs":
-        return [tool("xfs_repair", "xfsprogs"), *([] if repair else ["-n"]), "-f", path]
+        return [tool("xfs_repair", "xfsprogs"), "-e" if repair else "-n", "-f", path]
     # btrfs has no repair that its makers advise.
     if fstype == "btrfs":
         return [tool("btrfs", "btrfs-progs"), "check", "--readonly", path]
@@ -182,6 +217,8 @@ def _meaning(fstype: str, code: int, *, repair: bool) -> Code:
         # 2: corrected, and the machine should be started anew: that is for mounted ones.
         corrected = code & 3 and repair
         return Code(code & (4 | 8)) or (Code.CORRECTED if corrected else Code.UNCORRECTED)
+    if fstype == "xfs" and repair and code == _XFS_CORRECTED:
+        return Code.CORRECTED
     return Code.UNCORRECTED if code in (1, 2) else Code.TROUBLE
 
 

@@ -14,7 +14,7 @@ from unionfs import locator
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.mounts import read_mounts
-from unionfs.stores import archive, backing, belonging, fscrypt, gocryptfs, mounted_base
+from unionfs.stores import archive, backing, belonging, foreign, fscrypt, gocryptfs, mounted_base
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen
 from unionfs.stores.base import describe
@@ -77,7 +77,7 @@ def encrypt(
             _become(upper, into, like)
 
     keep = keep and bool(set(there) - {AREA_NAME})
-    return replace(upper.volume, upper.directory, fill, keep=keep)
+    return replace(upper, fill, keep=keep, hint=foreign.BY_NO_DISCARD, encrypted=True)
 
 
 def encrypt_by_fscrypt(

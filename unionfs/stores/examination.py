@@ -33,7 +33,7 @@ from unionfs.stores import (
     unlocking,
 )
 from unionfs.stores.checking import Code, Problem, Report, check_filesystem, refuse_used
-from unionfs.stores.inspect import read_record, uppers_of
+from unionfs.stores.inspect import read_record, uppers_of, wrong_areas
 from unionfs.stores.opening import Stores
 from unionfs.stores.probe import probe, require_filesystem
 from unionfs.stores.references import Lowers
@@ -80,8 +80,7 @@ def examine(text: str, report: Report, wish: Wish, progress: Progress) -> None:
         with guarded(where, contents, when=wish.repair and not wish.take, write=True):
             pass  # nothing is repaired under another machine that uses it
         progress.phase(f"checking the {contents.fstype}")
-        check_filesystem(contents, report, repair=wish.repair)
-        if report.code & (Code.UNCORRECTED | Code.TROUBLE):
+        if not check_filesystem(contents, report, repair=wish.repair):
             return
     volume = open_volume(text, readonly=not wish.repair, untouched=not wish.repair, search="images")
     try:
@@ -90,7 +89,9 @@ def examine(text: str, report: Report, wish: Wish, progress: Progress) -> None:
             _not_looked_at(report, "/", why)
             return
         inside = where.directory
-        found = [upper.directory for upper in uppers_of(volume)] if inside is None else [inside]
+        found = [inside] if inside is not None else wrong_areas(volume)
+        if inside is None:
+            found += [upper.directory for upper in uppers_of(volume)]
         with _opened_lowers(wish.lowers) as below:
             for directory in found:
                 _examine_upper(volume, directory, report, wish, below, progress)

@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""ext4 before fuse2fs, which mounts what the kernel would not: truncated, or not clean.
+"""ext4 before fuse2fs, which mounts what the kernel would not: what is not clean.
 
 Owns the look at the super block and the call of e2fsck.
 """
 
-import os
+import re
 import struct
+import subprocess
 from typing import Final
 
 from unionfs.errors import UnionfsError
 from unionfs.stores.tools import lines_of, run, tool
 
 _SUPER: Final = 1024
-_HAS_64BIT: Final = 0x80
 _CLEAN: Final = 1  # EXT4_VALID_FS
 _ERRORS: Final = 2  # EXT4_ERROR_FS
 _RECOVER: Final = 4  # EXT4_FEATURE_INCOMPAT_RECOVER
 _ENCRYPT: Final = 0x10000  # EXT4_FEATURE_INCOMPAT_ENCRYPT
 _CORRECTED: Final = 1  # fsck(8)
+# What e2fsck says besides of faults: how to go on.
+_ADVICE: Final = re.compile(
+    r"$|e2fsck [0-9]|UNEXPECTED|\(i\.e\., without|.*MANUALLY|.*\*{5} |The superblock could not be"
+    r"|filesystem(\.  If the| \(and not)|is corrupt, and you|e2fsck -b|or$|.*[0-9]% non-contig"
+)
 TYPES: Final = ("ext2", "ext3", "ext4")
 
 
@@ -25,24 +30,6 @@ def _super_block(path: str) -> bytes:
     with open(path, "rb") as file:
         file.seek(_SUPER)
         return file.read(1024)
-
-
-def check_whole(path: str) -> None:
-    """Raise an error if the image is shorter than its file system."""
-    with open(path, "rb") as file:
-        end = file.seek(0, os.SEEK_END)
-    block = _super_block(path)
-    if len(block) < 1024:
-        raise UnionfsError(f"{path} is truncated", hint="restore a backup")
-    blocks, log = struct.unpack_from("<I", block, 4)[0], struct.unpack_from("<I", block, 24)[0]
-    if struct.unpack_from("<I", block, 0x60)[0] & _HAS_64BIT:
-        blocks |= struct.unpack_from("<I", block, 0x150)[0] << 32
-    size = blocks << (10 + min(log, 6))
-    if size > end:
-        raise UnionfsError(
-            f"{path} is truncated: {end} bytes, and its file system has {size}",
-            hint="restore a backup",
-        )
 
 
 def has_errors(path: str) -> bool:
@@ -86,9 +73,17 @@ def preen(path: str) -> bool:
     done = run([tool("e2fsck", "e2fsprogs"), "-p", path])
     if done.returncode <= _CORRECTED:
         return done.returncode == _CORRECTED
-    lines = lines_of(done.stdout + done.stderr)
-    said = [line for line in lines if "UNEXPECTED" not in line and "MANUALLY" not in line.upper()]
-    reason = said[-1] if said else f"e2fsck ended with {done.returncode}"
     raise UnionfsError(
-        f"{path} is damaged: {reason}", hint=f"repair it: unionfs store check --repair {path}"
+        f"{path} is damaged: {complaint(done)}",
+        hint=f"repair it: unionfs store check --repair {path}",
     )
+
+
+def complaint(done: "subprocess.CompletedProcess[bytes]") -> str:
+    """The line of e2fsck that says what it has not corrected: with -p the last one, before the
+    advice to run it by hand; each has the name of the image before it."""
+    image = str(done.args[-1])
+    every = lines_of(done.stdout + done.stderr)
+    lines = [line.removeprefix(f"{image}:").strip() for line in every]
+    said = [line for line in lines if not _ADVICE.match(line)]
+    return said[-1] if said else f"e2fsck ended with {done.returncode}"

@@ -96,7 +96,8 @@ def value_of(contents: Contents, tag: Tag) -> str:
     }[tag]
 
 
-def _same(tag: Tag, one: str, other: str) -> bool:
+def same(tag: Tag, one: str, other: str) -> bool:
+    """Whether two values of a tag mean the same."""
     return one.lower() == other.lower() if tag in ("UUID", "PARTUUID") else one == other
 
 
@@ -108,7 +109,7 @@ def examine(paths: Iterable[str]) -> Iterator[Contents]:
 
 
 def _matches(paths: Iterable[str], tag: Tag, value: str) -> list[Contents]:
-    found = [c for c in examine(paths) if _same(tag, value_of(c, tag), value)]
+    found = [c for c in examine(paths) if same(tag, value_of(c, tag), value)]
     return list(once_each(found))
 
 
@@ -178,11 +179,11 @@ def find(locator: Locator, *, search: Search = "devices", timeout: float = 0) ->
     if tag is None:
         path = os.path.abspath(locator.value)
         if path.startswith("/dev/"):
-            _wait(lambda: True if os.path.exists(path) else None, timeout)
+            wait(lambda: True if os.path.exists(path) else None, timeout)
         return path
     if not locator.value:
         raise UnionfsError(f"{tag}= is empty", hint=f"write {tag}=NAME")
-    path = _wait(lambda: look(tag, locator.value, search), timeout) or ""
+    path = wait(lambda: look(tag, locator.value, search), timeout) or ""
     if not path:
         waited = f" after {timeout:g} s" if timeout else ""
         where = "device or image" if search == "images" else "device"
@@ -191,7 +192,7 @@ def find(locator: Locator, *, search: Search = "devices", timeout: float = 0) ->
     return path
 
 
-def _wait(attempt: Callable[[], T | None], timeout: float) -> T | None:
+def wait(attempt: Callable[[], T | None], timeout: float) -> T | None:
     """What `attempt` finds, tried again at each event of a device until the time is over."""
     if (found := attempt()) is not None or timeout <= 0:
         return found

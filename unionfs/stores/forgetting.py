@@ -62,12 +62,13 @@ def _open(upper: Chosen, item: Kept) -> int:
     """What is kept, locked: somebody may have it mounted by its name."""
     if item.in_area:
         folder, name = os.path.split(os.path.relpath(item.directory, upper.directory))
-        return os.open(f"{folder}/{name}", _OPEN, dir_fd=upper.fd)
-    top, _ = replacing.open_beside(upper.volume, upper.directory)
-    try:
-        fd = os.open(os.path.basename(item.directory), _OPEN, dir_fd=top)
-    finally:
-        os.close(top)
+        fd = os.open(f"{folder}/{name}", _OPEN, dir_fd=upper.fd)
+    else:
+        top, _ = replacing.open_beside(upper.volume, upper.directory)
+        try:
+            fd = os.open(os.path.basename(item.directory), _OPEN, dir_fd=top)
+        finally:
+            os.close(top)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

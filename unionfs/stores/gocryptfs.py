@@ -7,6 +7,7 @@ of them would destroy it.  Called by opening.py when a union is mounted, and by 
 """
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -32,28 +33,42 @@ def is_encrypted(directory: int) -> bool:
 
     A file of that name may also be in a plain upper, whose area then lies beside it.
     """
-    if _exists(directory, AREA_NAME):
-        return False
     try:
-        fd = os.open(CIPHER_CONFIG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
-    except FileNotFoundError:
+        if _exists(directory, AREA_NAME):
+            return False
+        data = _read_config(directory)
+    except PermissionError as exc:
+        return str(exc.filename) == CIPHER_CONFIG  # not ours to read: gocryptfs will say so
+    except OSError as exc:
+        # Taken for a plain one, it would be written to in plain text.
+        where = os.readlink(f"/proc/self/fd/{directory}")
+        reason = os.strerror(exc.errno or errno.EIO)
+        raise UnionfsError(f"cannot read {where}/{CIPHER_CONFIG}: {reason}") from exc
+    try:
+        found = json.loads(data)
+    except ValueError:
         return False
-    except OSError:
-        return True  # not ours to read: gocryptfs will say so
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return False
-        try:
-            found = json.loads(file.read(_CONFIG_BYTES))
-        except ValueError:
-            return False
     return isinstance(found, dict) and "EncryptedKey" in found
 
 
+def _read_config(directory: int) -> bytes:
+    """Nothing if there is none, or something else has its name; raises OSError."""
+    try:
+        status = os.stat(CIPHER_CONFIG, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return b""
+    if not stat.S_ISREG(status.st_mode):
+        return b""
+    fd = os.open(CIPHER_CONFIG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
+    with os.fdopen(fd, "rb") as file:
+        return file.read(_CONFIG_BYTES)
+
+
 def _exists(directory: int, name: str) -> bool:
+    """Raises OSError if that cannot be known."""
     try:
         os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except OSError:
+    except FileNotFoundError:
         return False
     return True
 

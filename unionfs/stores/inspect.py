@@ -25,7 +25,8 @@ from unionfs.mounts import read_mounts
 from unionfs.stores import find, fscrypt, gocryptfs, kernel, unlocking
 from unionfs.stores import kept as names
 from unionfs.stores.mounted import Mounted, mounted_unions
-from unionfs.stores.volume import Volume, open_volume
+from unionfs.stores.probe import refuse_kind
+from unionfs.stores.volume import Volume, open_volume, walk
 from unionfs.unions import integer
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -43,7 +44,7 @@ class Kept:
 
     @property
     def in_area(self) -> bool:
-        """Whether it is some paths only."""
+        """Whether it is some paths, or what could not be beside it."""
         return os.path.basename(os.path.dirname(self.directory)) == AREA_NAME
 
     def shown(self, store: str) -> str:
@@ -118,6 +119,7 @@ class Store:
     allocated: int | None = None  # of the image: what it takes on its own disk
     uppers: list[Upper] = field(default_factory=list)
     problem: str = ""  # why nothing is known of what lies in it
+    asked: bool = False  # it was named itself, not a place that it is in
 
     def facts(self) -> dict[str, Any]:
         """JSON-able."""
@@ -213,9 +215,9 @@ def upper_at(fd: int, directory: str) -> Upper | None:
     if not stat.S_ISDIR(status.st_mode):
         return None
     with _opened(fd, AREA_NAME) as area:  # not everybody may
-        paths = [n for n in sorted(directories(area)) if names.date_of_paths(n)]
+        dates = {n: names.date_in_area(n) for n in sorted(directories(area))}
     inside = os.path.join(directory, AREA_NAME)
-    kept = [Kept(f"{inside}/{n}", names.told(names.date_of_paths(n))) for n in paths]
+    kept = [Kept(f"{inside}/{n}", names.told(date)) for n, date in dates.items() if date]
     return Upper(directory, read_record(fd), read_owner_at(fd), encrypted=kind, kept=kept)
 
 
@@ -253,6 +255,25 @@ def uppers_of(volume: Volume) -> list[Upper]:
         os.close(root)
 
 
+def wrong_areas(volume: Volume) -> list[str]:
+    """Directories that would be uppers, if what has the name of their area were a directory."""
+    with _opened(volume.root, ".") as root:
+        places = ["/", *(f"/{name}" for name in directories(root))]
+        for name in directories(root):
+            if name.startswith("persistent_"):
+                with _opened(root, name) as fd:
+                    places += [f"/{name}/{below}" for below in directories(fd)] if fd >= 0 else []
+        return [place for place in places if _has_wrong_area(root, place)]
+
+
+def _has_wrong_area(root: int, place: str) -> bool:
+    try:
+        status = os.stat(f".{place}/{AREA_NAME}", dir_fd=root, follow_symlinks=False)
+    except OSError:
+        return False
+    return not stat.S_ISDIR(status.st_mode)
+
+
 def owners(volume: Volume) -> list[tuple[str, Owner]]:
     """Who holds the uppers in a volume, or has not let them go; by their directories."""
     return [(u.directory, u.owner) for u in uppers_of(volume) if u.owner is not None]
@@ -279,22 +300,27 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
     """One store, by its locator; `sizes`: also how much what is kept takes."""
     from unionfs import locator
 
-    path = find.find(locator.parse(text), search="images")
+    where = locator.parse(text)
+    path = find.find(where, search="images")
     store = _outside(path)
     holders = [union for union in unions if union.alone and union.lies_in(path)]
     if holders and kernel.may_mount():  # the image of an ordinary user
-        _told(store, holders)
+        _told(store, holders, where.directory)
         return store
     try:
         volume = open_volume(text, readonly=True, untouched=True, share=True, search="images")
     except UnionfsError as exc:
         if holders:
-            _told(store, holders)
+            _told(store, holders, where.directory)
         else:
             store.problem = exc.line()
         return store
     try:
-        _inside(store, volume)
+        try:
+            _inside(store, volume)
+        except UnionfsError as exc:
+            store.problem = exc.line()
+            return store
         if sizes:
             for kept in (kept for upper in store.uppers for kept in upper.kept):
                 with _opened(volume.root, kept.directory.removeprefix("/")) as fd:
@@ -302,7 +328,8 @@ def look(text: str, unions: Sequence[Mounted], *, sizes: bool = False) -> Store:
     finally:
         volume.close()
     for union in holders:
-        _add_told(store, union)
+        if where.directory in (None, union.directory):
+            _add_told(store, union)
     for upper in store.uppers:
         number = upper.record.uuid if upper.record is not None else None
         for union in unions:
@@ -321,14 +348,15 @@ def _add_told(store: Store, union: Mounted) -> None:
     store.uppers.append(told)
 
 
-def _told(store: Store, unions: Sequence[Mounted]) -> None:
-    """What unions tell of their store, which we cannot look into meanwhile."""
+def _told(store: Store, unions: Sequence[Mounted], inside: str | None) -> None:
+    """What unions tell of their store, which we cannot look into meanwhile; `inside`: only of one
+    directory."""
     first = unions[0]
     store.fstype, store.label, store.uuid = (
         str(first.store.get(name) or "") for name in ("fstype", "label", "uuid")
     )
     store.size, store.free = (integer(first.facts, name) for name in ("size", "free"))
-    store.uppers = [_told_upper(union) for union in unions]
+    store.uppers = [_told_upper(u) for u in unions if inside in (None, u.directory)]
 
 
 def _told_upper(union: Mounted) -> Upper:
@@ -348,6 +376,7 @@ def _outside(path: str) -> Store:
         return Store("directory", path)
     if stat.S_ISBLK(status.st_mode):
         return Store("device", path)
+    refuse_kind(path, status.st_mode)
     return Store("image", path, allocated=status.st_blocks * 512)
 
 
@@ -361,11 +390,26 @@ def _inside(store: Store, volume: Volume) -> None:
         space = os.fstatvfs(root)
         store.size = space.f_blocks * space.f_frsize
         store.free = space.f_bavail * space.f_frsize
-        store.uppers = list(find_uppers(root))
+        inside = volume.locator.directory
+        store.uppers = list(find_uppers(root)) if inside is None else _only(volume, inside)
     finally:
         os.close(root)
     if store.kind == "directory":
         _keep_in_sight(store, volume)
+
+
+def _only(volume: Volume, inside: str) -> list[Upper]:
+    """The upper in one directory, which must be there."""
+    try:
+        fd = walk(volume, inside)
+    except FileNotFoundError:
+        raise UnionfsError(f"{volume.locator.source} has no {inside}") from None
+    try:
+        found = [upper for upper in uppers_of(volume) if upper.directory == inside]
+        upper = None if found else upper_at(fd, inside)  # not where they are looked for
+        return found if upper is None else [upper]
+    finally:
+        os.close(fd)
 
 
 def _keep_in_sight(store: Store, volume: Volume) -> None:
@@ -386,12 +430,12 @@ def _images_in(place: str) -> list[str]:
         return sorted(e.path for e in entries if e.name.endswith(".img") and e.is_file())
 
 
-def _everywhere(unions: Iterable[Mounted]) -> Iterator[str]:
-    """What unions have as their store, and of all else images and devices that can be one.
+def _everywhere(unions: Iterable[Mounted], named: Iterable[str]) -> Iterator[str]:
+    """What is `named`, what unions have as their store, and images and devices that can be one.
 
     A loop device on an image is that image.
     """
-    places = [union.place for union in unions]
+    places = [*named, *(union.place for union in unions)]
     yield from (place for place in places if os.path.isdir(place))
     nodes = [*(place for place in places if not os.path.isdir(place)), *find.block_devices()]
     devices = (find.image_of(node) or node for node in nodes)
@@ -409,19 +453,28 @@ def _each(paths: Iterable[str]) -> Iterator[str]:
             yield path
 
 
-def find_stores(places: Sequence[str]) -> Iterator[Store]:
-    """Those at the places, or in the images in them; without places all that have an upper."""
+def find_stores(places: Sequence[str], named: Iterable[str] = ()) -> Iterator[Store]:
+    """Those at the places, or in the images in them; without places all that have an upper.
+
+    `named`: paths to look at besides then.  What was told with one directory is no other.
+    """
     unions = mounted_unions()
     if places:
         named = (p for place in places for p in _with_images(place))
         for path in _each(named):
             store = look(path, unions)
+            store.asked = path in places
             if store.uppers or store.kind != "directory":
                 yield store
         return
-    for path in _each(_everywhere(unions)):
+    told = set()
+    for path in _each(_everywhere(unions, named)):
+        if os.path.realpath(path) in told:
+            continue
         with contextlib.suppress(UnionfsError):  # gone, or it cannot be reached from here
             store = look(path, unions)
+            if store.kind == "directory":
+                told |= {os.path.realpath(f"{path}/{u.directory}") for u in store.uppers}
             if store.uppers:
                 yield store
 

@@ -8,7 +8,8 @@ Owns these names.  Called by all that looks for uppers, and by replacing.py, whi
     .NAME.HEX.restore.old        itself, while two directories cannot be exchanged (fuse2fs)
     .NAME.HEX.keep.old           the same, if it is to be kept
 
-and in NAME/.unionfs, reset-DATE: some paths of it (reset PATH).  DATE is YYYYMMDD-HHMMSS, local.
+and in NAME/.unionfs, reset-DATE: some paths of it (reset PATH); before-DATE: all of it, as it was,
+if nothing can be beside it (exchange.py).  DATE is YYYYMMDD-HHMMSS, local.
 """
 
 import datetime
@@ -24,6 +25,7 @@ _BEFORE: Final = re.compile(
 )
 _PATHS: Final = re.compile(r"reset-([0-9]{8}-[0-9]{6})")
 _TEMPORARY: Final = re.compile(r"\.(.+)\.[0-9a-f]{8}(\.restore|\.restore\.old|\.keep\.old)", re.S)
+_WHOLE: Final = re.compile(r"before-([0-9]{8}-[0-9]{6})")
 NEW: Final = ".restore"
 MOVED_ASIDE: Final = ".restore.old"
 KEPT_ASIDE: Final = ".keep.old"
@@ -42,6 +44,17 @@ def date_of_paths(name: str) -> str:
     """When paths were taken away, of a name in the area; empty if it is another name."""
     match = _PATHS.fullmatch(name)
     return "" if match is None else match[1]
+
+
+def date_of_whole(name: str) -> str:
+    """The same for all of an upper whose place is the area."""
+    match = _WHOLE.fullmatch(name)
+    return "" if match is None else match[1]
+
+
+def date_in_area(name: str) -> str:
+    """The same for either."""
+    return date_of_paths(name) or date_of_whole(name)
 
 
 def told(date: str) -> str:
@@ -76,6 +89,11 @@ def new_name(folder: int, name: str) -> str:
 def new_paths(area: int) -> str:
     """What the paths are called in the area that are taken away now."""
     return _dated(area, "reset-")
+
+
+def new_whole(area: int) -> str:
+    """What all of an upper is called in the area if it is kept there now."""
+    return _dated(area, "before-")
 
 
 def temporary(name: str, suffix: str) -> str:

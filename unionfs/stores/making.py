@@ -23,6 +23,8 @@ from unionfs.syscalls import RenameFlag
 FileSystem = Literal["ext4", "xfs", "btrfs"]
 _MIB: Final = 1 << 20
 _STEP: Final = 64 * _MIB
+_AFTER: Final = ".new"  # of a temporary name, after 8 digits
+_LONGEST: Final = 255 - len("..01234567.new")  # bytes of a name
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +87,13 @@ def new_file(path: str, *, replace: bool = False) -> Iterator[tuple[int, str]]:
     What has the name already is an error, or with `replace` replaced at once.  A kill leaves the
     temporary, which the next one for the same name removes.
     """
+    if os.path.basename(path) in ("", ".", ".."):
+        raise usage_error(f"{path!r} is no name of a file", "write the path of a file")
     folder, name = os.path.split(os.path.abspath(path))
     if not replace:
         check_free(path)
     _remove_abandoned(folder, name)
-    temporary = f"{folder}/.{name}.{secrets.token_hex(4)}.new"
+    temporary = f"{folder}/{_before(name)}{secrets.token_hex(4)}{_AFTER}"
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as exc:
@@ -144,11 +148,19 @@ def _sync_directory(folder: str) -> None:
         os.close(fd)
 
 
+def _before(name: str) -> str:
+    """How the temporaries for a name begin; the middle of one that is too long is left out."""
+    raw = os.fsencode(name)
+    if len(raw) > _LONGEST:
+        raw = raw[: _LONGEST // 2] + raw[-(_LONGEST // 2) :]
+    return f".{os.fsdecode(raw)}."
+
+
 def _remove_abandoned(folder: str, name: str) -> None:
     """Temporaries for this name that nobody locks."""
     with contextlib.suppress(OSError):
         for found in os.listdir(folder):
-            if not (found.startswith(f".{name}.") and found.endswith(".new")):
+            if not (found.startswith(_before(name)) and found.endswith(_AFTER)):
                 continue
             with contextlib.suppress(OSError), open(f"{folder}/{found}", "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

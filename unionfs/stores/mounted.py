@@ -8,11 +8,12 @@ by inspect.py, and by the verbs of `unionfs store` to say who has what they cann
 import os
 import pwd
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from unionfs.errors import InUse, UnionfsError
-from unionfs.mounts import read_mounts
+from unionfs.mounts import MountEntry, read_mounts
 from unionfs.stores import find
 
 
@@ -70,21 +71,36 @@ def _same(one: str, other: str) -> bool:
     return os.path.samestat(first, second)
 
 
-def mounted_unions(deadline: float = 2, user: int | None = None) -> list[Mounted]:
-    """Those that answer (within so many seconds), and whose changes stay; of a user, or of all."""
+def _answers(deadline: float, user: int | None) -> Iterator[tuple[MountEntry, dict[str, Any]]]:
+    """The unions that answer within so many seconds, and what; of a user, or of all."""
     from unionfs.unions import FSTYPE, ask, owner
 
     mounts = read_mounts()
-    found = []
     for entry in mounts:
-        if entry.fstype != FSTYPE or user not in (None, owner(entry)[0]):
-            continue
-        facts = ask(entry, mounts, deadline).facts
+        if entry.fstype == FSTYPE and user in (None, owner(entry)[0]):
+            yield entry, ask(entry, mounts, deadline).facts
+
+
+def mounted_unions(deadline: float = 2, user: int | None = None) -> list[Mounted]:
+    """Those that answer (within so many seconds), and whose changes stay; of a user, or of all."""
+    from unionfs.unions import owner
+
+    found = []
+    for entry, facts in _answers(deadline, user):
         store, upper = facts.get("store"), facts.get("upper")
         if isinstance(upper, str) and not facts.get("ephemeral"):
             told = store if isinstance(store, dict) else {}
             found.append(Mounted(entry.point, upper, told, facts, owner(entry)[0]))
     return found
+
+
+def lowers_in_use(deadline: float = 2) -> Iterator[tuple[str, str]]:
+    """The lowers of this user's mounted unions, each after the mount point."""
+    from unionfs.unions import texts
+
+    for entry, facts in _answers(deadline, os.geteuid()):
+        for lower in texts(facts.get("lowers")):
+            yield entry.point, lower
 
 
 def union_of(path: str, directory: str) -> Mounted | None:

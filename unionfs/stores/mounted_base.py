@@ -13,11 +13,12 @@ import stat
 from collections.abc import Sequence
 from typing import Final
 
+from unionfs import locator
 from unionfs.errors import UnionfsError
 from unionfs.identity import Base
 from unionfs.locator import Locator, unescape_tag
-from unionfs.mounts import MountEntry, filesystem_at
-from unionfs.stores import base
+from unionfs.mounts import MountEntry, filesystem_at, read_mounts
+from unionfs.stores import base, find
 from unionfs.stores.probe import Contents, probe
 
 _LINKS: Final = "/dev/disk/by-"
@@ -29,6 +30,15 @@ def describe(where: Locator, directory: str, mounts: Sequence[MountEntry]) -> Ba
     with contextlib.suppress(OSError):  # of a digest, which not everybody may make
         return base.describe(where, contents)
     return base.describe(where, None)
+
+
+def named(lower: str) -> Base:
+    """What a store remembers of a base that a locator names: an image, a device or a directory."""
+    where = locator.parse(lower)
+    path = find.find(where)
+    if os.path.isdir(path):
+        return describe(where, path, read_mounts())
+    return base.describe(where, probe(path))
 
 
 def device_at(directory: str, mounts: Sequence[MountEntry]) -> tuple[str, MountEntry] | None:

@@ -45,9 +45,27 @@ def _fields(output: bytes) -> dict[str, str]:
     return found
 
 
+_KINDS: Final = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def refuse_kind(path: str, mode: int) -> None:
+    """Raise an error for what can hold no file system."""
+    if kind := _KINDS.get(stat.S_IFMT(mode)):
+        hint = "name a directory, an image or a block device"
+        if stat.S_ISDIR(mode):
+            hint = "name an image or a block device"
+        raise UnionfsError(f"{path} is {kind}, which holds no file system", hint=hint)
+
+
 def check_readable(path: str) -> None:
-    """Raise an error that says why nothing can be read from `path`."""
+    """Raise an error that says why nothing can be read from `path`, or what it is instead."""
     try:
+        refuse_kind(path, os.stat(path).st_mode)
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
     except OSError as exc:
         hints = {
@@ -109,7 +127,23 @@ def require_filesystem(contents: Contents) -> None:
     status = os.stat(path)
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
         raise UnionfsError(f"{path} is empty", hint="make a store: unionfs store create")
-    raise UnionfsError(
-        f"{path} holds no file system that is known here",
-        hint="it may be damaged or truncated: restore a backup, or make a new store",
-    )
+    hint = "it may be damaged or truncated: restore a backup, or make a new store"
+    if (found := spare_super_block(path)) is not None:
+        block, size = found
+        hint = f"the first super block of an ext4 is lost, there is another: copy {path}, then "
+        hint += f"e2fsck -b {block} -B {size} {path}"
+    raise UnionfsError(f"{path} holds no file system that is known here", hint=hint)
+
+
+def spare_super_block(path: str) -> tuple[int, int] | None:
+    """Where an ext2, 3 or 4 has its second super block, and its size of blocks; None: nowhere."""
+    with open(path, "rb") as file:
+        for size in (4096, 1024, 2048):
+            first = 8 * size + (size == 1024)  # as many blocks as one block has bits
+            file.seek(first * size)
+            block = file.read(1024)
+            # s_magic, s_log_block_size and s_block_group_nr
+            known = block[56:58] == b"\x53\xef" and block[90:92] == b"\x01\x00"
+            if known and 1024 << min(block[24], 6) == size:
+                return first, size
+    return None

@@ -7,20 +7,27 @@ a restore, a clone, a reset, encryption.  The caller has the upper's lock.
 What is to be kept gets its name by that same call: the new one, complete, is called
 NAME.before-DATE, and then the two are exchanged.  Killed just before, the new one is what is kept;
 the old one is never what a later verb would remove.
+
+An upper that cannot be renamed gets new content instead (exchange.py).
 """
 
 import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from unionfs import syscalls
 from unionfs.errors import UnionfsError
+from unionfs.mounts import mounted_beneath, path_of, read_mounts
+from unionfs.stores import exchange, foreign
 from unionfs.stores import kept as names
 from unionfs.stores.tools import uninterrupted
 from unionfs.stores.volume import Volume, walk
 from unionfs.syscalls import RenameFlag
+
+if TYPE_CHECKING:
+    from unionfs.stores.backing import Chosen
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -44,10 +51,41 @@ def open_beside(volume: Volume, directory: str) -> tuple[int, str]:
         os.close(opened)
 
 
+def stays(upper: "Chosen") -> str:
+    """Why a directory cannot be renamed; empty if it can."""
+    if upper.directory != "/":
+        return ""
+    if upper.volume.contents is not None:
+        return "is the root of its file system"
+    point = path_of(upper.fd)
+    return "is a mount point" if any(m.point == point for m in read_mounts()) else ""
+
+
+def refuse_encrypted(upper: "Chosen") -> None:
+    """Raise an error if it has to be renamed: encrypted content cannot be moved name by name."""
+    if why := stays(upper):
+        hint = "name a directory in it, by :/dir" if upper.volume.contents else "use one in it"
+        raise UnionfsError(f"{upper.name} {why}, and cannot be encrypted as such", hint=hint)
+
+
 def replace(
-    volume: Volume, directory: str, fill: Callable[[str], None], *, keep: bool
+    upper: "Chosen",
+    fill: Callable[[str], None],
+    *,
+    keep: bool,
+    hint: str = "",
+    encrypted: bool = False,
 ) -> str | None:
-    """Fill a new directory, then have it take an upper's place; what the old one is kept as."""
+    """Fill a new directory, then have it take an upper's place; what the old one is kept as.
+
+    `hint`: how to keep it, if it is no store.  `encrypted`: the old or the new one.
+    """
+    volume, directory = upper.volume, upper.directory
+    foreign.refuse(upper, keep=keep, hint=hint)
+    if encrypted or upper.encrypted:
+        refuse_encrypted(upper)
+    elif stays(upper):
+        return _exchange_content(upper, fill, keep=keep)
     top, name = open_beside(volume, directory)
     try:
         tidy(top, name)
@@ -74,6 +112,35 @@ def replace(
             return _take_place(top, temporary, name, keep=keep)
     finally:
         os.close(top)
+
+
+def _exchange_content(upper: "Chosen", fill: Callable[[str], None], *, keep: bool) -> str | None:
+    """Of one that cannot be renamed."""
+    seen = upper.volume.contents is None  # what is mounted nowhere has nothing mounted in it
+    if seen and mounted_beneath(path_of(upper.fd), read_mounts()):
+        raise UnionfsError(f"something is mounted in {upper.name}", hint="unmount that first")
+    _refuse_others(upper)
+    into = exchange.begin(upper.fd)
+    try:
+        fill(f"/proc/{os.getpid()}/fd/{into}")
+        syscalls.syncfs(into)
+    except BaseException:
+        exchange.abandon(upper.fd)
+        raise
+    finally:
+        os.close(into)
+    with uninterrupted():
+        return exchange.complete(upper.fd, keep=keep, stay=upper.not_its_own())
+
+
+def _refuse_others(upper: "Chosen") -> None:
+    """Below the root of a file system may lie the stores of other unions, in use even."""
+    from unionfs.stores.inspect import find_uppers
+
+    others = [found.directory for found in find_uppers(upper.fd) if found.directory != "/"]
+    if others:
+        what = f"{upper.name} has other stores in it: {', '.join(others)}"
+        raise UnionfsError(what, hint="name the one that is meant, or move them away")
 
 
 def _take_place(top: int, temporary: str, name: str, *, keep: bool) -> str | None:

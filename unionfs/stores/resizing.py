@@ -7,24 +7,25 @@ ext4 that is not mounted is resized in a copy that takes the image's name when i
 resize2fs may leave neither the old nor the new.
 
 xfs and btrfs grow while they are mounted, and are mounted for it (where nobody else sees it, as
-always).  ext4 grows mounted where the kernel lets us (CAP_SYS_RESOURCE).
+always).  ext4 grows mounted where the kernel lets us (CAP_SYS_RESOURCE).  What an image has been
+cut off is looked for first: lengthened, it would seem whole.
 """
 
 import contextlib
 import errno
 import fcntl
 import os
-import re
 import stat
 import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from unionfs import capabilities
 from unionfs.errors import InUse, UnionfsError, usage_error
-from unionfs.stores import kernel, loop, userspace
-from unionfs.stores.making import new_file
+from unionfs.stores import kernel, loop, resized, userspace
 from unionfs.stores.probe import Contents, probe, require_filesystem
-from unionfs.stores.tools import Progress, lines_of, run, tool
+from unionfs.stores.tools import Progress, tool
+from unionfs.stores.whole import check_whole
 
 _BLKGETSIZE64: Final = 0x80081272
 # fs/ext4/ext4.h: _IOW('f', 16, __u64); xfs_fs.h: _IOW('X', 110, struct xfs_growfs_data) and
@@ -37,16 +38,12 @@ _FITRIM: Final = 0xC0185879
 _EVERYTHING: Final = (1 << 64) - 1
 _XFS_GEOMETRY_SIZE: Final = 112
 _BTRFS_SMALLEST: Final = 256 << 20  # fs/btrfs/ioctl.c
-_STEP: Final = 8 << 20
 _TRIM: Final = 1 << 30
-
-Advance = Callable[[int], None]
 
 
 def grow(path: str, size: int | None, advance: Progress) -> int:
     """Grow the store at `path` to `size` bytes (a device: to its end); its size then."""
-    contents = probe(path)
-    require_filesystem(contents)
+    contents = _examined(path)
     if contents.fstype not in ("ext4", "xfs", "btrfs"):
         hint = "ext4, xfs and btrfs do"
         raise UnionfsError(f"{path}: {contents.fstype} cannot be grown", hint=hint)
@@ -59,30 +56,33 @@ def grow(path: str, size: int | None, advance: Progress) -> int:
         raise usage_error(f"{path} has {length} bytes, more than {size}", "grow makes it larger")
     if contents.fstype == "btrfs" and size < _BTRFS_SMALLEST:
         raise usage_error(f"btrfs cannot be resized to {size} bytes", "write --size 256M or more")
-    devices = _loops(path)
-    if devices:
-        _lengthen(path, size)
-        loop.resized(devices[0])
-        try:
-            _resize_mounted(contents, devices[0])
-        except UnionfsError:
-            os.truncate(path, length)  # the file system does not know of more
-            loop.resized(devices[0])
-            raise
-        return size
-    if contents.fstype == "ext4":
-        _resize_copy(path, size, advance)
-        return size
-    if not kernel.may_mount():
-        hint = "ask root to do it"
-        raise UnionfsError(f"{path}: an ordinary user cannot grow {contents.fstype}", hint=hint)
+    if not _loops(path):
+        if contents.fstype == "ext4":
+            resized.as_copy(path, size, advance)
+            return size
+        if not kernel.may_mount():
+            hint = "ask root to do it"
+            raise UnionfsError(f"{path}: an ordinary user cannot grow {contents.fstype}", hint=hint)
     _lengthen(path, size)
-    held = loop.attach(path, readonly=False)
+    held = kernel.attach(contents)
     try:
-        _resize_mounted(contents, held.path)
+        loop.resized(held.path)
+        _resize_mounted(contents)
+    except UnionfsError:
+        os.truncate(path, length)  # the file system does not know of more
+        loop.resized(held.path)
+        raise
     finally:
         os.close(held.fd)
     return size
+
+
+def _examined(path: str) -> Contents:
+    """What is in it, if it is a file system that nothing has been cut off."""
+    contents = probe(path)
+    require_filesystem(contents)
+    check_whole(path, contents.fstype)
+    return contents
 
 
 def _loops(path: str) -> list[str]:
@@ -99,8 +99,7 @@ def _lengthen(path: str, size: int) -> None:
     """The file only; what is in it stays where it is."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        if os.fstat(fd).st_size < size:
-            os.ftruncate(fd, size)
+        resized.lengthen(fd, size)
         os.fsync(fd)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
@@ -119,14 +118,14 @@ def _grow_device(contents: Contents, size: int | None) -> int:
     if size is not None and size != end:
         hint = "leave --size out: the file system is grown to the end of its device"
         raise usage_error(f"{path} has {end} bytes, and is not resized itself", hint)
-    _resize_mounted(contents, path)
+    _resize_mounted(contents)
     return int(end)
 
 
-def _resize_mounted(contents: Contents, device: str) -> None:
+def _resize_mounted(contents: Contents) -> None:
     """Tell a file system that its device is larger."""
     try:
-        with _opened(contents, device) as fd:
+        with _opened(contents) as fd:
             tell_larger(fd, contents.fstype)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
@@ -136,7 +135,7 @@ def _resize_mounted(contents: Contents, device: str) -> None:
                 "this kernel does not let us resize a mounted ext4 (CAP_SYS_RESOURCE is missing)"
             )
             hint = "unmount the union, and grow it then"
-            if device == contents.path:  # not an image, which is grown as a copy
+            if stat.S_ISBLK(os.stat(contents.path).st_mode):  # an image is grown as a copy
                 hint = "back it up, and grow it by resize2fs(8) while nobody has it mounted"
         raise UnionfsError(f"{contents.path} cannot be grown: {reason}", hint=hint) from exc
 
@@ -150,11 +149,19 @@ def enlarge(path: str, device: str, fd: int, fstype: str, size: int) -> None:
     """Grow the mounted image at `path`, whose root is open as `fd`; raises OSError, undone."""
     if fstype == "btrfs" and size < _BTRFS_SMALLEST:
         size = _BTRFS_SMALLEST
+    try:
+        check_whole(path, fstype)
+    except UnionfsError as exc:  # cut off while it is mounted
+        raise OSError(errno.EIO, exc.message) from exc
     before = os.stat(path).st_size
     space = os.statvfs(os.path.dirname(path))
     if space.f_bavail * space.f_frsize < size - before:
         raise OSError(errno.ENOSPC, "no space for a larger image")
-    os.truncate(path, size)
+    image = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        resized.lengthen(image, size)
+    finally:
+        os.close(image)
     loop.resized(device)
     try:
         tell_larger(fd, fstype)
@@ -173,7 +180,8 @@ def _device_bytes(fd: int) -> int:
 
 def _resize_ext4(fd: int) -> None:
     blocks = _device_bytes(fd) // os.fstatvfs(fd).f_bsize
-    fcntl.ioctl(fd, _EXT4_IOC_RESIZE_FS, struct.pack("=Q", blocks))
+    with capabilities.in_effect():
+        fcntl.ioctl(fd, _EXT4_IOC_RESIZE_FS, struct.pack("=Q", blocks))
 
 
 def _resize_xfs(fd: int) -> None:
@@ -209,8 +217,7 @@ def promised_by_btrfs(uuid: str) -> Callable[[], int]:
 
 def shrink(path: str, size: int, advance: Progress) -> None:
     """Make an image smaller: an ext4 as a copy, a btrfs mounted; the file is cut last."""
-    contents = probe(path)
-    require_filesystem(contents)
+    contents = _examined(path)
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise usage_error(f"{path} is no image", "only images are made smaller")
     if size > os.stat(path).st_size:
@@ -219,7 +226,7 @@ def shrink(path: str, size: int, advance: Progress) -> None:
         if devices := _loops(path):
             hint = "unmount the union first"
             raise InUse(path, path, f"by {devices[0]}", hint=hint)
-        _resize_copy(path, size, advance)
+        resized.as_copy(path, size, advance)
     elif contents.fstype == "btrfs" and kernel.may_mount():
         if size < _BTRFS_SMALLEST:
             hint = "write --size 256M or more"
@@ -232,10 +239,10 @@ def shrink(path: str, size: int, advance: Progress) -> None:
 
 
 def _shrink_btrfs(contents: Contents, size: int) -> None:
-    held = loop.attach(contents.path, readonly=False)
+    held = kernel.attach(contents)
     try:
         words = bytearray(struct.pack("=q4088s", 0, str(size).encode()))
-        with _opened(contents, held.path) as fd:
+        with _opened(contents) as fd:
             fcntl.ioctl(fd, _BTRFS_IOC_RESIZE, words)
         os.truncate(contents.path, size)
         loop.resized(held.path)
@@ -248,26 +255,17 @@ def _shrink_btrfs(contents: Contents, size: int) -> None:
 
 def compact(path: str, advance: Progress) -> None:
     """Give the space of an image that its file system does not use back to its disk."""
-    contents = probe(path)
-    require_filesystem(contents)
+    contents = _examined(path)
     if contents.fstype not in ("ext4", "xfs", "btrfs"):
         raise UnionfsError(f"{path}: {contents.fstype} has nothing to give back")
     if kernel.may_mount():
-        device = path
-        held = None
-        if stat.S_ISREG(os.stat(path).st_mode):
-            held = loop.attach(path, readonly=False)
-            device = held.path
         try:
-            with _opened(contents, device) as fd:
+            with _opened(contents) as fd:
                 _trim(fd, contents.fstype, advance)
         except OSError as exc:
             reason = os.strerror(exc.errno or errno.EIO)
             hint = "its disk takes no space back" if exc.errno == errno.EOPNOTSUPP else None
             raise UnionfsError(f"{path} cannot be compacted: {reason}", hint=hint) from exc
-        finally:
-            if held is not None:
-                os.close(held.fd)
         return
     if contents.fstype != "ext4":
         raise UnionfsError(f"{path}: an ordinary user cannot compact {contents.fstype}")
@@ -275,7 +273,7 @@ def compact(path: str, advance: Progress) -> None:
     advance.phase("giving space back")
     try:
         command = [tool("e2fsck", "e2fsprogs"), "-f", "-p", "-E", "discard", path]
-        _run(command, path, good=1, what="compacted")
+        resized.check(command, path, what="compacted")
     finally:
         os.close(lock)
 
@@ -293,9 +291,9 @@ def _trim(fd: int, fstype: str, advance: Progress) -> None:
 
 
 @contextlib.contextmanager
-def _opened(contents: Contents, device: str) -> Iterator[int]:
+def _opened(contents: Contents) -> Iterator[int]:
     """The root of a file system; mounted once more, it is the same one."""
-    root, _ = kernel.mount(contents._replace(path=device), readonly=False)
+    root, _ = kernel.mount(contents, readonly=False)
     try:
         fd = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=root)
     finally:
@@ -304,85 +302,3 @@ def _opened(contents: Contents, device: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _resize_copy(path: str, size: int, advance: Progress) -> None:
-    """resize2fs on a copy that then replaces the image."""
-    real = os.path.realpath(path)
-    try:
-        lock = userspace.lock_image(real, readonly=False)
-    except InUse as exc:
-        exc.why = "cannot resize what it has mounted"
-        raise
-    try:
-        with contextlib.ExitStack() as stack:
-            fd, temporary = stack.enter_context(new_file(real, replace=True))
-            status = os.fstat(lock)
-            copy_sparse(lock, fd, status.st_size, advance)
-            if size > status.st_size:
-                os.ftruncate(fd, size)
-            os.fchmod(fd, stat.S_IMODE(status.st_mode))
-            with contextlib.suppress(PermissionError):
-                os.fchown(fd, status.st_uid, status.st_gid)
-            advance.phase("checking the copy")
-            _run([tool("e2fsck", "e2fsprogs"), "-f", "-p", temporary], path, good=1)
-            advance.phase("resizing")
-            blocks = f"{size // 512}s"  # in sectors
-            _run_resize2fs([tool("resize2fs", "e2fsprogs"), temporary, blocks], path, lock)
-            os.ftruncate(fd, size)
-    finally:
-        os.close(lock)
-
-
-def _run_resize2fs(command: list[str], path: str, image: int) -> None:
-    """What it refuses, e2fsck would find nothing wrong with."""
-    done = run(command)
-    if not done.returncode:
-        return
-    lines = lines_of(done.stderr or done.stdout)
-    reason = lines[-1] if lines else f"exit code {done.returncode}"
-    hint = None
-    if smallest := re.search(r"smaller than minimum \(([0-9]+)\)", reason):
-        # s_log_block_size, at 24 in the super block
-        block = 1024 << int.from_bytes(os.pread(image, 4, 1024 + 24), "little")
-        mebibytes = -(-int(smallest[1]) * block >> 20)
-        reason, hint = "it has more in it than that", f"write --size {mebibytes}M or more"
-    raise UnionfsError(f"{path} cannot be resized: {reason}", hint=hint)
-
-
-def _run(command: list[str], path: str, *, good: int, what: str = "resized") -> None:
-    done = run(command)
-    if done.returncode > good:
-        lines = lines_of(done.stderr or done.stdout)
-        reason = lines[-1] if lines else f"exit code {done.returncode}"
-        name = os.path.basename(command[0])
-        hint = f"check it: unionfs store check --repair {path}"
-        raise UnionfsError(f"{path} cannot be {what}: {name}: {reason}", hint=hint)
-
-
-def copy_sparse(source: int, target: int, size: int, advance: Advance) -> None:
-    """Copy a file's data, by sharing it where that can be done, holes staying holes."""
-    with contextlib.suppress(OSError):
-        fcntl.ioctl(target, 0x40049409, source)  # FICLONE
-        advance(size)
-        return
-    position = 0
-    os.ftruncate(target, size)
-    while position < size:
-        try:
-            start = os.lseek(source, position, os.SEEK_DATA)
-        except OSError as exc:
-            if exc.errno != errno.ENXIO:  # only a hole is left
-                raise
-            advance(size - position)
-            return
-        end = os.lseek(source, start, os.SEEK_HOLE)
-        advance(start - position)
-        position = start
-        while position < end:
-            data = os.pread(source, min(_STEP, end - position), position)
-            if not data:
-                return
-            os.pwrite(target, data, position)
-            position += len(data)
-            advance(len(data))

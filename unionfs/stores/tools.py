@@ -90,10 +90,11 @@ def delayed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(*, last: bool = False) -> Iterator[None]:
     """SIGTERM and SIGHUP end us as SIGINT does, by KeyboardInterrupt: what was begun is tidied up.
 
-    Once: the tidying up is not interrupted again.
+    Once: the tidying up is not interrupted again.  `last`: nothing follows but the end of the
+    process; its exit code is decided, and what comes then comes too late.
     """
 
     def interrupt(_number: int, _frame: object) -> None:
@@ -101,7 +102,7 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    with _handlers(interrupt):
+    with _handlers(interrupt, after=signal.SIG_IGN if last else None):
         yield
 
 
@@ -113,8 +114,13 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _handlers(handler: "Callable[[int, object], None] | signal.Handlers") -> Iterator[None]:
-    """Python runs handlers in the main thread only, which is where the verbs run."""
+def _handlers(
+    handler: "Callable[[int, object], None] | signal.Handlers",
+    *,
+    after: signal.Handlers | None = None,
+) -> Iterator[None]:
+    """Python runs handlers in the main thread only, which is where the verbs run.  `after`: None,
+    what there was before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -126,7 +132,7 @@ def _handlers(handler: "Callable[[int, object], None] | signal.Handlers") -> Ite
         yield
     finally:
         for number, before in kept.items():
-            signal.signal(number, before)
+            signal.signal(number, before if after is None else after)
 
 
 def lines_of(output: bytes) -> list[str]:

@@ -69,6 +69,9 @@ class UpperCheck:
             area = os.open(AREA_NAME, _OPEN, dir_fd=self._upper)
         except FileNotFoundError:
             return None
+        except OSError as exc:
+            self._report.add(f"{self._where}/{AREA_NAME}", f"{_wrong(exc)}: no union can have it")
+            return None
         try:
             record = self._check_records(area)
             self._check_work(area, repair=repair)
@@ -125,18 +128,29 @@ class UpperCheck:
 
     def _check_work(self, area: int, *, repair: bool) -> None:
         """Temporaries of a daemon that was killed; the next mount would remove them too."""
-        with contextlib.suppress(FileNotFoundError):
+        path = f"{self._where}/{AREA_NAME}/work"
+        try:
             work = os.open("work", _OPEN, dir_fd=area)
-            try:
-                for name in sorted(os.listdir(work)):
-                    if not _TEMPORARY.fullmatch(name):
-                        continue
-                    if repair:
-                        _remove(work, name)
-                    path = f"{self._where}/{AREA_NAME}/work/{name}"
-                    self._report.add(path, "left by a killed daemon", repaired=repair)
-            finally:
-                os.close(work)
+        except FileNotFoundError:
+            return
+        except OSError as exc:
+            self._report.add(path, _wrong(exc))
+            return
+        try:
+            for name in filter(_TEMPORARY.fullmatch, sorted(os.listdir(work))):
+                self._check_left(work, name, f"{path}/{name}", repair=repair)
+        finally:
+            os.close(work)
+
+    def _check_left(self, work: int, name: str, path: str, *, repair: bool) -> None:
+        what = "left by a killed daemon"
+        try:
+            if repair:
+                _remove(work, name)
+        except OSError as exc:  # something is mounted there ...
+            what += f"; cannot be removed: {os.strerror(exc.errno or errno.EIO)}"
+            repair = False
+        self._report.add(path, what, repaired=repair)
 
     def _check_owner(self, area: int, *, repair: bool) -> None:
         owner = holder.read_owner(f"/proc/self/fd/{area}")
@@ -265,6 +279,12 @@ class UpperCheck:
                 if name.startswith(self._prefixes):
                     found[mark] = value
         return found
+
+
+def _wrong(exc: OSError) -> str:
+    """Why something is not opened as a directory."""
+    kinds = {errno.ENOTDIR: "is no directory", errno.ELOOP: "is a symbolic link"}
+    return kinds.get(exc.errno or 0) or f"cannot be opened: {os.strerror(exc.errno or errno.EIO)}"
 
 
 def _has_opaque_file(fd: int) -> bool:

@@ -24,7 +24,7 @@ from typing import IO, Final
 from unionfs import runtime, syscalls
 from unionfs.errors import ExitCode, InUse, UnionfsError
 from unionfs.mounts import mount_number, read_mounts, topmost
-from unionfs.stores import ext, sharing, squash
+from unionfs.stores import ext, sharing, squash, whole
 from unionfs.stores.probe import Contents
 from unionfs.stores.tools import find, tool
 from unionfs.syscalls import UnmountFlag
@@ -221,14 +221,14 @@ def _start(
     if replay and readonly and program is _FUSE2FS and os.access(contents.path, os.W_OK):
         held = lock_image(contents.path, readonly=False, patience=patience)
         try:
-            ext.check_whole(contents.path)
+            whole.check_whole(contents.path, contents.fstype)
             ext.preen(contents.path)
         finally:
             os.close(held)
     lock = lock_image(contents.path, readonly=readonly, patience=patience)
     try:
         if program is _FUSE2FS:
-            ext.check_whole(contents.path)
+            whole.check_whole(contents.path, contents.fstype)
             if not readonly:
                 ext.preen(contents.path)
         elif contents.fstype == "squashfs":

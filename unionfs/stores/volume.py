@@ -18,13 +18,15 @@ from unionfs import holder, locator
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.holder import Owner
 from unionfs.locator import Locator
-from unionfs.mounts import read_mounts
+from unionfs.mounts import filesystem_at, read_mounts
 from unionfs.stores import ext, find, kept, kernel, loop, userspace
 from unionfs.stores.fscrypt_keys import Key
-from unionfs.stores.probe import Contents, probe, require_filesystem
+from unionfs.stores.probe import Contents, probe, refuse_kind, require_filesystem
 
 log = logging.getLogger("unionfs")
 
+_LOST_AND_FOUND: Final = "lost+found"
+_KEEPS_LOST: Final = (*ext.TYPES, "xfs")
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
@@ -107,9 +109,7 @@ def open_volume(
         raise _missing(where, path, exc) from exc
     if stat.S_ISDIR(mode):
         return _seen(where, path, path, readonly=readonly)
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        hint = "name a directory, an image or a block device"
-        raise UnionfsError(f"{path} is neither a directory nor an image or a device", hint=hint)
+    refuse_kind(path, mode)
     if not kernel.may_mount() and (entry := find.mounted_at(path, read_mounts())) is not None:
         return _seen(where, path, entry.point, readonly=readonly)
     contents = probe(path)
@@ -242,6 +242,25 @@ def walk(volume: Volume, inside: str) -> int:
             os.close(fd)
         fd = below
     return fd
+
+
+def lost_and_found(volume: Volume, inside: str, directory: int) -> set[str]:
+    """What the file system has in its own root for fsck: no change of any union.
+
+    Of the open `directory`; as a set of names that has it, or has nothing.
+    """
+    if inside != "/":
+        return set()
+    if volume.contents is not None:
+        fstype = volume.contents.fstype
+    else:
+        entry = filesystem_at(volume.mountpoint, read_mounts())
+        fstype = "" if entry is None else entry.fstype
+    with contextlib.suppress(OSError):
+        status = os.stat(_LOST_AND_FOUND, dir_fd=directory, follow_symlinks=False)
+        if fstype in _KEEPS_LOST and stat.S_ISDIR(status.st_mode):
+            return {_LOST_AND_FOUND}
+    return set()
 
 
 def moved_aside(volume: Volume, inside: str) -> str | None:

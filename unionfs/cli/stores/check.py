@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`unionfs store check`."""
 
+import errno
 import functools
 import json
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,8 @@ Checks a store that is not mounted: its file system by its own fsck, then, in ea
 directory with changes, the records, what a killed daemon left, the hard link index and
 every mark. With --lower also what marks lead to: the directories of redirects, the data
 of metadata-only copies, the names of indexed files. Nothing is written without --repair,
-and what cannot be repaired without a loss is only told. The directories of an encrypted
+and what cannot be repaired in an upper without a loss is only told; a damaged file system
+may lose what cannot be read in it, which is told too. The directories of an encrypted
 store are looked into with --key-file or --credential only."""
 
 EPILOG = """
@@ -56,8 +59,10 @@ def run(argv: Sequence[str]) -> int:
     from unionfs.stores.checking import Code
     from unionfs.stores.examination import Wish
 
+    store = "the store"
     try:
         given = parser.read(argv)
+        store = given.store
         if given.take and not given.repair:
             raise usage_error("--take is for --repair", "write --repair --take")
         lowers = [path for text in given.lower for path in split_layers(text)]
@@ -70,6 +75,13 @@ def run(argv: Sequence[str]) -> int:
 
         say("unionfs", named(exc))
         return Code.USAGE if exc.code == ExitCode.USAGE else Code.TROUBLE
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        reason = os.strerror(exc.errno or errno.EIO)
+        where = f" ({exc.filename})" if isinstance(exc.filename, str) else ""
+        say("unionfs", UnionfsError(f"{store} cannot be checked: {reason}{where}"))
+        return Code.TROUBLE
 
 
 def _check(store: str, wish: "Wish", *, as_json: bool, quiet: bool) -> int:

@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
     if given.kind in OTHER_KINDS:
         raise usage_error(f"unionfs does not set up {given.kind}", OTHER_KINDS[given.kind])
     from unionfs import passphrase
-    from unionfs.stores import backing, encrypting, fscrypt
+    from unionfs.stores import backing, encrypting, foreign, fscrypt, replacing
     from unionfs.stores.tools import tool
 
     if given.kind == "gocryptfs":
@@ -76,6 +76,8 @@ def run(argv: Sequence[str]) -> int:
     try:
         with backing.chosen(text, write=write, make=write) as upper:
             encrypting.refuse_encrypted(upper)
+            replacing.refuse_encrypted(upper)
+            foreign.refuse(upper, keep=not given.discard, hint=foreign.BY_NO_DISCARD)
             if given.kind == fscrypt.KIND:
                 fscrypt.refuse_impossible(upper.fd, upper.name)
             total = backing.tree_bytes(upper.fd)

@@ -33,10 +33,12 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar")
     given = parser.read(argv)
     from unionfs.stores import find, resizing
+    from unionfs.stores.probe import check_readable
 
     path = find.find(locator.parse(given.store), search="images")
     if os.path.isdir(path):
         raise usage_error(f"{path} is a directory", "it is as large as its file system")
+    check_readable(path)
     size = None
     if given.size:
         size = show.read_size(given.size.removeprefix("+"))

@@ -3,23 +3,31 @@
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from unionfs.cli import show
 from unionfs.cli.parser import Parser
-from unionfs.errors import ExitCode
+from unionfs.errors import ExitCode, UnionfsError
+
+if TYPE_CHECKING:
+    from unionfs.stores.inspect import Store
 
 USAGE = "unionfs store list [PLACE...] [--json]"
 
 DESCRIPTION = """\
 Lists stores: those at PLACE, a store or a directory with images (*.img) or uppers in it;
 without PLACE, all devices and images at the top of mounted file systems in which there
-are changes of unions. File systems are looked into read-only."""
+are changes of unions, and what mounted unions, profiles and fstab have as stores.
+File systems are looked into read-only."""
 
 EPILOG = """
 exit codes: 0 listed (also nothing), 1 wrong usage, 32 a PLACE cannot be opened
 """
 
-COLUMNS = ("STORE", "LABEL", "FS", "SIZE", "USED", "DIRECTORY", "BASE", "LAST USED", "MOUNTED ON")
+COLUMNS = (
+    *("STORE", "KIND", "LABEL", "FS", "SIZE", "USED"),
+    *("DIRECTORY", "BASE", "LAST USED", "MOUNTED ON"),
+)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -28,17 +36,27 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("places", nargs="*", metavar="PLACE", help="where to look")
     parser.add_argument("--json", action="store_true", help="a list of objects, one a store")
     given = parser.read(argv)
+    from unionfs.cli.stores import configured
     from unionfs.stores.inspect import find_stores
 
-    stores = list(find_stores(given.places))
+    stores = list(find_stores(given.places, () if given.places else configured.stores()))
     if given.json:
         print(json.dumps([store.facts() for store in stores], indent=2))
-        return ExitCode.OK
+    else:
+        _show(stores)
+    for store in stores:
+        if store.problem and store.asked:
+            raise UnionfsError(store.problem)
+    return ExitCode.OK
+
+
+def _show(stores: "Sequence[Store]") -> None:
     rows = []
     for store in stores:
         facts = store.facts()
         first = [
             store.path,
+            store.kind,
             store.label or "-",
             store.fstype or "-",
             show.size_text(store.size),
@@ -60,4 +78,3 @@ def run(argv: Sequence[str]) -> int:
         show.table(COLUMNS, rows)
     else:
         print("no store is found")
-    return ExitCode.OK

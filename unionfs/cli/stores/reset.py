@@ -53,13 +53,15 @@ def run(argv: Sequence[str]) -> int:
             raise usage_error("--forget stands alone", "leave the PATH and --discard out")
         return _forget(given.store, given.forget, source, dry_run=given.dry_run)
     from unionfs import passphrase
-    from unionfs.stores import backing, changing
+    from unionfs.stores import backing, changing, foreign
 
     ask = functools.partial(passphrase.obtain, source)
     shown = ask if given.paths else None
     with backing.chosen(given.store, write=not given.dry_run, ask=shown) as upper:
         found = changing.find_paths(upper, given.paths) or changing.contents(upper)
         if given.dry_run:
+            if not given.paths:
+                foreign.refuse(upper, keep=not given.discard, hint=foreign.BY_NO_DISCARD)
             for relative in found:
                 print(printable(f"{upper.name}: {relative}"))
             return ExitCode.OK

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`unionfs store restore`."""
 
+import os
+import stat
 from collections.abc import Sequence
+from typing import IO
 
 from unionfs import locator
 from unionfs.cli import show
 from unionfs.cli.parser import Parser
+from unionfs.cli.stores.standard import STANDARD, taken_in
 from unionfs.errors import ExitCode, UnionfsError, usage_error
 
 USAGE = """\
@@ -30,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
         prog="unionfs store restore", usage=USAGE, description=DESCRIPTION, epilog=EPILOG
     )
     add = parser.add_argument
-    add("file", metavar="FILE", help="the backup")
+    add("file", metavar="FILE", help="the backup; -: standard input")
     add("store", nargs="?", metavar="STORE", help="DIR, IMAGE, /dev/NAME, LABEL=..., with :/dir")
     add("--keep", action="store_true", help="keep the old changes, as DIR.before-DATE")
     add("--verify", action="store_true", help="only read the backup, and check it")
@@ -40,11 +44,7 @@ def run(argv: Sequence[str]) -> int:
         raise usage_error("name either a STORE or --verify", "see unionfs store restore --help")
     from unionfs.stores import archive, backing
 
-    try:
-        source = open(given.file, "rb", buffering=0)  # noqa: SIM115
-    except OSError as exc:
-        raise UnionfsError(f"cannot open {given.file}: {exc.strerror}") from exc
-    with source:
+    with _opened(given.file) as source:
         header = archive.read_header(source, given.file)
         trailer = archive.read_trailer(source, given.file)
         with show.progress(given.file, trailer.bytes, quiet=given.quiet) as advance:
@@ -64,3 +64,17 @@ def run(argv: Sequence[str]) -> int:
         done += f", encrypted ({header.encrypted})" if header.encrypted else ""
         print(f"{given.file} ({of}) {done}" + (f"; the old changes: {kept}" if kept else ""))
     return ExitCode.OK
+
+
+def _opened(path: str) -> IO[bytes]:
+    """The backup; its end is read first, so a pipe is taken in before."""
+    if path == STANDARD:
+        return taken_in()
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise UnionfsError(f"cannot open {path}: {exc.strerror}") from exc
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UnionfsError(f"{path} is no file", hint="a pipe is read by - for FILE")
+    return open(fd, "rb", buffering=0)
