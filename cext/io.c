@@ -45,6 +45,7 @@ static errint_t file_add(struct tree *t, struct node *n, int fd, int flags, bool
     f->flags = flags;
     f->lower = lower;
     f->refs = 1;
+    atomic_store(&t->last_open, fd);
     pthread_mutex_lock(&t->lock);
     err = file_add_locked(t, f, ret_fh);
     if (err == 0) {

@@ -156,6 +156,7 @@ struct tree {
     struct rdir lru; /* head: lru.newer is the oldest */
     uint32_t open_dirs, max_open_dirs;
     int most_open, most_pinned; /* immutable: spare.h */
+    _Atomic int last_open;      /* descriptor that was opened for a file last */
     struct file **files;        /* handle number - 1 */
     uint32_t nfiles, files_cap, file_hint;
     struct dirhandle **dirhandles;
