@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import images
+from tests.rig import ground, images
 from tests.test_store_backup import fill, tree_of
 from tests.test_store_commands import (
     done,
@@ -22,6 +22,7 @@ from tests.test_store_commands import (
     store,
 )
 from tests.test_stores import base, change, check, need, union
+from unionfs.removal import remove_path
 
 __all__ = ["base", "shim"]
 
@@ -359,3 +360,88 @@ def test_lost_and_found_is_no_change(base: Path) -> None:
             check(base / "mnt")
     (base / "copy/lost+found").mkdir()
     assert "lost+found" in done("reset", base / "copy", "-n")
+
+
+# What is mounted in an upper, and what cannot be removed
+
+
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("root mounts, and makes files immutable")
+
+
+def test_what_is_mounted_in_an_upper_is_not_removed(base: Path) -> None:
+    as_root()
+    backup, up, outer = saved(base), base / "up", base / "outer"
+    files_in(outer)
+    (up / "mp").mkdir()
+    done("reset", up)
+    (kept,) = base.glob("up.before-*")
+    done("restore", backup, up)
+    for place in (up, kept):
+        (place / "mp").mkdir(exist_ok=True)
+        ground.run("mount", "--bind", outer, place / "mp")
+    try:
+        told = f"{up / 'mp'} is a mount point in {up}"
+        for words in (["--discard"], [], ["--discard", "-n"], ["mp", "--discard"], ["mp"]):
+            assert told in fails("reset", up, *words)
+        assert told in fails("restore", backup, up)
+        assert told in fails("restore", backup, up, "--keep")
+        assert "is a mount point in" in fails("reset", up, "--forget")
+    finally:
+        for place in (up, kept):
+            ground.run("umount", place / "mp")
+    assert (outer / "2024/one.jpg").read_text() == "dear"
+    assert (kept / "mp").is_dir()
+    assert hidden(base) == []
+
+
+def test_a_removal_stays_on_its_mount(base: Path) -> None:
+    """Even if nobody looked: of a bind the device is the same."""
+    as_root()
+    outer = base / "outer"
+    files_in(outer)
+    (base / "old/a/mp").mkdir(parents=True)
+    ground.run("mount", "--bind", outer, base / "old/a/mp")
+    try:
+        assert remove_path(base / "old") == ["old/a/mp"]
+    finally:
+        ground.run("umount", base / "old/a/mp")
+    assert (outer / "2024/one.jpg").read_text() == "dear"
+    assert remove_path(base / "old") == []
+    assert not (base / "old").exists()
+
+
+def test_a_removal_of_what_is_locked_linked_and_deep(base: Path) -> None:
+    files_in(base / "outer")
+    old = base / "old"
+    (old / "locked/below").mkdir(parents=True)
+    (old / "link").symlink_to(base / "outer")
+    (old / "locked").chmod(0)
+    fd = os.open(old, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=fd)
+        below = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    assert remove_path(old) == []
+    assert not old.exists()
+    assert (base / "outer/2024/one.jpg").exists()
+
+
+def test_what_cannot_be_removed_is_told(base: Path) -> None:
+    as_root()
+    backup, up = saved(base), base / "up"
+    for words in (("reset", up, "--discard"), ("restore", backup, up)):
+        done("restore", "--keep", backup, up)
+        inode = (up / "file").stat().st_ino
+        ground.run("chattr", "+i", up / "file")
+        told = fails(*words)
+        (left,) = (p for p in base.glob(".up.*/file") if p.stat().st_ino == inode)
+        ground.run("chattr", "-i", left)
+        assert "not all that was there can be removed" in told
+        assert str(left) in told or left.name in told
+        assert left.parent.name in told
+    done("reset", up)  # removes what was left
+    assert hidden(base) == []

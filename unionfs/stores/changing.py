@@ -16,13 +16,14 @@ from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.identity import FILE, StoreRecord, new_record
 from unionfs.passphrase import Ask, wiped
+from unionfs.removal import remove_tree
 from unionfs.stores import archive, foreign, fscrypt, gocryptfs
 from unionfs.stores import kept as names
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen, give_id, refuse_bound
 from unionfs.stores.encrypting import encrypt_by_fscrypt, opened_by_gocryptfs
 from unionfs.stores.inspect import read_record
-from unionfs.stores.replacing import replace
+from unionfs.stores.replacing import not_removed, replace
 from unionfs.stores.tools import uninterrupted
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -148,6 +149,7 @@ def _exists(fd: int, relative: str) -> bool:
 def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
     """Take paths out of an upper, so that the base is seen there; where they are kept."""
     for relative in found:
+        foreign.refuse_mounted(upper.fd, upper.name, relative)
         _refuse_linked(upper, relative)
     try:
         area = os.open(AREA_NAME, _OPEN, dir_fd=upper.fd)
@@ -162,11 +164,8 @@ def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
                 _move(upper.fd, relative, area, f"{aside}/{number}-{os.path.basename(relative)}")
         if keep:
             return f"{AREA_NAME}/{aside}"
-        from pathlib import Path
-
-        from unionfs.layer import remove_tree
-
-        remove_tree(Path(f"/proc/self/fd/{area}/{aside}"))
+        if left := remove_tree(area, aside):
+            raise not_removed(upper, f"{AREA_NAME}/{aside}", left)
         return None
     finally:
         os.close(area)

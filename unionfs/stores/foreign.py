@@ -13,7 +13,7 @@ from unionfs import locator
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME, is_marked
 from unionfs.identity import FILE
-from unionfs.mounts import Position, locate, read_mounts
+from unionfs.mounts import Position, locate, mounted_in, read_mounts
 from unionfs.stores import unlocking
 from unionfs.stores.mounted import lowers_in_use
 
@@ -29,6 +29,7 @@ _OWN: Final = (FILE, "format", "work")  # one of them is in each area
 
 def refuse(upper: "Chosen", *, keep: bool, hint: str) -> None:
     """Raise an error unless a directory may be replaced; `hint`: how to `keep` what is in it."""
+    refuse_mounted(upper.fd, upper.name)
     if point := _base_of(upper.fd):
         what = f"{upper.name} is a lower of the union at {point}"
         raise UnionfsError(what, hint=f"unmount it first: unionfs umount {point}")
@@ -36,6 +37,17 @@ def refuse(upper: "Chosen", *, keep: bool, hint: str) -> None:
         return
     what = f"{upper.name} is not a store, and what is in it would be lost"
     raise UnionfsError(what, hint=f"{hint}, or name an empty directory")
+
+
+def refuse_mounted(upper: int, name: str, relative: str = "") -> None:
+    """Raise an error if anything is mounted in an open upper, or at or below a path in it.
+
+    Renamed, it would go with it, and be in the way of who removes it.
+    """
+    point = mounted_in(upper, relative, read_mounts())
+    if point is not None:
+        what = f"{point} is a mount point in {name}"
+        raise UnionfsError(what, hint=f"unmount it first: umount {point}")
 
 
 def is_store(upper: int) -> bool:
