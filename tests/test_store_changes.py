@@ -23,6 +23,7 @@ from tests.test_store_commands import (
 )
 from tests.test_stores import base, change, check, need, union
 from unionfs.removal import remove_path
+from unionfs.stores.tools import find
 
 __all__ = ["base", "shim"]
 
@@ -445,3 +446,29 @@ def test_what_cannot_be_removed_is_told(base: Path) -> None:
         assert left.parent.name in told
     done("reset", up)  # removes what was left
     assert hidden(base) == []
+
+
+EMPTY = [
+    *(("info", "{}"), ("list", "{}"), ("reset", "{}", "--discard"), ("reset", "{}", "file")),
+    *(("reset", "{}", "--forget"), ("restore", "x", "{}"), ("restore", "--keep", "x", "{}")),
+    *(("backup", "{}", "y"), ("clone", "{}", "new"), ("clone", "up", "{}"), ("check", "{}")),
+    *(("encrypt", "{}", "--discard"), ("grow", "{}"), ("shrink", "{}"), ("compact", "{}")),
+    ("clone", "up", "{}", "--size", "64M"),
+]
+
+
+@pytest.mark.parametrize("words", EMPTY, ids=" ".join)
+def test_an_empty_name_is_not_the_current_directory(
+    base: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if words[0] == "encrypt" and not find("gocryptfs"):
+        pytest.skip("no gocryptfs")
+    saved(base)
+    monkeypatch.chdir(base)
+    before = listing(base)
+    size = ["--size", "64M"] if words[0] in ("grow", "shrink") else []
+    code = 16 if words[0] == "check" else 1  # that of fsck(8)
+    for empty in ("", ":/", "LABEL=", 'LABEL="":/x'):
+        said = fails(*(word.replace("{}", empty) for word in words), *size, code=code)
+        assert "name" in said
+    assert listing(base) == before
