@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.rig import ground, images
+from tests.rig.mounted import Unionfs
 from tests.test_store_backup import fill, tree_of
 from tests.test_store_commands import (
     done,
@@ -472,3 +473,70 @@ def test_an_empty_name_is_not_the_current_directory(
         said = fails(*(word.replace("{}", empty) for word in words), *size, code=code)
         assert "name" in said
     assert listing(base) == before
+
+
+# What somebody uses
+
+
+def test_what_has_a_used_layer_in_it_is_not_replaced(base: Path) -> None:
+    """The upper, the work directory or a lower of a mounted union, or what lies in one."""
+    backup, parent = saved(base), base / "parent"
+    for name in ("upper", "work", "inner"):
+        (parent / name).mkdir(parents=True)
+    (parent / ".unionfs").mkdir()
+    (parent / ".unionfs/work").mkdir()
+    (parent / "upper/dir/deep").mkdir(parents=True)
+    with union(base, base / "tree", parent / "upper", f"workdir={parent / 'work'}"):
+        for place in (parent, parent / "work", parent / "upper/dir", parent / "upper/dir/new"):
+            for words in (("restore", "--keep", backup, place), ("reset", place)):
+                if place.exists() or words[0] == "restore":
+                    said = fails(*words)
+                    locked = place.name == "work" and "in use by a union" in said
+                    assert locked or f"of the union at {base / 'mnt'}" in said, said
+        (base / "mnt/file").write_text("changed\n")
+    lowers = Unionfs([parent / "inner", base / "tree"], None, base / "mnt")
+    lowers.upper = base / "up"
+    with lowers:
+        assert "in it, a lower of the union at" in fails("reset", parent)
+        (parent / "upper/dir/.unionfs/work").mkdir(parents=True)
+        done("reset", parent / "upper/dir")  # a lower may be anywhere above
+    done("reset", parent)
+
+
+def test_a_used_upper_in_the_same_image_is_not_replaced(base: Path) -> None:
+    need("ext4")
+    backup, image = saved(base), images.make(base / "s.img")
+    with union(base, base / "tree", f"{image}:/p/up"):
+        change(base / "mnt")
+        said = fails("restore", "--keep", backup, f"{image}:/p")
+        assert "in use" in said or "the upper of the union at" in said, said
+        check(base / "mnt")
+    with union(base, base / "tree", f"{image}:/p/up"):
+        check(base / "mnt")
+
+
+def test_an_image_in_use_is_not_replaced_with_its_directory(base: Path) -> None:
+    need("ext4")
+    (base / "p/.unionfs/work").mkdir(parents=True)
+    image = images.make(base / "p/s.img")
+    with union(base, base / "tree", image):
+        assert f"has {image} in it, the upper of the union at" in fails("reset", base / "p")
+
+
+def test_what_a_kernel_overlay_uses_is_not_replaced(base: Path) -> None:
+    as_root()
+    backup, place = saved(base), base / "place"
+    for name in ("upper", "work", "lower"):
+        (place / name).mkdir(parents=True)
+    (place / "upper/dir").mkdir()
+    options = f"lowerdir={base / 'tree'}:{place / 'lower'},upperdir={place / 'upper'}"
+    point = base / "mnt"
+    ground.run("mount", "-t", "overlay", "o", "-o", f"{options},workdir={place / 'work'}", point)
+    try:
+        for used in (base / "tree", place, *(place / n for n in ("upper", "work", "lower"))):
+            said = fails("restore", "--keep", backup, used)
+            assert f"of kernel overlayfs at {point}" in said, said
+        assert "lies in" in fails("reset", place / "upper/dir")
+    finally:
+        ground.run("umount", point)
+    done("reset", place)
