@@ -540,3 +540,51 @@ def test_what_a_kernel_overlay_uses_is_not_replaced(base: Path) -> None:
     finally:
         ground.run("umount", point)
     done("reset", place)
+
+
+# All of the paths or none
+
+
+def contents(up: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in up.rglob("*") if path.is_file()}
+
+
+def test_paths_that_are_named_twice_or_below_others(base: Path) -> None:
+    saved(base)
+    up = base / "up"
+    for words in (("made", "made"), ("file", "/file", "--discard")):
+        done("reset", up, *words)
+    assert not (up / "file").exists()
+    (up / "made/below").mkdir(parents=True)
+    done("reset", up, "made/below", "made", "made/below")
+    assert not (up / "made").exists()
+
+
+def test_paths_of_which_one_cannot_be_moved(base: Path) -> None:
+    as_root()
+    saved(base)
+    up = base / "up"
+    (up / "new").write_text("new")
+    before = contents(up)
+    ground.run("chattr", "+i", up / "file")
+    try:
+        for words in ((), ("--discard",)):
+            said = fails("reset", up, "new", "file", *words)
+            assert "cannot take file out of" in said
+            assert "nothing was taken away" in said
+    finally:
+        ground.run("chattr", "-i", up / "file")
+    assert contents(up) == before
+
+
+@pytest.mark.parametrize("name", ["tmpfs:", "tmpfs:size=1G", "s.img:nope"])
+def test_no_directory_is_made_of_what_was_misread(
+    base: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = saved(base)
+    (base / "s.img").write_bytes(b"")
+    monkeypatch.chdir(base)
+    before = listing(base)
+    for words in (("clone", "up"), ("restore", backup)):
+        fails(*words, name, code=1)
+    assert listing(base) == before

@@ -135,7 +135,13 @@ def find_paths(upper: Chosen, paths: list[str]) -> list[str]:
         if not here:
             raise UnionfsError(f"{path} is not changed: {upper.name} has nothing of it")
         found += [os.path.join(folder, n) for n in here]
-    return found
+    return _outermost(found)
+
+
+def _outermost(found: list[str]) -> list[str]:
+    """Each once, and none below another: that goes with it."""
+    named = dict.fromkeys(found)
+    return [path for path in named if not any(path.startswith(f"{other}/") for other in named)]
 
 
 def _exists(fd: int, relative: str) -> bool:
@@ -160,8 +166,7 @@ def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
         aside = names.new_paths(area)
         os.mkdir(aside, 0o700, dir_fd=area)
         with uninterrupted():
-            for number, relative in enumerate(found):
-                _move(upper.fd, relative, area, f"{aside}/{number}-{os.path.basename(relative)}")
+            _move_all(upper, found, area, aside)
         if keep:
             return f"{AREA_NAME}/{aside}"
         if left := remove_tree(area, aside):
@@ -171,10 +176,33 @@ def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
         os.close(area)
 
 
-def _move(upper: int, relative: str, area: int, kept: str) -> None:
+def _move_all(upper: Chosen, found: list[str], area: int, aside: str) -> None:
+    """All of the paths or none."""
+    places = [(path, f"{aside}/{n}-{os.path.basename(path)}") for n, path in enumerate(found)]
+    moved: list[tuple[str, str]] = []
+    for relative, kept in places:
+        try:
+            _move(upper.fd, relative, area, kept)
+        except OSError as exc:
+            for done in reversed(moved):
+                _move(upper.fd, done[0], area, done[1], back=True)
+            os.rmdir(aside, dir_fd=area)
+            reason = os.strerror(exc.errno or errno.EIO)
+            what = f"cannot take {relative} out of {upper.name}: {reason}"
+            hint = "nothing was taken away; see whether lsattr(1) shows it immutable"
+            raise UnionfsError(what, hint=hint) from exc
+        moved.append((relative, kept))
+
+
+def _move(upper: int, relative: str, area: int, kept: str, *, back: bool = False) -> None:
+    """Rename a path of an upper into its area, or back."""
     parent = _open_parent(upper, relative)
+    name = os.path.basename(relative)
     try:
-        os.rename(os.path.basename(relative), kept, src_dir_fd=parent, dst_dir_fd=area)
+        if back:
+            os.rename(kept, name, src_dir_fd=area, dst_dir_fd=parent)
+        else:
+            os.rename(name, kept, src_dir_fd=parent, dst_dir_fd=area)
         os.fsync(parent)
     finally:
         os.close(parent)
