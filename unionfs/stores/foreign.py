@@ -27,7 +27,8 @@ _OWN: Final = (FILE, "format", "work")  # one of them is in each area
 def refuse(upper: "Chosen", *, keep: bool, hint: str) -> None:
     """Raise an error unless a directory may be replaced; `hint`: how to `keep` what is in it."""
     refuse_mounted(upper.fd, upper.name)
-    using.refuse(upper)
+    if not upper.in_use:  # else nothing is replaced: a dry run
+        using.refuse(upper)
     if keep or is_store(upper.fd) or not set(os.listdir(upper.fd)) - upper.not_its_own():
         return
     what = f"{upper.name} is not a store, and what is in it would be lost"
