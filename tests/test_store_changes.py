@@ -588,3 +588,28 @@ def test_no_directory_is_made_of_what_was_misread(
     for words in (("clone", "up"), ("restore", backup)):
         fails(*words, name, code=1)
     assert listing(base) == before
+
+
+def test_clone_within_one_image(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    with union(base, base / "tree", f"{image}:/two"):
+        change(base / "mnt")
+    said = fails("clone", f"{image}:/two", f"{image}:/three")
+    assert f"{image}:/two and {image}:/three are in one file system" in said
+
+
+def test_a_full_place_is_named(base: Path) -> None:
+    as_root()
+    saved(base)
+    (base / "up/large").write_bytes(os.urandom(4 << 20))
+    (base / "small").mkdir()
+    ground.run("mount", "-t", "tmpfs", "-o", "size=1M", "t", base / "small")
+    try:
+        said = fails("clone", base / "up", base / "small/new")
+        assert str(base / "small/new") in said
+        said = fails("backup", base / "up", base / "small/file")
+        assert str(base / "up") in said
+        assert "No space left" in said
+    finally:
+        ground.run("umount", base / "small")

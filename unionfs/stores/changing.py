@@ -15,14 +15,16 @@ from typing import Final
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.identity import FILE, StoreRecord, new_record
+from unionfs.locator import Locator
 from unionfs.passphrase import Ask, wiped
 from unionfs.removal import remove_tree
-from unionfs.stores import archive, foreign, fscrypt, gocryptfs
+from unionfs.stores import archive, find, foreign, fscrypt, gocryptfs
 from unionfs.stores import kept as names
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen, give_id, refuse_bound
 from unionfs.stores.encrypting import encrypt_by_fscrypt, opened_by_gocryptfs
 from unionfs.stores.inspect import read_record
+from unionfs.stores.mounted import is_same
 from unionfs.stores.replacing import not_removed, replace
 from unionfs.stores.tools import uninterrupted
 
@@ -44,10 +46,26 @@ def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
 
     def fill(into: str) -> None:
         path = f"/proc/{os.getpid()}/fd/{source.fd}"
-        archive.copy(path, into, advance, source.not_its_own())
+        try:
+            archive.copy(path, into, advance, source.not_its_own())
+        except UnionfsError as exc:  # of tar
+            exc.message = f"cannot clone {source.name} to {target.name}: {exc.message}"
+            raise
         give_id(into, None)
 
     replace(target, fill, keep=False)
+
+
+def refuse_same(source: Chosen, new: Locator) -> None:
+    """Raise an error if the copy would go to the image or device that it is read from.
+
+    Its file system is mounted for reading only.
+    """
+    volume = source.volume
+    path = new.value if new.tag is None else find.find(new, search="images")
+    if volume.contents is not None and is_same(volume.path, path):
+        what = f"{source.name} and {new.text} are in one file system"
+        raise UnionfsError(what, hint="clone it to a directory elsewhere first, and that to it")
 
 
 def default_directory(source: Chosen) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from unionfs import syscalls
-from unionfs.errors import UnionfsError
+from unionfs.errors import UnionfsError, told
 from unionfs.format import AREA_NAME
 from unionfs.mounts import path_of, read_mounts
 from unionfs.removal import HINT, remove_tree
@@ -102,8 +102,9 @@ def replace(
             fd = os.open(temporary, _OPEN, dir_fd=top)
             try:
                 # Programs that fill it reach it by this path.
-                fill(f"/proc/{os.getpid()}/fd/{fd}")
-                syscalls.syncfs(fd)
+                with told(f"cannot write what is to take the place of {upper.name}"):
+                    fill(f"/proc/{os.getpid()}/fd/{fd}")
+                    syscalls.syncfs(fd)
             finally:
                 os.close(fd)
         except BaseException:
@@ -120,8 +121,9 @@ def _exchange_content(upper: "Chosen", fill: Callable[[str], None], *, keep: boo
     _refuse_others(upper)
     into = exchange.begin(upper.fd)
     try:
-        fill(f"/proc/{os.getpid()}/fd/{into}")
-        syscalls.syncfs(into)
+        with told(f"cannot write what is to take the place of {upper.name}"):
+            fill(f"/proc/{os.getpid()}/fd/{into}")
+            syscalls.syncfs(into)
     except BaseException:
         exchange.abandon(upper.fd)
         raise

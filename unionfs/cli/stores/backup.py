@@ -10,6 +10,7 @@ from unionfs.cli import show
 from unionfs.cli.parser import Parser
 from unionfs.cli.stores.standard import STANDARD, pour, spool_directory, spooled
 from unionfs.errors import ExitCode, usage_error
+from unionfs.errors import told as failing
 
 USAGE = "unionfs store backup STORE FILE"
 
@@ -57,6 +58,7 @@ def run(argv: Sequence[str]) -> int:
         with (
             show.progress(given.file, total, quiet=given.quiet) as advance,
             open(os.dup(fd), "w+b", buffering=0) as target,
+            failing(f"cannot back up {upper.name} to {given.file}"),
         ):
             trailer = backing.backup(upper, target, advance)
         size = os.fstat(fd).st_size
