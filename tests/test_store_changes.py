@@ -613,3 +613,21 @@ def test_a_full_place_is_named(base: Path) -> None:
         assert "No space left" in said
     finally:
         ground.run("umount", base / "small")
+
+
+def test_an_upper_with_its_index_elsewhere(base: Path) -> None:
+    os.link(base / "tree/file", base / "tree/link")
+    up, work = base / "up", f"workdir={base / 'work'}"
+    up.mkdir()
+    (base / "work").mkdir()
+    with union(base, base / "tree", up, work):
+        (base / "mnt/gone").write_text("changed\n")
+    done("backup", up, base / "x")  # there is nothing in the index
+    with union(base, base / "tree", up, work):
+        (base / "mnt/file").write_text("changed\n")
+    for words in (["reset", up], ["reset", up, "--discard"]):
+        assert "has its hard link index in another directory (file)" in fails(*words)
+    assert "hard link index" in fails("backup", up, base / "y")
+    assert "hard link index" in fails("clone", up, base / "new")
+    assert not (base / "y").exists()
+    assert (up / "file").read_text() == "changed\n"

@@ -34,6 +34,7 @@ _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 def refuse_used(source: Chosen) -> None:
     """Raise an error if a union has it, or if no copy of it can be what it is."""
     refuse_bound(source)
+    foreign.refuse_divided(source)
     if source.in_use:
         raise source.in_use_by_a_union()
 
@@ -87,6 +88,7 @@ def reset(upper: Chosen, ask: Ask, *, keep: bool, known: bool = False) -> str | 
     That of an encrypted one has the same passphrase, for which is asked where it makes the key.
     For gocryptfs it need not be known; but then the record cannot be read either.
     """
+    foreign.refuse_divided(upper)
     status = os.fstat(upper.fd)
     record = read_record(upper.fd) or new_record(None)
 

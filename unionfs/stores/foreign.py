@@ -6,6 +6,7 @@ but not destroy it.  What a mounted union uses is not replaced at all (using.py)
 replacing.py before anything is made, and by verbs that only tell what they would do.
 """
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +19,7 @@ from unionfs.stores import unlocking, using
 if TYPE_CHECKING:
     from unionfs.stores.backing import Chosen
 
+_NLINK: Final = ".overlay.nlink"  # the mark of a file that is in an index
 # How to keep what a verb would destroy.
 BY_KEEP: Final = "--keep keeps it beside"
 BY_NO_DISCARD: Final = "without --discard it is kept beside"
@@ -44,6 +46,29 @@ def refuse_mounted(upper: int, name: str, relative: str = "") -> None:
     if point is not None:
         what = f"{point} is a mount point in {name}"
         raise UnionfsError(what, hint=f"unmount it first: umount {point}")
+
+
+def refuse_divided(upper: "Chosen") -> None:
+    """Raise an error for an upper whose hard link index is elsewhere, as with workdir=.
+
+    Without it a copy has broken links, and what is reset would be seen again through it.
+    """
+    if upper.encrypted or _exists(upper.fd, AREA_NAME):
+        return
+    for folder, _, names, fd in os.fwalk(".", dir_fd=upper.fd):
+        for name in names:
+            if _is_indexed(f"/proc/self/fd/{fd}/{name}"):
+                file = os.path.normpath(os.path.join(folder, name))
+                what = f"{upper.name} has its hard link index in another directory ({file})"
+                hint = "mount it with its workdir=, and copy or remove there what is meant"
+                raise UnionfsError(what, hint=hint)
+
+
+def _is_indexed(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        if os.lstat(path).st_nlink > 1:
+            return any(m.endswith(_NLINK) for m in os.listxattr(path, follow_symlinks=False))
+    return False
 
 
 def is_store(upper: int) -> bool:
