@@ -167,3 +167,10 @@ def test_what_is_nobody_s_store_is_passed_over(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(find, "block_devices", lambda: iter(["/dev/bad", "/dev/good"]))
     monkeypatch.setattr(find, "probe", probe)
     assert find.look("LABEL", "x", "devices") == "/dev/good"
+
+
+@pytest.mark.parametrize("text", ["", ":/", ":/dir", "LABEL=", "UUID=:/dir", 'LABEL=""'])
+def test_what_names_nothing(text: str) -> None:
+    with pytest.raises(UnionfsError) as caught:
+        locator.parse(text)
+    assert caught.value.code == 1

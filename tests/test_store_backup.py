@@ -336,6 +336,24 @@ def test_where_a_backup_lay(store: str, name: str | None, place: str | None) -> 
     assert backing.place_of(header) == place
 
 
+def test_what_a_header_says_is_printed_as_text(base: Path) -> None:
+    up, file = base / "up", base / "x"
+    up.mkdir()
+    with union(base, base / "tree", up):
+        change(base / "mnt")
+    done("backup", up, file)
+    with file.open("rb") as source:
+        header = archive._asdict(archive.read_header(source, "x"))
+        rest = source.read()
+    for text in ("\x1b[31mred\n", "\ud800"):
+        strange = {"kind": "unionfs-backup", "version": 1, **header, "created": text, "store": text}
+        file.write_bytes(archive._frame(json.dumps(strange).encode()) + rest)
+        for words in (["--verify", file], [file, up]):
+            told = done("restore", *words)
+            assert told.count("\n") == 1
+            assert told.strip().isprintable()
+
+
 def test_header_is_readable() -> None:
     frame = archive._frame(b"{}")
     assert frame[:4] == bytes([0x5E, 0x2A, 0x4D, 0x18]), "a skippable frame of RFC 8878"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import images
+from tests.rig import ground, images
+from tests.rig.mounted import Unionfs
 from tests.test_store_backup import fill, tree_of
 from tests.test_store_commands import (
     done,
@@ -22,6 +23,8 @@ from tests.test_store_commands import (
     store,
 )
 from tests.test_stores import base, change, check, need, union
+from unionfs.removal import remove_path
+from unionfs.stores.tools import find
 
 __all__ = ["base", "shim"]
 
@@ -359,3 +362,272 @@ def test_lost_and_found_is_no_change(base: Path) -> None:
             check(base / "mnt")
     (base / "copy/lost+found").mkdir()
     assert "lost+found" in done("reset", base / "copy", "-n")
+
+
+# What is mounted in an upper, and what cannot be removed
+
+
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("root mounts, and makes files immutable")
+
+
+def test_what_is_mounted_in_an_upper_is_not_removed(base: Path) -> None:
+    as_root()
+    backup, up, outer = saved(base), base / "up", base / "outer"
+    files_in(outer)
+    (up / "mp").mkdir()
+    done("reset", up)
+    (kept,) = base.glob("up.before-*")
+    done("restore", backup, up)
+    for place in (up, kept):
+        (place / "mp").mkdir(exist_ok=True)
+        ground.run("mount", "--bind", outer, place / "mp")
+    try:
+        told = f"{up / 'mp'} is a mount point in {up}"
+        for words in (["--discard"], [], ["--discard", "-n"], ["mp", "--discard"], ["mp"]):
+            assert told in fails("reset", up, *words)
+        assert told in fails("restore", backup, up)
+        assert told in fails("restore", backup, up, "--keep")
+        assert "is a mount point in" in fails("reset", up, "--forget")
+    finally:
+        for place in (up, kept):
+            ground.run("umount", place / "mp")
+    assert (outer / "2024/one.jpg").read_text() == "dear"
+    assert (kept / "mp").is_dir()
+    assert hidden(base) == []
+
+
+def test_a_removal_stays_on_its_mount(base: Path) -> None:
+    """Even if nobody looked: of a bind the device is the same."""
+    as_root()
+    outer = base / "outer"
+    files_in(outer)
+    (base / "old/a/mp").mkdir(parents=True)
+    ground.run("mount", "--bind", outer, base / "old/a/mp")
+    try:
+        assert remove_path(base / "old") == ["old/a/mp"]
+    finally:
+        ground.run("umount", base / "old/a/mp")
+    assert (outer / "2024/one.jpg").read_text() == "dear"
+    assert remove_path(base / "old") == []
+    assert not (base / "old").exists()
+
+
+def test_a_removal_of_what_is_locked_linked_and_deep(base: Path) -> None:
+    files_in(base / "outer")
+    old = base / "old"
+    (old / "locked/below").mkdir(parents=True)
+    (old / "link").symlink_to(base / "outer")
+    (old / "locked").chmod(0)
+    fd = os.open(old, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=fd)
+        below = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    assert remove_path(old) == []
+    assert not old.exists()
+    assert (base / "outer/2024/one.jpg").exists()
+
+
+def test_what_cannot_be_removed_is_told(base: Path) -> None:
+    as_root()
+    backup, up = saved(base), base / "up"
+    for words in (("reset", up, "--discard"), ("restore", backup, up)):
+        done("restore", "--keep", backup, up)
+        inode = (up / "file").stat().st_ino
+        ground.run("chattr", "+i", up / "file")
+        told = fails(*words)
+        (left,) = (p for p in base.glob(".up.*/file") if p.stat().st_ino == inode)
+        ground.run("chattr", "-i", left)
+        assert "not all that was there can be removed" in told
+        assert str(left) in told or left.name in told
+        assert left.parent.name in told
+    done("reset", up)  # removes what was left
+    assert hidden(base) == []
+
+
+EMPTY = [
+    *(("info", "{}"), ("list", "{}"), ("reset", "{}", "--discard"), ("reset", "{}", "file")),
+    *(("reset", "{}", "--forget"), ("restore", "x", "{}"), ("restore", "--keep", "x", "{}")),
+    *(("backup", "{}", "y"), ("clone", "{}", "new"), ("clone", "up", "{}"), ("check", "{}")),
+    *(("encrypt", "{}", "--discard"), ("grow", "{}"), ("shrink", "{}"), ("compact", "{}")),
+    ("clone", "up", "{}", "--size", "64M"),
+]
+
+
+@pytest.mark.parametrize("words", EMPTY, ids=" ".join)
+def test_an_empty_name_is_not_the_current_directory(
+    base: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if words[0] == "encrypt" and not find("gocryptfs"):
+        pytest.skip("no gocryptfs")
+    saved(base)
+    monkeypatch.chdir(base)
+    before = listing(base)
+    size = ["--size", "64M"] if words[0] in ("grow", "shrink") else []
+    code = 16 if words[0] == "check" else 1  # that of fsck(8)
+    for empty in ("", ":/", "LABEL=", 'LABEL="":/x'):
+        said = fails(*(word.replace("{}", empty) for word in words), *size, code=code)
+        assert "name" in said
+    assert listing(base) == before
+
+
+# What somebody uses
+
+
+def test_what_has_a_used_layer_in_it_is_not_replaced(base: Path) -> None:
+    """The upper, the work directory or a lower of a mounted union, or what lies in one."""
+    backup, parent = saved(base), base / "parent"
+    for name in ("upper", "work", "inner"):
+        (parent / name).mkdir(parents=True)
+    (parent / ".unionfs").mkdir()
+    (parent / ".unionfs/work").mkdir()
+    (parent / "upper/dir/deep").mkdir(parents=True)
+    with union(base, base / "tree", parent / "upper", f"workdir={parent / 'work'}"):
+        for place in (parent, parent / "work", parent / "upper/dir", parent / "upper/dir/new"):
+            for words in (("restore", "--keep", backup, place), ("reset", place)):
+                if place.exists() or words[0] == "restore":
+                    said = fails(*words)
+                    locked = place.name == "work" and "in use by a union" in said
+                    assert locked or f"of the union at {base / 'mnt'}" in said, said
+        (base / "mnt/file").write_text("changed\n")
+    lowers = Unionfs([parent / "inner", base / "tree"], None, base / "mnt")
+    lowers.upper = base / "up"
+    with lowers:
+        assert "in it, a lower of the union at" in fails("reset", parent)
+        (parent / "upper/dir/.unionfs/work").mkdir(parents=True)
+        done("reset", parent / "upper/dir")  # a lower may be anywhere above
+    done("reset", parent)
+
+
+def test_a_used_upper_in_the_same_image_is_not_replaced(base: Path) -> None:
+    need("ext4")
+    backup, image = saved(base), images.make(base / "s.img")
+    with union(base, base / "tree", f"{image}:/p/up"):
+        change(base / "mnt")
+        said = fails("restore", "--keep", backup, f"{image}:/p")
+        assert "in use" in said or "the upper of the union at" in said, said
+        check(base / "mnt")
+    with union(base, base / "tree", f"{image}:/p/up"):
+        check(base / "mnt")
+
+
+def test_an_image_in_use_is_not_replaced_with_its_directory(base: Path) -> None:
+    need("ext4")
+    (base / "p/.unionfs/work").mkdir(parents=True)
+    image = images.make(base / "p/s.img")
+    with union(base, base / "tree", image):
+        assert f"has {image} in it, the upper of the union at" in fails("reset", base / "p")
+
+
+def test_what_a_kernel_overlay_uses_is_not_replaced(base: Path) -> None:
+    as_root()
+    backup, place = saved(base), base / "place"
+    for name in ("upper", "work", "lower"):
+        (place / name).mkdir(parents=True)
+    (place / "upper/dir").mkdir()
+    options = f"lowerdir={base / 'tree'}:{place / 'lower'},upperdir={place / 'upper'}"
+    point = base / "mnt"
+    ground.run("mount", "-t", "overlay", "o", "-o", f"{options},workdir={place / 'work'}", point)
+    try:
+        for used in (base / "tree", place, *(place / n for n in ("upper", "work", "lower"))):
+            said = fails("restore", "--keep", backup, used)
+            assert f"of kernel overlayfs at {point}" in said, said
+        assert "lies in" in fails("reset", place / "upper/dir")
+    finally:
+        ground.run("umount", point)
+    done("reset", place)
+
+
+# All of the paths or none
+
+
+def contents(up: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in up.rglob("*") if path.is_file()}
+
+
+def test_paths_that_are_named_twice_or_below_others(base: Path) -> None:
+    saved(base)
+    up = base / "up"
+    for words in (("made", "made"), ("file", "/file", "--discard")):
+        done("reset", up, *words)
+    assert not (up / "file").exists()
+    (up / "made/below").mkdir(parents=True)
+    done("reset", up, "made/below", "made", "made/below")
+    assert not (up / "made").exists()
+
+
+def test_paths_of_which_one_cannot_be_moved(base: Path) -> None:
+    as_root()
+    saved(base)
+    up = base / "up"
+    (up / "new").write_text("new")
+    before = contents(up)
+    ground.run("chattr", "+i", up / "file")
+    try:
+        for words in ((), ("--discard",)):
+            said = fails("reset", up, "new", "file", *words)
+            assert "cannot take file out of" in said
+            assert "nothing was taken away" in said
+    finally:
+        ground.run("chattr", "-i", up / "file")
+    assert contents(up) == before
+
+
+@pytest.mark.parametrize("name", ["tmpfs:", "tmpfs:size=1G", "s.img:nope"])
+def test_no_directory_is_made_of_what_was_misread(
+    base: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backup = saved(base)
+    (base / "s.img").write_bytes(b"")
+    monkeypatch.chdir(base)
+    before = listing(base)
+    for words in (("clone", "up"), ("restore", backup)):
+        fails(*words, name, code=1)
+    assert listing(base) == before
+
+
+def test_clone_within_one_image(base: Path) -> None:
+    need("ext4")
+    image = images.make(base / "s.img")
+    with union(base, base / "tree", f"{image}:/two"):
+        change(base / "mnt")
+    said = fails("clone", f"{image}:/two", f"{image}:/three")
+    assert f"{image}:/two and {image}:/three are in one file system" in said
+
+
+def test_a_full_place_is_named(base: Path) -> None:
+    as_root()
+    saved(base)
+    (base / "up/large").write_bytes(os.urandom(4 << 20))
+    (base / "small").mkdir()
+    ground.run("mount", "-t", "tmpfs", "-o", "size=1M", "t", base / "small")
+    try:
+        said = fails("clone", base / "up", base / "small/new")
+        assert str(base / "small/new") in said
+        said = fails("backup", base / "up", base / "small/file")
+        assert str(base / "up") in said
+        assert "No space left" in said
+    finally:
+        ground.run("umount", base / "small")
+
+
+def test_an_upper_with_its_index_elsewhere(base: Path) -> None:
+    os.link(base / "tree/file", base / "tree/link")
+    up, work = base / "up", f"workdir={base / 'work'}"
+    up.mkdir()
+    (base / "work").mkdir()
+    with union(base, base / "tree", up, work):
+        (base / "mnt/gone").write_text("changed\n")
+    done("backup", up, base / "x")  # there is nothing in the index
+    with union(base, base / "tree", up, work):
+        (base / "mnt/file").write_text("changed\n")
+    for words in (["reset", up], ["reset", up, "--discard"]):
+        assert "has its hard link index in another directory (file)" in fails(*words)
+    assert "hard link index" in fails("backup", up, base / "y")
+    assert "hard link index" in fails("clone", up, base / "new")
+    assert not (base / "y").exists()
+    assert (up / "file").read_text() == "changed\n"

@@ -281,7 +281,7 @@ def test_something_mounted_in_it(base: Path) -> None:
         (place / "sub").mkdir()
         ground.run("mount", "-t", "tmpfs", "none", place / "sub")
         try:
-            assert "something is mounted in" in fails("reset", place)
+            assert "is a mount point in" in fails("reset", place)
         finally:
             ground.run("umount", place / "sub")
         assert listing(place) == ["lost+found", "sub"]

@@ -561,3 +561,14 @@ def test_foreign_things(base: Path) -> None:
     missing = refused(base / "tree", "/dev/not-there", base / "mnt")
     assert "no device /dev/not-there" in missing
     assert "Not a directory" in refused(base / "tree", "/dev/null", base / "mnt")
+
+
+def test_a_refused_upper_is_not_made_in_the_lower(base: Path) -> None:
+    tree, mnt = base / "tree", base / "mnt"
+    before = sorted(tree.rglob("*"))
+    assert "lies inside the lower" in refused(tree, f"{tree}:/sub/up", mnt)
+    assert "lies inside the lower" in refused(tree / "dir", f"{tree}:/dir/up", mnt)
+    assert sorted(tree.rglob("*")) == before
+    with union(base, tree / "dir", f"{tree}:/beside"):
+        (mnt / "x").touch()
+    assert (tree / "beside/x").exists()

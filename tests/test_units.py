@@ -377,3 +377,10 @@ def test_install_overwrites_nothing_of_others(tmp_path: Path) -> None:
     assert str(foreign) in done.stderr
     assert files_below(tmp_path) == {"usr/sbin/mount.unionfs"}
     assert foreign.read_text() == "another's"
+
+
+def test_an_empty_directory_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnionfsError, match="--output is empty"):
+        unit.run(["/a", "/b", "/c", "--output", ""])
+    assert list(tmp_path.iterdir()) == []

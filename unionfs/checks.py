@@ -124,6 +124,28 @@ def check_layers(
         _check_kernel_overlay(upper, mounts)
 
 
+def check_new_upper(
+    options: MountOptions,
+    above: int,
+    below: str,
+    mounts: Sequence[MountEntry],
+    opened: Opened,
+    position: Position | None = None,
+) -> None:
+    """Refuse an upper that is to be made at a path below an open directory, in a lower.
+
+    `position`: that of the directory, if it is on a file system that only we see.
+    """
+    found = place_of(f"{UPPER} {options.upper}", above, mounts)
+    position = position or found.position
+    if position is not None:
+        position = Position(position.device, os.path.normpath(os.path.join(position.path, below)))
+    ancestors = _ancestors(above) if position is None else frozenset()
+    upper = Place(found.name, (-1, -1), position, ancestors)
+    for path in options.lowers:
+        _refuse_nesting(_place_of_path(LOWER, path, mounts, opened), upper)
+
+
 def refuse_key(options: MountOptions) -> None:
     """Called for an upper that is not encrypted: who has a key for it would write in plain text
     what he means to hide."""

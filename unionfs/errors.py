@@ -6,7 +6,11 @@ errno edge of the file system's operations, nor any printing: cli/main.py prints
 Raised by options, layer, work, session, daemon and the verbs.
 """
 
+import contextlib
 import enum
+import errno
+import os
+from collections.abc import Iterator
 
 
 class ExitCode(enum.IntEnum):
@@ -55,7 +59,7 @@ class InUse(UnionfsError):
         *,
         directory: str | None = None,
         identity: str | None = None,
-        hint: str = "unmount that union first",
+        hint: str = "unmount it, or wait for another verb that has it to end",
     ) -> None:
         super().__init__(f"{name} is in use {by}".rstrip(), hint=hint)
         self.name = name
@@ -70,6 +74,20 @@ def printable(text: str) -> str:
     """The text with control characters spelled out; bytes that are not UTF-8 stay."""
     kept = (c if c.isprintable() or "\udc80" <= c <= "\udcff" else ascii(c)[1:-1] for c in text)
     return "".join(kept)
+
+
+@contextlib.contextmanager
+def told(what: str) -> Iterator[None]:
+    """Have an error of the system say `what` failed, and what is to be done."""
+    try:
+        yield
+    except OSError as exc:
+        full = exc.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room there, or name another place" if full else None
+        if exc.errno == errno.EIO:
+            hint = "a device fails: see dmesg(1)"
+        reason = os.strerror(exc.errno or errno.EIO)
+        raise UnionfsError(f"{what}: {reason}", hint=hint) from exc
 
 
 def usage_error(message: str, hint: str | None = None) -> UnionfsError:

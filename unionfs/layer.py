@@ -17,11 +17,9 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -104,7 +102,7 @@ class Layer:
         self.image = -1
         self.mount = mount_number(base)
         self.position: Position | None = locate(base, mounts)
-        self._cleanup: Callable[[], None] | None = None
+        self._cleanup: Callable[[], object] | None = None
         self._tree, self._top = tree, ""
         if detach != "no":
             self._tree, self._top = _detached_copy(base, beside, readonly=self.readonly)
@@ -142,7 +140,7 @@ class Layer:
             raise OSError(errno.ESTALE, "it was moved while the union was being mounted")
         return again
 
-    def on_close(self, cleanup: Callable[[], None]) -> None:
+    def on_close(self, cleanup: Callable[[], object]) -> None:
         """What to do when the layer is closed."""
         self._cleanup = cleanup
 
@@ -290,18 +288,6 @@ def check_writable(upper: Layer) -> None:
         raise UnionfsError(
             f"the upper directory {upper.path} is not writable by user {os.geteuid()}", hint=hint
         )
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory of ours, also what its user locked himself out of."""
-    for directory, _, _ in os.walk(path, onerror=lambda exc: _unlock(exc.filename)):
-        _unlock(directory)
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def _unlock(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.chmod(path, 0o700)
 
 
 class _Probe:

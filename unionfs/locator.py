@@ -21,6 +21,8 @@ import stat
 from dataclasses import dataclass
 from typing import Final, Literal, cast, get_args
 
+from unionfs.errors import UnionfsError, usage_error
+
 Tag = Literal["LABEL", "UUID", "PARTLABEL", "PARTUUID"]
 TAGS: Final[tuple[Tag, ...]] = get_args(Tag)
 _TAG: Final = re.compile(rf"({'|'.join(TAGS)})=(.*)", re.DOTALL)
@@ -62,16 +64,27 @@ def is_tag(text: str) -> bool:
 
 
 def parse(text: str) -> Locator:
-    """Read a locator.  Looks whether paths exist, since `:/` may be part of a name."""
+    """Read a locator.  Looks whether paths exist, since `:/` may be part of a name.
+
+    Raises UnionfsError for an empty one, as a variable is that is not set: the empty path of a
+    directory would be the current one.
+    """
     match = _TAG.fullmatch(text)
     if match is not None:
         parts = _VALUE.fullmatch(match[2])
         value, inside = (parts[1], parts[2]) if parts is not None else (match[2], None)
         if len(value) >= 2 and value[0] == value[-1] == '"':
             value = value[1:-1]
+        if not value:
+            raise _empty(text)
         return Locator(text, unescape_tag(value), cast(Tag, match[1]), _normal(inside))
     path, inside = _split_path(text)
     return Locator(text, path, None, _normal(inside))
+
+
+def _empty(text: str) -> UnionfsError:
+    what = f"{text} names no store" if text else "the name of a store or a layer is empty"
+    return usage_error(what, "name a directory, an image, a device or LABEL=...")
 
 
 def _normal(inside: str | None) -> str | None:
@@ -79,7 +92,9 @@ def _normal(inside: str | None) -> str | None:
 
 
 def _split_path(text: str) -> tuple[str, str | None]:
-    """PATH:/dir; the longest PATH that exists, else the shortest."""
+    """PATH:/dir; the longest PATH that exists, else the shortest.  Raises UnionfsError."""
+    if not text or (text.startswith(":/") and not os.path.lexists(text)):
+        raise _empty(text)
     if ":/" not in text or os.path.lexists(text):
         return text, None
     cuts = [match.start() for match in re.finditer(":/", text)]

@@ -15,7 +15,8 @@ from typing import Final, Never
 
 from unionfs import syscalls
 from unionfs.errors import UnionfsError
-from unionfs.layer import Layer, remove_tree
+from unionfs.layer import Layer
+from unionfs.removal import remove_path
 
 _SAID: Final = 1024
 # What unshare(2) answers where user namespaces are switched off, used up, or not built in.
@@ -66,7 +67,7 @@ def _directory() -> Layer:
     base = os.open(path, os.O_PATH | os.O_DIRECTORY)
     layer = Layer(path, base, upper=True, mounts=[], detach="no")
     os.fchmod(layer.fd, 0o755)
-    layer.on_close(lambda: remove_tree(Path(path)))
+    layer.on_close(lambda: remove_path(Path(path)))
     return layer
 
 

@@ -136,6 +136,24 @@ def mounted_beneath(path: str, mounts: Iterable[MountEntry]) -> bool:
     return any(entry.point.startswith(prefix) and entry.point != path for entry in mounts)
 
 
+def mounted_in(fd: int, relative: str, mounts: Iterable[MountEntry]) -> str | None:
+    """A mount point below an open directory, or at or below a path in it; None if there is none.
+
+    What is on a mount that nobody else sees has none.
+    """
+    mounts = list(mounts)
+    number = mount_number(fd)
+    if all(entry.number != number for entry in mounts):
+        return None
+    root = path_of(fd)
+    path = os.path.join(root, relative).rstrip("/")
+    for entry in mounts:
+        at = bool(relative) and entry.point == path
+        if (entry.point.startswith(f"{path}/") and entry.point != root) or at:
+            return entry.point
+    return None
+
+
 def topmost(path: str, mounts: Iterable[MountEntry]) -> MountEntry | None:
     """What is seen at `path` if it is a mount point."""
     found = None

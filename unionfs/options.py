@@ -335,7 +335,8 @@ class OptionReader:
         self.check_unknown()
         if not self.lowers or self.mountpoint is None:
             raise usage_error("no lower layer is given", "name one with lowerdir=")
-        if not all([self.mountpoint, *self.lowers, self._values.get("upper", "/")]):
+        paths = (self._values.get(name, "/") for name in ("upper", "work", "key_file"))
+        if not all([self.mountpoint, *self.lowers, *paths]):
             raise usage_error("a path is empty", "name a directory")
         self._read_memory()
         ephemeral = "ephemeral_size" in self._values

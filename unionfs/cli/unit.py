@@ -45,6 +45,8 @@ def run(argv: Sequence[str]) -> int:
     given = parser.read(words_of(argv))
     if given.service and given.automount:
         raise usage_error("--service and --automount exclude each other", "give one of them")
+    if given.output == "":
+        raise usage_error("the DIR of --output is empty", "name one, or leave --output out")
     reader = read_layers(given)
     reader.place(given.places, source_first=False)
     asked = units.request(reader.build(), given.strings)

@@ -114,15 +114,13 @@ def _provide(volume: Volume, inside: str, like: str | None, shown: Shown | None)
 
 
 def _fill(above: int, name: str, like: str | None, shown: Shown | None) -> None:
-    from pathlib import Path
-
-    from unionfs.layer import remove_tree
+    from unionfs.removal import remove_tree
 
     parent = os.open(".", _DIRECTORY, dir_fd=above)
     try:
         for left in os.listdir(parent):  # of one that was killed
             if left.startswith(f".{name}.") and left.endswith(_FILLING):
-                remove_tree(Path(f"/proc/self/fd/{parent}/{left}"))
+                remove_tree(parent, left)
         temporary = f".{name}.{secrets.token_hex(4)}{_FILLING}"
         os.mkdir(temporary, 0o755, dir_fd=parent)
         made = os.open(temporary, _DIRECTORY, dir_fd=parent)

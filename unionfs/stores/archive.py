@@ -118,8 +118,10 @@ def write(
                 [tool("zstd", "zstd"), "-q", "-c", "-3", "-T0", "--check"],
                 stdin=subprocess.PIPE,
                 stdout=target,
+                stderr=said,
             )
             started.callback(_end, tar, pack)
+        failed = f"the backup of {header.store} failed"
         assert tar.stdout is not None
         assert pack.stdin is not None
         try:
@@ -130,12 +132,13 @@ def write(
                 advance(len(data))
             pack.stdin.close()
             if tar.wait() == _TAR_CHANGED:
-                raise Changed(f"the backup failed: {_last(said, 'a file changed')}")
+                raise Changed(f"{failed}: {_last(said, 'a file changed')}")
             if tar.returncode or pack.wait():
-                raise UnionfsError(f"the backup failed: {_last(said, 'tar or zstd ended early')}")
+                raise UnionfsError(f"{failed}: {_last(said, 'tar or zstd ended early')}")
         except BrokenPipeError:
             pack.wait()
-            raise UnionfsError("the backup failed: zstd ended early; is the disk full?") from None
+            why = _last(said, "zstd ended early; is the disk full?")
+            raise UnionfsError(f"{failed}: {why}") from None
     trailer = Trailer(count, digest.hexdigest())
     tail = json.dumps({"kind": _WHOLE, **_asdict(trailer)}).encode().ljust(_TRAILER)
     target.write(_frame(tail))

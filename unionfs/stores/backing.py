@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import IO, Final
 
 from unionfs import holder, locator, syscalls
-from unionfs.errors import InUse, UnionfsError
+from unionfs.errors import InUse, UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.identity import FILE
 from unionfs.mounts import locate, read_mounts
@@ -177,6 +177,8 @@ def target(text: str, *, missing: str, otherwise: str | None = None) -> Iterator
     """
     where = locator.parse(text)
     new = where.tag is None and not os.path.lexists(where.value)
+    if new:
+        refuse_misread(text)
     if new and not (locator.is_directory(text) and not where.value.endswith(_IMAGES)):
         raise UnionfsError(f"there is no {where.value}", hint=missing)
     with contextlib.ExitStack() as stack:
@@ -185,6 +187,16 @@ def target(text: str, *, missing: str, otherwise: str | None = None) -> Iterator
         found = stack.enter_context(chosen(text, write=True, make=True, otherwise=otherwise))
         found.made = new
         yield found
+
+
+def refuse_misread(text: str) -> None:
+    """Raise an error for what is no name of a directory to be made, though it could be one."""
+    if text.startswith("tmpfs:"):
+        what = f"{text} is memory, which ends with its union"
+        raise usage_error(what, f"name a directory, or ./{text} if it is one")
+    image, colon, inside = text.partition(":")
+    if colon and os.path.isfile(image):
+        raise usage_error(f"there is no {text}", f"a directory in it is {image}:/{inside}")
 
 
 @contextlib.contextmanager

@@ -15,14 +15,17 @@ from typing import Final
 from unionfs.errors import UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.identity import FILE, StoreRecord, new_record
+from unionfs.locator import Locator
 from unionfs.passphrase import Ask, wiped
-from unionfs.stores import archive, foreign, fscrypt, gocryptfs
+from unionfs.removal import remove_tree
+from unionfs.stores import archive, find, foreign, fscrypt, gocryptfs
 from unionfs.stores import kept as names
 from unionfs.stores.archive import Advance
 from unionfs.stores.backing import Chosen, give_id, refuse_bound
 from unionfs.stores.encrypting import encrypt_by_fscrypt, opened_by_gocryptfs
 from unionfs.stores.inspect import read_record
-from unionfs.stores.replacing import replace
+from unionfs.stores.mounted import is_same
+from unionfs.stores.replacing import not_removed, replace
 from unionfs.stores.tools import uninterrupted
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -31,6 +34,7 @@ _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 def refuse_used(source: Chosen) -> None:
     """Raise an error if a union has it, or if no copy of it can be what it is."""
     refuse_bound(source)
+    foreign.refuse_divided(source)
     if source.in_use:
         raise source.in_use_by_a_union()
 
@@ -43,10 +47,26 @@ def clone(source: Chosen, target: Chosen, advance: Advance) -> None:
 
     def fill(into: str) -> None:
         path = f"/proc/{os.getpid()}/fd/{source.fd}"
-        archive.copy(path, into, advance, source.not_its_own())
+        try:
+            archive.copy(path, into, advance, source.not_its_own())
+        except UnionfsError as exc:  # of tar
+            exc.message = f"cannot clone {source.name} to {target.name}: {exc.message}"
+            raise
         give_id(into, None)
 
     replace(target, fill, keep=False)
+
+
+def refuse_same(source: Chosen, new: Locator) -> None:
+    """Raise an error if the copy would go to the image or device that it is read from.
+
+    Its file system is mounted for reading only.
+    """
+    volume = source.volume
+    path = new.value if new.tag is None else find.find(new, search="images")
+    if volume.contents is not None and is_same(volume.path, path):
+        what = f"{source.name} and {new.text} are in one file system"
+        raise UnionfsError(what, hint="clone it to a directory elsewhere first, and that to it")
 
 
 def default_directory(source: Chosen) -> str:
@@ -68,6 +88,7 @@ def reset(upper: Chosen, ask: Ask, *, keep: bool, known: bool = False) -> str | 
     That of an encrypted one has the same passphrase, for which is asked where it makes the key.
     For gocryptfs it need not be known; but then the record cannot be read either.
     """
+    foreign.refuse_divided(upper)
     status = os.fstat(upper.fd)
     record = read_record(upper.fd) or new_record(None)
 
@@ -134,7 +155,13 @@ def find_paths(upper: Chosen, paths: list[str]) -> list[str]:
         if not here:
             raise UnionfsError(f"{path} is not changed: {upper.name} has nothing of it")
         found += [os.path.join(folder, n) for n in here]
-    return found
+    return _outermost(found)
+
+
+def _outermost(found: list[str]) -> list[str]:
+    """Each once, and none below another: that goes with it."""
+    named = dict.fromkeys(found)
+    return [path for path in named if not any(path.startswith(f"{other}/") for other in named)]
 
 
 def _exists(fd: int, relative: str) -> bool:
@@ -148,6 +175,7 @@ def _exists(fd: int, relative: str) -> bool:
 def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
     """Take paths out of an upper, so that the base is seen there; where they are kept."""
     for relative in found:
+        foreign.refuse_mounted(upper.fd, upper.name, relative)
         _refuse_linked(upper, relative)
     try:
         area = os.open(AREA_NAME, _OPEN, dir_fd=upper.fd)
@@ -158,24 +186,43 @@ def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:
         aside = names.new_paths(area)
         os.mkdir(aside, 0o700, dir_fd=area)
         with uninterrupted():
-            for number, relative in enumerate(found):
-                _move(upper.fd, relative, area, f"{aside}/{number}-{os.path.basename(relative)}")
+            _move_all(upper, found, area, aside)
         if keep:
             return f"{AREA_NAME}/{aside}"
-        from pathlib import Path
-
-        from unionfs.layer import remove_tree
-
-        remove_tree(Path(f"/proc/self/fd/{area}/{aside}"))
+        if left := remove_tree(area, aside):
+            raise not_removed(upper, f"{AREA_NAME}/{aside}", left)
         return None
     finally:
         os.close(area)
 
 
-def _move(upper: int, relative: str, area: int, kept: str) -> None:
+def _move_all(upper: Chosen, found: list[str], area: int, aside: str) -> None:
+    """All of the paths or none."""
+    places = [(path, f"{aside}/{n}-{os.path.basename(path)}") for n, path in enumerate(found)]
+    moved: list[tuple[str, str]] = []
+    for relative, kept in places:
+        try:
+            _move(upper.fd, relative, area, kept)
+        except OSError as exc:
+            for done in reversed(moved):
+                _move(upper.fd, done[0], area, done[1], back=True)
+            os.rmdir(aside, dir_fd=area)
+            reason = os.strerror(exc.errno or errno.EIO)
+            what = f"cannot take {relative} out of {upper.name}: {reason}"
+            hint = "nothing was taken away; see whether lsattr(1) shows it immutable"
+            raise UnionfsError(what, hint=hint) from exc
+        moved.append((relative, kept))
+
+
+def _move(upper: int, relative: str, area: int, kept: str, *, back: bool = False) -> None:
+    """Rename a path of an upper into its area, or back."""
     parent = _open_parent(upper, relative)
+    name = os.path.basename(relative)
     try:
-        os.rename(os.path.basename(relative), kept, src_dir_fd=parent, dst_dir_fd=area)
+        if back:
+            os.rename(kept, name, src_dir_fd=area, dst_dir_fd=parent)
+        else:
+            os.rename(name, kept, src_dir_fd=parent, dst_dir_fd=area)
         os.fsync(parent)
     finally:
         os.close(parent)

@@ -23,6 +23,7 @@ from typing import Final
 
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME
+from unionfs.removal import remove_tree
 from unionfs.stores import kept
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -161,12 +162,12 @@ def _tidy(area: int) -> str | None:
 
 def _remove(area: int, name: str) -> None:
     """What cannot be removed stays.  No link is followed: the upper may be a stranger's."""
-    from unionfs.work import empty_directory
+    remove_tree(area, name)
 
-    with contextlib.suppress(OSError), _opened(area, name) as fd:
-        os.fchmod(fd, 0o700)
-        empty_directory(fd)
-        os.rmdir(name, dir_fd=area)
+
+def left(upper: int) -> str:
+    """What of the content that was exchanged could not be removed: its name in the area."""
+    return _OLD if _exists(upper, f"{AREA_NAME}/{_OLD}") else ""
 
 
 def _move(source: int, target: int, but: Collection[str] = ()) -> None:

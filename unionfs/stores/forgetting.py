@@ -9,12 +9,12 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from unionfs.errors import InUse, UnionfsError
+from unionfs.removal import HINT, remove_tree
+from unionfs.stores import foreign, replacing
 from unionfs.stores import kept as names
-from unionfs.stores import replacing
 from unionfs.stores.backing import Chosen
 from unionfs.stores.inspect import Kept, directories, disk_bytes, kept_beside, upper_at
 
@@ -90,32 +90,34 @@ def place(upper: Chosen, item: Kept) -> str:
 
 def forget(upper: Chosen, item: Kept) -> None:
     """Remove it.  Killed in the middle, no half of an upper is left that looks like one."""
-    from unionfs.layer import remove_tree
-
     fd = _open(upper, item)
     try:
+        foreign.refuse_mounted(fd, place(upper, item))
         if item.in_area:
-            path = Path(
-                f"/proc/self/fd/{upper.fd}", os.path.relpath(item.directory, upper.directory)
-            )
-            remove_tree(path)
-            _refuse_left(path, upper, item)
+            _remove_in_area(upper, item)
             return
         top, name = replacing.open_beside(upper.volume, upper.directory)
         try:
             temporary = names.temporary(name, names.NEW)
             own = os.path.basename(item.directory)
             os.rename(own, temporary, src_dir_fd=top, dst_dir_fd=top)
-            path = Path(f"/proc/self/fd/{top}/{temporary}")
-            remove_tree(path)
-            _refuse_left(path, upper, item)
+            if left := remove_tree(top, temporary):
+                raise _not_forgotten(upper, item, upper.beside(left[0]))
         finally:
             os.close(top)
     finally:
         os.close(fd)
 
 
-def _refuse_left(path: Path, upper: Chosen, item: Kept) -> None:
-    if os.path.lexists(path):
-        hint = "see who owns it, and whether chattr(1) has made something in it immutable"
-        raise UnionfsError(f"not all of {place(upper, item)} can be removed", hint=hint)
+def _remove_in_area(upper: Chosen, item: Kept) -> None:
+    folder, name = os.path.split(os.path.relpath(item.directory, upper.directory))
+    area = os.open(folder, _OPEN, dir_fd=upper.fd)
+    try:
+        if left := remove_tree(area, name):
+            raise _not_forgotten(upper, item, f"{upper.name}/{folder}/{left[0]}")
+    finally:
+        os.close(area)
+
+
+def _not_forgotten(upper: Chosen, item: Kept, left: str) -> UnionfsError:
+    return UnionfsError(f"not all of {place(upper, item)} can be removed: {left}", hint=HINT)

@@ -48,7 +48,7 @@ class Mounted:
         """Whether a path is its image, the loop device on that, its device or its directory."""
         ways = {self.place, str(self.store.get("device", self.place))}
         ways |= {image for way in ways if (image := find.image_of(way)) is not None}
-        return any(_same(way, path) for way in ways)
+        return any(is_same(way, path) for way in ways)
 
     def has(self, path: str, directory: str, identity: str | None) -> bool:
         """Whether it is an upper: a directory in what is at a path, with this id."""
@@ -56,12 +56,13 @@ class Mounted:
             return self.directory == directory and self.lies_in(path)
         below = os.path.join(path, directory.lstrip("/"))
         if os.path.isdir(path):
-            return _same(self.upper, below)
+            return is_same(self.upper, below)
         # On a device that is mounted, it is known by the path there.
         return identity is not None and str(self.store.get("id")) == identity
 
 
-def _same(one: str, other: str) -> bool:
+def is_same(one: str, other: str) -> bool:
+    """Whether two paths are one file, directory or device."""
     try:
         first, second = os.stat(one), os.stat(other)
     except OSError:
@@ -71,7 +72,7 @@ def _same(one: str, other: str) -> bool:
     return os.path.samestat(first, second)
 
 
-def _answers(deadline: float, user: int | None) -> Iterator[tuple[MountEntry, dict[str, Any]]]:
+def answers(deadline: float, user: int | None) -> Iterator[tuple[MountEntry, dict[str, Any]]]:
     """The unions that answer within so many seconds, and what; of a user, or of all."""
     from unionfs.unions import FSTYPE, ask, owner
 
@@ -86,21 +87,12 @@ def mounted_unions(deadline: float = 2, user: int | None = None) -> list[Mounted
     from unionfs.unions import owner
 
     found = []
-    for entry, facts in _answers(deadline, user):
+    for entry, facts in answers(deadline, user):
         store, upper = facts.get("store"), facts.get("upper")
         if isinstance(upper, str) and not facts.get("ephemeral"):
             told = store if isinstance(store, dict) else {}
             found.append(Mounted(entry.point, upper, told, facts, owner(entry)[0]))
     return found
-
-
-def lowers_in_use(deadline: float = 2) -> Iterator[tuple[str, str]]:
-    """The lowers of this user's mounted unions, each after the mount point."""
-    from unionfs.unions import texts
-
-    for entry, facts in _answers(deadline, os.geteuid()):
-        for lower in texts(facts.get("lowers")):
-            yield entry.point, lower
 
 
 def union_of(path: str, directory: str) -> Mounted | None:

@@ -6,6 +6,7 @@ wanted writable cannot be had once it is mounted read-only; its directory is ent
 it is called after the base and begins with the mode of the base's root.  Called by daemon.py.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -189,6 +190,7 @@ class Stores:
             if put_back(volume, inside):
                 fd = walk(volume, inside)
             else:
+                self._refuse_new(volume, inside, mounts)
                 fd = make_directory(volume, inside, self._like())
         self._inside = inside
         self._encrypted = unlocking.kind_of(fd)
@@ -205,6 +207,23 @@ class Stores:
             return
         os.close(fd)
         self.options = replace(self.options, upper=volume.path_of(inside))
+
+    def _refuse_new(self, volume: Volume, inside: str, mounts: list[MountEntry]) -> None:
+        """An upper that the checks would refuse is not made: it would be written to a lower."""
+        above, below = inside, ""
+        while True:
+            above, name = os.path.split(above)
+            below = os.path.join(name, below)
+            with contextlib.suppress(FileNotFoundError):
+                fd = walk(volume, above)
+                break
+        try:
+            position = None
+            if volume.contents is not None:
+                position = Position(_number(volume, fd, mounts), above)
+            checks.check_new_upper(self.options, fd, below, mounts, self.opened(), position)
+        finally:
+            os.close(fd)
 
     def _unlock(self, volume: Volume, inside: str, directory: int) -> None:
         """What is not a cipher directory: by the kernel, or not at all."""

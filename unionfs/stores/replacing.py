@@ -14,12 +14,13 @@ An upper that cannot be renamed gets new content instead (exchange.py).
 import errno
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from unionfs import syscalls
-from unionfs.errors import UnionfsError
-from unionfs.mounts import mounted_beneath, path_of, read_mounts
+from unionfs.errors import UnionfsError, told
+from unionfs.format import AREA_NAME
+from unionfs.mounts import path_of, read_mounts
+from unionfs.removal import HINT, remove_tree
 from unionfs.stores import exchange, foreign
 from unionfs.stores import kept as names
 from unionfs.stores.tools import uninterrupted
@@ -101,36 +102,38 @@ def replace(
             fd = os.open(temporary, _OPEN, dir_fd=top)
             try:
                 # Programs that fill it reach it by this path.
-                fill(f"/proc/{os.getpid()}/fd/{fd}")
-                syscalls.syncfs(fd)
+                with told(f"cannot write what is to take the place of {upper.name}"):
+                    fill(f"/proc/{os.getpid()}/fd/{fd}")
+                    syscalls.syncfs(fd)
             finally:
                 os.close(fd)
         except BaseException:
-            _remove(top, temporary)
+            remove_tree(top, temporary)
             raise
         with uninterrupted():
-            return _take_place(top, temporary, name, keep=keep)
+            return _take_place(upper, top, temporary, name, keep=keep)
     finally:
         os.close(top)
 
 
 def _exchange_content(upper: "Chosen", fill: Callable[[str], None], *, keep: bool) -> str | None:
     """Of one that cannot be renamed."""
-    seen = upper.volume.contents is None  # what is mounted nowhere has nothing mounted in it
-    if seen and mounted_beneath(path_of(upper.fd), read_mounts()):
-        raise UnionfsError(f"something is mounted in {upper.name}", hint="unmount that first")
     _refuse_others(upper)
     into = exchange.begin(upper.fd)
     try:
-        fill(f"/proc/{os.getpid()}/fd/{into}")
-        syscalls.syncfs(into)
+        with told(f"cannot write what is to take the place of {upper.name}"):
+            fill(f"/proc/{os.getpid()}/fd/{into}")
+            syscalls.syncfs(into)
     except BaseException:
         exchange.abandon(upper.fd)
         raise
     finally:
         os.close(into)
     with uninterrupted():
-        return exchange.complete(upper.fd, keep=keep, stay=upper.not_its_own())
+        kept = exchange.complete(upper.fd, keep=keep, stay=upper.not_its_own())
+    if left := exchange.left(upper.fd):
+        raise not_removed(upper, f"{AREA_NAME}/{left}", [])
+    return kept
 
 
 def _refuse_others(upper: "Chosen") -> None:
@@ -143,7 +146,7 @@ def _refuse_others(upper: "Chosen") -> None:
         raise UnionfsError(what, hint="name the one that is meant, or move them away")
 
 
-def _take_place(top: int, temporary: str, name: str, *, keep: bool) -> str | None:
+def _take_place(upper: "Chosen", top: int, temporary: str, name: str, *, keep: bool) -> str | None:
     new = temporary
     try:
         if keep:
@@ -151,11 +154,12 @@ def _take_place(top: int, temporary: str, name: str, *, keep: bool) -> str | Non
             os.rename(temporary, new, src_dir_fd=top, dst_dir_fd=top)
         old = _exchange(top, new, name, names.KEPT_ASIDE if keep else names.MOVED_ASIDE)
     except BaseException:
-        for left in (temporary, new):
-            _remove(top, left)
+        for ours in (temporary, new):
+            remove_tree(top, ours)
         raise
     if not keep:
-        _remove(top, old)
+        if left := remove_tree(top, old):
+            raise not_removed(upper, old, left)
         return None
     if old != new:
         os.rename(old, new, src_dir_fd=top, dst_dir_fd=top)
@@ -180,10 +184,13 @@ def _exchange(top: int, new: str, name: str, suffix: str) -> str:
     return aside
 
 
-def _remove(top: int, name: str) -> None:
-    from unionfs.layer import remove_tree
+def not_removed(upper: "Chosen", what: str, left: list[str]) -> UnionfsError:
+    """The error that `what` was taken away, beside an upper or in its area, and is still there.
 
-    remove_tree(Path(f"/proc/self/fd/{top}/{name}"))
+    `left`: the paths that are, if they are known.
+    """
+    place = f"{upper.beside(what)}" + (f" ({len(left)} files: {left[0]})" if left else "")
+    return UnionfsError(f"done, but not all that was there can be removed: {place}", hint=HINT)
 
 
 def tidy(top: int, name: str) -> None:
@@ -195,4 +202,4 @@ def tidy(top: int, name: str) -> None:
     for left in names.temporaries(found, name, names.KEPT_ASIDE):
         os.rename(left, names.new_name(top, name), src_dir_fd=top, dst_dir_fd=top)
     for left in names.temporaries(found, name, names.NEW, names.MOVED_ASIDE):
-        _remove(top, left)
+        remove_tree(top, left)

@@ -10,6 +10,7 @@ from unionfs.cli import show
 from unionfs.cli.parser import Parser
 from unionfs.cli.stores.standard import STANDARD, pour, spool_directory, spooled
 from unionfs.errors import ExitCode, usage_error
+from unionfs.errors import told as failing
 
 USAGE = "unionfs store backup STORE FILE"
 
@@ -41,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("file", metavar="FILE", help="the backup to write; -: standard output")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no report")
     given = parser.read(argv)
-    from unionfs.stores import backing
+    from unionfs.stores import backing, foreign
     from unionfs.stores.making import new_file
 
     to_output = given.file == STANDARD
@@ -50,6 +51,7 @@ def run(argv: Sequence[str]) -> int:
     folder = spool_directory() if to_output else os.path.dirname(os.path.abspath(given.file))
     with backing.chosen(given.store, write=False) as upper, contextlib.ExitStack() as stack:
         backing.refuse_bound(upper)
+        foreign.refuse_divided(upper)
         backing.refuse_target(upper, folder)
         new = spooled() if to_output else new_file(given.file)
         fd, _ = stack.enter_context(new)
@@ -57,6 +59,7 @@ def run(argv: Sequence[str]) -> int:
         with (
             show.progress(given.file, total, quiet=given.quiet) as advance,
             open(os.dup(fd), "w+b", buffering=0) as target,
+            failing(f"cannot back up {upper.name} to {given.file}"),
         ):
             trailer = backing.backup(upper, target, advance)
         size = os.fstat(fd).st_size

@@ -47,6 +47,7 @@ def run(argv: Sequence[str]) -> int:
         with show.progress(given.new, total, quiet=given.quiet) as advance:
             if given.size is None:
                 text = given.new
+                changing.refuse_same(source, where)
                 if where.directory is None and not locator.is_directory(text):
                     text = f"{where.source}:{changing.default_directory(source)}"
                 hint = "say how large the image shall be: --size 8G"

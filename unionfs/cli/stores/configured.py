@@ -39,9 +39,9 @@ def _of_profiles() -> Iterator[str]:
     for name in files.names():
         with contextlib.suppress(UnionfsError):  # a template, or wrong: for `policy` to say
             profile = files.said(name)
-            if profile.store is not None:
+            if profile.store:
                 yield profile.store
-            yield from (rule.upper for rule in profile.rules if rule.upper is not None)
+            yield from (rule.upper for rule in profile.rules if rule.upper)
 
 
 def _of_fstab(path: str) -> Iterator[str]:
@@ -56,5 +56,5 @@ def _of_fstab(path: str) -> Iterator[str]:
             continue
         with contextlib.suppress(UnionfsError):  # wrong: for mount(8) to say
             upper = read_strings([unescape(fields[3])]).asked("upper")
-            if isinstance(upper, str):
+            if isinstance(upper, str) and upper:
                 yield upper

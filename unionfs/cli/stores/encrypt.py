@@ -66,6 +66,8 @@ def run(argv: Sequence[str]) -> int:
     else:
         fscrypt.refuse_user()
     new = _is_new(given.store)
+    if new:
+        backing.refuse_misread(given.store)
     if given.dry_run and new:
         print(printable(f"{given.store} would be made, encrypted"))
         return ExitCode.OK

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from unionfs import locator
 from unionfs.cli import show
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, UnionfsError
@@ -36,6 +37,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("places", nargs="*", metavar="PLACE", help="where to look")
     parser.add_argument("--json", action="store_true", help="a list of objects, one a store")
     given = parser.read(argv)
+    for place in given.places:
+        locator.parse(place)  # an empty one would be the current directory
     from unionfs.cli.stores import configured
     from unionfs.stores.inspect import find_stores
 

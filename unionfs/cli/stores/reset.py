@@ -27,7 +27,8 @@ encrypted as before.
 the beginning will do. STORE may be in use, and is not reset."""
 
 EPILOG = """
-exit codes: 0 done, 1 wrong usage, 32 failed: nothing was taken away
+exit codes: 0 done, 1 wrong usage, 32 failed: nothing was taken away, or what was could not all be
+removed (it says which, and where it is)
 
 example:
   unionfs store reset changes.img /etc/fstab -n

@@ -10,7 +10,7 @@ from unionfs import locator
 from unionfs.cli import show
 from unionfs.cli.parser import Parser
 from unionfs.cli.stores.standard import STANDARD, taken_in
-from unionfs.errors import ExitCode, UnionfsError, usage_error
+from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
 
 USAGE = """\
 unionfs store restore FILE STORE [--keep]
@@ -62,7 +62,8 @@ def run(argv: Sequence[str]) -> int:
         of = f"{header.store} of {header.created}"
         done = "is whole" if given.store is None else f"is restored to {given.store}"
         done += f", encrypted ({header.encrypted})" if header.encrypted else ""
-        print(f"{given.file} ({of}) {done}" + (f"; the old changes: {kept}" if kept else ""))
+        done += f"; the old changes: {kept}" if kept else ""
+        print(printable(f"{given.file} ({of}) {done}"))
     return ExitCode.OK
 
 
