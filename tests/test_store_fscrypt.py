@@ -346,7 +346,11 @@ def test_where_it_cannot_be(base: Path, disk: Path, up: Path, key: Path) -> None
     encrypt(disk / "one", key)
     with encrypted(base, disk / "one", key):
         (base / "mnt/inner").mkdir()
-        assert "encrypts already" in fails("encrypt", disk / "one/inner", *words)
+        assert "lies in" in fails("encrypt", disk / "one/inner", *words), "it is in use"
+    killed(base, disk / "one", key)  # so that it is not locked
+    assert "encrypts already" in fails("encrypt", disk / "one/inner", *words)
+    assert store_code("check", disk / "one") == 8
+    assert leftovers() == []
 
 
 def test_a_union_as_any_other(base: Path, disk: Path) -> None:
