@@ -527,9 +527,18 @@ def test_killed_while_it_is_encrypted(base: Path, up: Path, key: Path, where: st
 
     ground.run("cp", "-a", up, spare)
     found = set()
-    commit = "renameat2" if where == "commit" else ""
-    for _ in traced.killed(command, _STEPS, base / "trace", again, commit=commit):
-        state = "encrypted" if (up / "gocryptfs.conf").exists() else "plain"
+
+    def is_encrypted() -> bool:
+        return (up / "gocryptfs.conf").exists()
+
+    log = base / "trace"
+    kills = (
+        traced.killed_at(command, "renameat2", log, again, is_encrypted)
+        if where == "commit"
+        else traced.killed(command, _STEPS, log, again)
+    )
+    for _ in kills:
+        state = "encrypted" if is_encrypted() else "plain"
         found.add(state)
         with encrypted(base, up, key) if state == "encrypted" else union(base, base / "tree", up):
             check(base / "mnt")

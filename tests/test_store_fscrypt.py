@@ -393,9 +393,18 @@ def test_killed_while_it_is_encrypted(base: Path, upper: Path, key: Path, where:
 
     ground.run("cp", "-a", upper, spare)
     found = set()
-    commit = "renameat2" if where == "commit" else ""
-    for _ in traced.killed(command, _STEPS, base / "trace", again, commit=commit):
-        state = "encrypted" if KEY_ATTRIBUTE in os.listxattr(upper) else "plain"
+
+    def is_encrypted() -> bool:
+        return KEY_ATTRIBUTE in os.listxattr(upper)
+
+    log = base / "trace"
+    kills = (
+        traced.killed_at(command, "renameat2", log, again, is_encrypted)
+        if where == "commit"
+        else traced.killed(command, _STEPS, log, again)
+    )
+    for _ in kills:
+        state = "encrypted" if is_encrypted() else "plain"
         found.add(state)
         with (
             encrypted(base, upper, key)

@@ -7,6 +7,7 @@ A step is a system call that alters a layer, of whatever thread.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from tests.rig.crashing import Stepping
 from tests.rig.mounted import PATIENCE
+from tests.rig.waiting import wait_until
 
 _CALLS = [
     "mkdirat",
@@ -46,6 +48,7 @@ _CALLS = [
 ]
 _LINE = re.compile(r"^(\d+) +(\w+)\(")
 _KILL_SECONDS = 10
+_FOR_LONG_US = 60_000_000
 
 
 def why_not() -> str:
@@ -59,25 +62,43 @@ def why_not() -> str:
 
 
 def killed(
-    command: Sequence[str], calls: str, log: Path, again: Callable[[], None], *, commit: str = ""
+    command: Sequence[str], calls: str, log: Path, again: Callable[[], None]
 ) -> Iterator[None]:
     """Run a program whole, and then killed at each of its own steps, which are `calls`, `again`
-    having put back what it starts from; yields after each kill.
-
-    `commit`: only at that call, before it is done, and at the one after it.
-    """
+    having put back what it starts from; yields after each kill."""
     trace = ["strace", "-qq", "-s", "0", "-o", str(log), "-e", f"trace={calls}"]
     subprocess.run([*trace, *command], check=True, timeout=PATIENCE, stdout=subprocess.DEVNULL)
     steps = re.findall(r"^(\w+)\(", log.read_text(), re.MULTILINE)
-    assert commit in steps or not commit
-    at = steps.index(commit) if commit else 0
-    for number in range(at, at + 2 if commit else len(steps)):
+    for number, name in enumerate(steps):
         again()
-        name = steps[number]
         nth = steps[: number + 1].count(name)
         kill = ["-e", f"inject={name}:error=EIO:signal=KILL:when={nth}"]
         subprocess.run([*trace, *kill, *command], timeout=PATIENCE, stdout=subprocess.DEVNULL)
         yield
+
+
+def killed_at(
+    command: Sequence[str],
+    commit: str,
+    log: Path,
+    again: Callable[[], None],
+    done: Callable[[], bool],
+) -> Iterator[None]:
+    """Run a program that is killed at its first call of `commit`, before it is done, and then once
+    it is `done`, `again` having put back what it starts from; yields after each kill."""
+    trace = ["strace", "-qq", "-s", "0", "-o", str(log), "-e", f"trace={commit}"]
+    before = ["-e", f"inject={commit}:error=EIO:signal=KILL:when=1"]
+    subprocess.run([*trace, *before, *command], timeout=PATIENCE, stdout=subprocess.DEVNULL)
+    yield
+    again()
+    after = ["-e", f"inject={commit}:delay_exit={_FOR_LONG_US}:when=1"]
+    process = subprocess.Popen(
+        [*trace, *after, *command], stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_until(done)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    yield
 
 
 class Traced(Stepping):
