@@ -74,6 +74,8 @@ def test_not_permitted() -> None:
 
 @pytest.mark.parametrize("driver", ["engine", "pyfuse3"])
 def test_no_thread_of_a_union_has_it_in_effect(driver: str) -> None:
+    if not has("CapPrm", capabilities.CAP_SYS_RESOURCE):
+        pytest.skip("this root has no CAP_SYS_RESOURCE: nothing to lower")
     with Ground("unionfs-capabilities-") as base:
         lower, upper = base.directory("lower"), base.directory("upper")
         options = [f"driver={driver}"]
@@ -84,5 +86,4 @@ def test_no_thread_of_a_union_has_it_in_effect(driver: str) -> None:
             for thread in threads:
                 status = str(thread / "status")
                 assert not has("CapEff", capabilities.CAP_SYS_RESOURCE, status)
-                if has("CapPrm", capabilities.CAP_SYS_RESOURCE):
-                    assert has("CapPrm", capabilities.CAP_SYS_RESOURCE, status)
+                assert has("CapPrm", capabilities.CAP_SYS_RESOURCE, status)

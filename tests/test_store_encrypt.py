@@ -531,13 +531,7 @@ def test_killed_while_it_is_encrypted(base: Path, up: Path, key: Path, where: st
     def is_encrypted() -> bool:
         return (up / "gocryptfs.conf").exists()
 
-    log = base / "trace"
-    kills = (
-        traced.killed_at(command, "renameat2", log, again, is_encrypted)
-        if where == "commit"
-        else traced.killed(command, _STEPS, log, again)
-    )
-    for _ in kills:
+    for _ in traced.kills(where, command, _STEPS, base / "trace", again, is_encrypted):
         state = "encrypted" if is_encrypted() else "plain"
         found.add(state)
         with encrypted(base, up, key) if state == "encrypted" else union(base, base / "tree", up):

@@ -397,13 +397,7 @@ def test_killed_while_it_is_encrypted(base: Path, upper: Path, key: Path, where:
     def is_encrypted() -> bool:
         return KEY_ATTRIBUTE in os.listxattr(upper)
 
-    log = base / "trace"
-    kills = (
-        traced.killed_at(command, "renameat2", log, again, is_encrypted)
-        if where == "commit"
-        else traced.killed(command, _STEPS, log, again)
-    )
-    for _ in kills:
+    for _ in traced.kills(where, command, _STEPS, base / "trace", again, is_encrypted):
         state = "encrypted" if is_encrypted() else "plain"
         found.add(state)
         with (

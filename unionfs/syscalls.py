@@ -243,6 +243,18 @@ def umount(target: str, flags: UnmountFlag) -> None:
     _checked("umount", _libc.umount2(os.fsencode(target), ctypes.c_int(int(flags))), target)
 
 
+def exists(directory: int, path: str) -> bool:
+    """Whether an open directory has something there, be it a link to nowhere.
+
+    Raises OSError if that cannot be known.
+    """
+    try:
+        os.stat(path, dir_fd=directory, follow_symlinks=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def filesystem_type(path: str) -> int:
     """f_type of statfs(2): linux/magic.h."""
     told = ctypes.create_string_buffer(_STATFS_BYTES)

@@ -11,6 +11,7 @@
 
 #include "../engine.h"
 #include "../flags.h"
+#include "bare.h"
 #include "check.h"
 
 enum { ASKERS = 4, STUCK = 60, PATIENCE_MS = 30000, SMALL = 9000, BUSY = 4 };
@@ -504,12 +505,6 @@ static void nothing(int number)
 
 int main(int argc, char **argv)
 {
-    struct tree_options options = {.squash_uid = -1,
-                                   .squash_gid = -1,
-                                   .max_open_dirs = 3,
-                                   .index_fd = -1,
-                                   .numbers_fd = -1,
-                                   .image_fd = -1};
     char base[] = "unionfs-engine-XXXXXX";
     struct sigaction action = {.sa_handler = nothing}; /* not SA_RESTART: it interrupts read(2) */
     struct layer layer = {0};
@@ -523,7 +518,7 @@ int main(int argc, char **argv)
     CHECK(fstat(layer.fd, &st) == 0);
     layer.dev = st.st_dev;
     CHECK(close(openat(layer.fd, "file", O_CREAT | O_WRONLY, 0600)) == 0);
-    CHECK(tree_new(&layer, 1, &options, &tree) == 0);
+    CHECK(tree_new(&layer, 1, &BARE, &tree) == 0);
     CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, device) == 0);
     CHECK(sem_init(&stuck, 0, 0) == 0 && sem_init(&go_on, 0, 0) == 0);
     CHECK(sigaction(SIGURG, &action, NULL) == 0);

@@ -8,6 +8,7 @@
 #include <sys/stat.h>
 
 #include "../engine.h"
+#include "bare.h"
 #include "check.h"
 
 enum { SIZE = 2000, LIMIT = 1500 };
@@ -85,13 +86,7 @@ static void test_stored_in_part(uint64_t ino, uint64_t fh)
 
 int main(void)
 {
-    struct tree_options options = {.has_upper = true,
-                                   .squash_uid = -1,
-                                   .squash_gid = -1,
-                                   .max_open_dirs = 3,
-                                   .index_fd = -1,
-                                   .numbers_fd = -1,
-                                   .image_fd = -1};
+    struct tree_options options = BARE;
     char base[] = "unionfs-full-XXXXXX";
     struct layer layer = {0};
     struct stat st;
@@ -103,6 +98,7 @@ int main(void)
     layer.dev = st.st_dev;
     CHECK(close(openat(layer.fd, "file", O_CREAT | O_WRONLY, 0600)) == 0);
     CHECK(fchmodat(layer.fd, "file", 04755, 0) == 0);
+    options.has_upper = true;
     CHECK(tree_new(&layer, 1, &options, &server.tree) == 0);
     hold_init(&server.hold);
     server.options = (struct engine_options){

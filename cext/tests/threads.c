@@ -10,6 +10,7 @@
 
 #include "../engine.h"
 #include "../xattrs.h"
+#include "bare.h"
 #include "check.h"
 
 enum { DIRS = 6, FILES = 12, READERS = 3 };
@@ -303,13 +304,7 @@ static void fill_lower(void)
 static void run(void)
 {
     struct layer layers[2] = {{.fd = upper_fd}, {.fd = lower_fd}};
-    struct tree_options options = {.has_upper = true,
-                                   .squash_uid = -1,
-                                   .squash_gid = -1,
-                                   .max_open_dirs = 3, /* so that they come and go */
-                                   .index_fd = -1,
-                                   .numbers_fd = -1,
-                                   .image_fd = -1};
+    struct tree_options options = BARE;
     pthread_t threads[READERS];
     unsigned seed = 1;
     struct stat st;
@@ -320,6 +315,7 @@ static void run(void)
         CHECK(fstat(layers[i].fd, &st) == 0);
         layers[i].dev = st.st_dev;
     }
+    options.has_upper = true;
     CHECK(tree_new(layers, 2, &options, &tree) == 0);
     server.tree = tree;
     server.options = (struct engine_options){

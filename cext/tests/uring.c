@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 
 #include "../uring.h"
+#include "bare.h"
 #include "check.h"
 
 static struct server server;
@@ -168,13 +169,7 @@ static bool test_ring(void)
 
 int main(void)
 {
-    struct tree_options options = {.has_upper = true,
-                                   .squash_uid = -1,
-                                   .squash_gid = -1,
-                                   .max_open_dirs = 3,
-                                   .index_fd = -1,
-                                   .numbers_fd = -1,
-                                   .image_fd = -1};
+    struct tree_options options = BARE;
     char base[] = "unionfs-uring-XXXXXX";
     struct layer layer = {0};
     struct stat st;
@@ -186,6 +181,7 @@ int main(void)
     layer.dev = st.st_dev;
     fd = openat(layer.fd, "file", O_CREAT | O_WRONLY, 0600);
     CHECK(write(fd, "12345", 5) == 5 && close(fd) == 0);
+    options.has_upper = true;
     CHECK(tree_new(&layer, 1, &options, &server.tree) == 0);
     server.options = (struct engine_options){
         .statfs_fd = layer.fd, .only_uid = -1, .call = call, .arg = &server};

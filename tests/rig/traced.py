@@ -101,6 +101,20 @@ def killed_at(
     yield
 
 
+def kills(
+    where: str,
+    command: Sequence[str],
+    calls: str,
+    log: Path,
+    again: Callable[[], None],
+    done: Callable[[], bool],
+) -> Iterator[None]:
+    """At the `commit`, which is renameat2(2), or at `all` steps: see both above."""
+    if where == "commit":
+        return killed_at(command, "renameat2", log, again, done)
+    return killed(command, calls, log, again)
+
+
 class Traced(Stepping):
     """`unionfs mount -f` in a forked child that is traced between arm() and disarm().
 

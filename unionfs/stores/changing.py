@@ -27,6 +27,7 @@ from unionfs.stores.inspect import read_record
 from unionfs.stores.mounted import is_same
 from unionfs.stores.replacing import not_removed, replace
 from unionfs.stores.tools import uninterrupted
+from unionfs.syscalls import exists
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
@@ -149,7 +150,7 @@ def find_paths(upper: Chosen, paths: list[str]) -> list[str]:
         if relative in ("", ".") or relative.split("/")[0] in ("..", AREA_NAME):
             raise usage_error(f"{path} is no path in the union", "leave it out to reset everything")
         folder, name = os.path.split(relative)
-        here = [n for n in (name, f".wh.{name}") if _exists(upper.fd, os.path.join(folder, n))]
+        here = [n for n in (name, f".wh.{name}") if exists(upper.fd, os.path.join(folder, n))]
         if not folder:
             here = [n for n in here if n not in upper.not_its_own()]
         if not here:
@@ -162,14 +163,6 @@ def _outermost(found: list[str]) -> list[str]:
     """Each once, and none below another: that goes with it."""
     named = dict.fromkeys(found)
     return [path for path in named if not any(path.startswith(f"{other}/") for other in named)]
-
-
-def _exists(fd: int, relative: str) -> bool:
-    try:
-        os.stat(relative, dir_fd=fd, follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
 
 
 def reset_paths(upper: Chosen, found: list[str], *, keep: bool) -> str | None:

@@ -25,6 +25,7 @@ from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME
 from unionfs.removal import remove_tree
 from unionfs.stores import kept
+from unionfs.syscalls import exists
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _START: Final = "exchange."
@@ -38,7 +39,9 @@ _LOCK: Final = "lock"  # of the area, where directories cannot be locked
 
 def is_cut(upper: int) -> bool:
     """Whether an open upper was left between what there was and what was to come."""
-    return any(_exists(upper, f"{AREA_NAME}/{name}") for name in (_OUT, _IN))
+    with contextlib.suppress(PermissionError):  # who may not look cannot mount it either
+        return any(exists(upper, f"{AREA_NAME}/{name}") for name in (_OUT, _IN))
+    return False
 
 
 def refuse_cut(upper: int, name: str) -> None:
@@ -126,9 +129,9 @@ def _belongs_here(name: str) -> bool:
 
 
 def _move_back(upper: int, area: int) -> None:
-    for old in (old for old in (_KEEP, _OLD) if _exists(area, old)):
+    for old in (old for old in (_KEEP, _OLD) if exists(area, old)):
         with _opened(area, old) as source:
-            if _exists(source, AREA_NAME):
+            if exists(source, AREA_NAME):
                 with _opened(source, AREA_NAME) as inner:
                     _move(inner, area)
                 os.rmdir(AREA_NAME, dir_fd=source)
@@ -139,7 +142,7 @@ def _move_back(upper: int, area: int) -> None:
 
 def _move_in(upper: int, area: int) -> None:
     with _opened(area, _IN) as source:
-        if _exists(source, AREA_NAME):
+        if exists(source, AREA_NAME):
             with _opened(source, AREA_NAME) as inner:
                 _move(inner, area, {n for n in os.listdir(inner) if _belongs_here(n)})
         _move(source, upper, os.listdir(upper))  # what stayed: it was not moved
@@ -153,7 +156,7 @@ def _tidy(area: int) -> str | None:
         _remove(area, left)
     with contextlib.suppress(OSError):  # nothing was moved there, or it was moved back
         os.rmdir(_KEEP, dir_fd=area)
-    if not _exists(area, _KEEP):
+    if not exists(area, _KEEP):
         return None
     name = kept.new_whole(area)
     os.rename(_KEEP, name, src_dir_fd=area, dst_dir_fd=area)
@@ -167,7 +170,7 @@ def _remove(area: int, name: str) -> None:
 
 def left(upper: int) -> str:
     """What of the content that was exchanged could not be removed: its name in the area."""
-    return _OLD if _exists(upper, f"{AREA_NAME}/{_OLD}") else ""
+    return _OLD if exists(upper, f"{AREA_NAME}/{_OLD}") else ""
 
 
 def _move(source: int, target: int, but: Collection[str] = ()) -> None:
@@ -201,14 +204,6 @@ def _attributes(fd: int) -> dict[str, bytes]:
         names = [name for name in os.listxattr(fd) if not name.startswith("security.")]
         return {name: os.getxattr(fd, name) for name in names}
     return {}
-
-
-def _exists(fd: int, path: str) -> bool:
-    try:
-        os.stat(path, dir_fd=fd, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from unionfs.format import AREA_NAME, is_marked
 from unionfs.identity import FILE
 from unionfs.mounts import mounted_in, read_mounts
 from unionfs.stores import unlocking, using
+from unionfs.syscalls import exists
 
 if TYPE_CHECKING:
     from unionfs.stores.backing import Chosen
@@ -53,7 +54,7 @@ def refuse_divided(upper: "Chosen") -> None:
 
     Without it a copy has broken links, and what is reset would be seen again through it.
     """
-    if upper.encrypted or _exists(upper.fd, AREA_NAME):
+    if upper.encrypted or exists(upper.fd, AREA_NAME):
         return
     for folder, _, names, fd in os.fwalk(".", dir_fd=upper.fd):
         for name in names:
@@ -75,12 +76,6 @@ def is_store(upper: int) -> bool:
     """Whether an open directory is an upper: of ours, encrypted, or marked by another program."""
     if unlocking.kind_of(upper) or is_marked(upper):
         return True
-    return any(_exists(upper, f"{AREA_NAME}/{name}") for name in _OWN)
-
-
-def _exists(fd: int, path: str) -> bool:
-    try:
-        os.stat(path, dir_fd=fd, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
+    with contextlib.suppress(PermissionError):  # not one that who asks may replace
+        return any(exists(upper, f"{AREA_NAME}/{name}") for name in _OWN)
+    return False

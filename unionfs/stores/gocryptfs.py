@@ -20,6 +20,7 @@ from unionfs.format import AREA_NAME, CIPHER_CONFIG
 from unionfs.passphrase import Ask, wiped
 from unionfs.stores import kernel, userspace
 from unionfs.stores.tools import environment, lines_of, tool
+from unionfs.syscalls import exists
 
 KIND: Final = "gocryptfs"
 # What its root has besides encrypted names.
@@ -34,7 +35,7 @@ def is_encrypted(directory: int) -> bool:
     A file of that name may also be in a plain upper, whose area then lies beside it.
     """
     try:
-        if _exists(directory, AREA_NAME):
+        if exists(directory, AREA_NAME):
             return False
         data = _read_config(directory)
     except PermissionError as exc:
@@ -62,15 +63,6 @@ def _read_config(directory: int) -> bytes:
     fd = os.open(CIPHER_CONFIG, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
     with os.fdopen(fd, "rb") as file:
         return file.read(_CONFIG_BYTES)
-
-
-def _exists(directory: int, name: str) -> bool:
-    """Raises OSError if that cannot be known."""
-    try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def init(directory: int, name: str, secret: bytearray) -> None:

@@ -10,6 +10,7 @@
 #include <sys/resource.h>
 
 #include "../../uring.h"
+#include "../bare.h"
 
 static int layer_fds[2];
 static struct ring_buffers buffers;
@@ -99,13 +100,7 @@ static void ask(struct server *s, uint32_t opcode, uint64_t nodeid, const uint8_
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    struct tree_options options = {.has_upper = true,
-                                   .squash_uid = -1,
-                                   .squash_gid = -1,
-                                   .max_open_dirs = 3,
-                                   .index_fd = -1,
-                                   .numbers_fd = -1,
-                                   .image_fd = -1};
+    struct tree_options options = BARE;
     struct server s = {.options = {.statfs_fd = layer_fds[0], .only_uid = -1, .call = call}};
     struct layer layers[2] = {{.fd = layer_fds[0]}, {.fd = layer_fds[1]}};
     struct stat st;
@@ -115,6 +110,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             abort();
         layers[i].dev = st.st_dev;
     }
+    options.has_upper = true;
     if (tree_new(layers, 2, &options, &s.tree) < 0)
         return 0;
     while (size >= 4) {
