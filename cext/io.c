@@ -7,6 +7,7 @@
 
 #include "face.h"
 #include "mapped.h"
+#include "shelf.h"
 #include "spare.h"
 
 static errint_t file_add_locked(struct tree *t, struct file *f, uint64_t *ret_fh)
@@ -80,12 +81,16 @@ errint_t file_open(struct tree *t, uint64_t ino, int flags, uint64_t *ret_fh)
         pthread_mutex_lock(&t->lock);
         generation = n->generation;
         lower = !n->upper || n->metacopy;
-        pthread_mutex_unlock(&t->lock);
+        cleanup_fd int fd = lower ? shelf_take_locked(t, n, flags) : -1;
+        if (!lower)
+            (void)shelf_drop_locked(t, n);
+        unlock_and_close(t);
         if (lower && (flags & O_ACCMODE) != O_RDONLY) {
             err = -EROFS; /* whoever wants to write copies up first */
             break;
         }
-        cleanup_fd int fd = node_open(t, n, flags_below(flags), true);
+        if (fd < 0)
+            fd = node_open(t, n, flags_below(flags), true);
         if (fd == -EPERM && (flags & O_NOATIME))
             fd = node_open(t, n, flags_below(flags & ~O_NOATIME), true);
         if (fd == -EPERM && (flags & O_APPEND)) /* append-only: the kernel writes at the end */
@@ -173,7 +178,8 @@ void file_put(struct tree *t, struct file *f)
         while (*link != f)
             link = &(*link)->next;
         *link = f->next;
-        closing_add_locked(t, f->fd);
+        if (!shelf_put_locked(t, f))
+            closing_add_locked(t, f->fd);
         node_put_locked(t, f->node);
     }
     unlock_and_close(t);

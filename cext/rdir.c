@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "loan.h"
+#include "shelf.h"
 #include "tree.h"
 
 struct rdir *rdir_new(uint16_t layer, struct rdir *parent, const char *name)
@@ -93,10 +94,11 @@ bool rdirs_release(struct tree *t)
     bool some;
 
     pthread_mutex_lock(&t->lock);
+    some = shelf_clear_locked(t);
     before = t->open_dirs;
     evict_locked(t, 0);
-    some = t->open_dirs < before;
-    pthread_mutex_unlock(&t->lock);
+    some = some || t->open_dirs < before;
+    unlock_and_close(t);
     return some;
 }
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /* The tables: nodes by inode number, aliases by parent and name, and their life. */
 #include "face.h"
+#include "shelf.h"
 #include "spare.h"
 
 #include <fcntl.h>
@@ -182,6 +183,7 @@ static void node_clear_locked(struct tree *t, struct node *n)
     if (n->data_dir)
         rdir_put_locked(t, n->data_dir);
     closing_add_locked(t, n->pin);
+    (void)shelf_drop_locked(t, n);
     t->leaving_closed += n->leaving;
     faces_drop_locked(t, n);
     free(n->dirs);
@@ -425,6 +427,7 @@ errint_t tree_new(const struct layer *layers, uint16_t nlayers, const struct tre
             memcpy(t->uids, options->uids, t->nuids * sizeof(struct idrange));
         if (t->ngids)
             memcpy(t->gids, options->gids, t->ngids * sizeof(struct idrange));
+        shelf_init(t);
         err = tree_init_roots(t, options);
     }
     if (err < 0) {
@@ -448,6 +451,8 @@ void tree_shut(struct tree *t)
             n->pin = -1;
         }
     }
+    (void)shelf_clear_locked(t);
+    t->shelf_size = 0;
     rdirs_close_locked(t);
     for (uint16_t i = 0; i < t->nlayers; i++)
         t->layers[i].fd = t->layers[i].root->fd = -1;
@@ -461,6 +466,7 @@ void tree_shut(struct tree *t)
 void tree_free(struct tree *t)
 {
     dirhandles_free(t);
+    shelf_free(t);
     for (uint32_t i = 0; i < t->nfiles; i++) {
         if (t->files[i]) {
             (void)close(t->files[i]->fd);

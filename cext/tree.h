@@ -104,6 +104,7 @@ struct node {
     bool given;         /* its pages have been given to the kernel at an open: ahead.h */
     bool mapped;        /* perhaps mapped for writing, which changes times unseen by the kernel */
     bool awaits_writer; /* one was sent away: its lower is not passed through any more */
+    uint32_t shelved;   /* shelf.h: its place, from 1; 0: none */
 };
 
 struct dirhandle;
@@ -157,7 +158,12 @@ struct tree {
     uint32_t open_dirs, max_open_dirs;
     int most_open, most_pinned; /* immutable: spare.h */
     _Atomic int last_open;      /* descriptor that was opened for a file last */
-    struct file **files;        /* handle number - 1 */
+    struct shelved {
+        struct node *node; /* NULL: free */
+        int fd;
+    } * shelf; /* shelf.h */
+    uint32_t shelf_size, shelf_next;
+    struct file **files; /* handle number - 1 */
     uint32_t nfiles, files_cap, file_hint;
     struct dirhandle **dirhandles;
     uint32_t ndirhandles;
