@@ -11,7 +11,7 @@ from unionfs.errors import ExitCode, printable, usage_error
 
 USAGE = """\
 unionfs store encrypt STORE [--kind KIND] [--key-file FILE | --credential NAME]
-       [--discard] [-n]
+       [--discard] [-n] [-q]
        unionfs store encrypt IMAGE --base LOWER ..."""
 
 DESCRIPTION = """\
