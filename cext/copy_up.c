@@ -61,11 +61,11 @@ static bool has_acl(const char *path)
 }
 
 /* NOT_PLAIN for what has to be counted, or cannot be given to a copy. */
-static errint_t check_source(struct tree *t, const struct copying *c)
+static errint_t check_source(struct tree *t, uint16_t layer, const struct copying *c)
 {
     char path[PROC_BYTES];
 
-    if (S_ISREG(c->st.st_mode) && t->index && c->st.st_nlink > 1)
+    if (S_ISREG(c->st.st_mode) && goes_to_index(t, layer, c->st.st_nlink))
         return NOT_PLAIN;
     if (has_flags_to_heed(c->src))
         return NOT_PLAIN;
@@ -332,7 +332,7 @@ static errint_t copy_up_node(struct tree *t, struct node *n, bool data, const st
     c.src = src;
     c.metacopy = S_ISREG(c.st.st_mode) && !data && t->metacopy_bytes &&
                  (uint64_t)c.st.st_size >= t->metacopy_bytes;
-    err = check_source(t, &c);
+    err = check_source(t, n->layer, &c);
     return err != 0 ? err : copy_by_temp(t, n, &c);
 }
 

@@ -11,6 +11,36 @@
 
 enum { HANDLE_BYTES = 128 };
 
+bool goes_to_index(const struct tree *t, uint16_t layer, nlink_t links)
+{
+    return t->index && links > 1 && !t->layers[layer].passing;
+}
+
+/* As xfs makes handles: a number, here without a generation. */
+static void put_number(struct file_handle *handle, uint64_t number)
+{
+    handle->handle_type = 0x81; /* FILEID_INO64_GEN */
+    handle->handle_bytes = sizeof number + 4;
+    memset(handle->f_handle, 0, handle->handle_bytes);
+    memcpy(handle->f_handle, &number, sizeof number);
+}
+
+/* Of FUSE the numbers of files, since its handles are those of one mount: at the next another file
+ * has them. */
+static errint_t handle_at(const struct layer *layer, int dirfd, const char *name,
+                          struct file_handle *handle)
+{
+    int mount_id, flags = name[0] == '\0' ? AT_EMPTY_PATH : 0;
+    struct stat st;
+
+    if (!layer->in_fuse)
+        return name_to_handle_at(dirfd, name, handle, &mount_id, flags) < 0 ? errno_or_eio() : 0;
+    if (fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW | flags) < 0)
+        return errno_or_eio();
+    put_number(handle, st.st_ino);
+    return 0;
+}
+
 errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
                    struct origin *ret_origin)
 {
@@ -19,11 +49,12 @@ errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
         char space[sizeof(struct file_handle) + HANDLE_BYTES];
     } u = {.handle.handle_bytes = HANDLE_BYTES};
     struct origin o = {.len = 0};
-    int mount_id;
     bool empty = name[0] == '\0';
 
-    if (name_to_handle_at(dirfd, name, &u.handle, &mount_id, empty ? AT_EMPTY_PATH : 0) == 0 &&
-        u.handle.handle_bytes + 21 <= sizeof o.fb && u.handle.handle_type <= 0xff) {
+    if (t->layers[layer].passing) {
+        o.hex[0] = '\0';
+    } else if (handle_at(&t->layers[layer], dirfd, name, &u.handle) == 0 &&
+               u.handle.handle_bytes + 21 <= sizeof o.fb && u.handle.handle_type <= 0xff) {
         /* struct ovl_fb of fs/overlayfs/overlayfs.h: version 0, magic, length, flags, type, uuid;
          * flag 1 says big endian. */
         o.len = 21 + u.handle.handle_bytes;
@@ -140,7 +171,7 @@ errint_t index_of_lower(struct tree *t, struct node *parent, const char *name, s
     struct origin origin;
     errint_t err;
 
-    if (!t->index || S_ISDIR(h->type) || lower.st_nlink < 2 || h->layer == 0)
+    if (S_ISDIR(h->type) || h->layer == 0 || !goes_to_index(t, h->layer, lower.st_nlink))
         return 0;
     pthread_mutex_lock(&t->lock);
     dir = node_dir_locked(parent, h->layer);

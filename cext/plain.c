@@ -258,7 +258,7 @@ static bool goes_plainly(struct tree *t, const struct known *k)
     pthread_mutex_lock(&t->lock);
     plain = !k->node->indexed;
     pthread_mutex_unlock(&t->lock);
-    if (!plain || (h->upper != UPPER_ENTRY && t->index && h->st.st_nlink > 1))
+    if (!plain || (h->upper != UPPER_ENTRY && goes_to_index(t, h->layer, h->st.st_nlink)))
         return false;
     return t->numbers_fd < 0 || S_ISREG(h->type) || h->upper != UPPER_ENTRY ||
            k->node->ino == h->st.st_ino;

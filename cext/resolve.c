@@ -490,7 +490,8 @@ errint_t walk_down(struct walk *w, struct node *parent, uint16_t first_layer)
 static void take_own_number(const struct tree *t, const struct node *parent, const char *name,
                             struct hit *h)
 {
-    if (t->work_fd >= 0 && !t->index && !S_ISDIR(h->type) && h->st.st_nlink > 1)
+    if (t->work_fd >= 0 && (!t->index || t->layers[h->layer].passing) && !S_ISDIR(h->type) &&
+        h->st.st_nlink > 1)
         h->ino = number_by_name(h->ino, parent, name);
 }
 

@@ -28,6 +28,8 @@ struct layer {
     uint16_t fs;   /* immutable: number of its file system among the layers, in inode numbers */
     bool careful;  /* immutable: mount points lie beneath and must not be crossed */
     bool wh_files; /* immutable: .wh.NAME is a whiteout here */
+    bool passing;  /* immutable: its files have other numbers at the next mount: no index */
+    bool in_fuse;  /* immutable */
     unsigned char uuid[16]; /* immutable: of the file system, zero if not known */
     struct rdir *root;      /* immutable */
 };
@@ -323,7 +325,7 @@ errint_t tree_entry(struct tree *t, uint64_t parent, const char *name, struct en
 
 /* What overlay.origin and the hard link index say of a lower file: kernel overlayfs's struct ovl_fb
  * (its file handle), and the index's name for it, which is that in hexadecimal. Where the lower has
- * no file handles, `len` is 0 and the name is one of our own. */
+ * no file handles, `len` is 0 and the name is one of our own; empty where there is no index. */
 struct origin {
     unsigned char fb[120];
     size_t len;
@@ -332,6 +334,8 @@ struct origin {
 errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
                    struct origin *ret_origin);
 errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin);
+/* Whether a copy of a file of `layer` with so many links is in the index. */
+bool goes_to_index(const struct tree *t, uint16_t layer, nlink_t links);
 
 /* Has the kernel ask a file system in user space for the attributes of what mkdir(2) or link(2) has
  * just made in the upper: what those were answered with need not be right (gocryptfs 2.3), and is

@@ -58,8 +58,8 @@ static int parse_layers(PyObject *list, struct layer **ret_layers, uint16_t *ret
         int ok = item && PyArg_ParseTuple(item, "iHppy#:layer", &layers[i].fd, &fs, &careful,
                                           &wh_files, &uuid, &uuid_len);
 
-        if (ok && uuid_len != 16) {
-            PyErr_SetString(PyExc_ValueError, "a uuid has 16 bytes");
+        if (ok && uuid_len != 16 && uuid_len != 0) {
+            PyErr_SetString(PyExc_ValueError, "a uuid has 16 bytes, or none");
             ok = 0;
         }
         if (ok && fstat(layers[i].fd, &st) < 0) {
@@ -71,7 +71,10 @@ static int parse_layers(PyObject *list, struct layer **ret_layers, uint16_t *ret
             layers[i].careful = careful != 0;
             layers[i].wh_files = wh_files != 0;
             layers[i].dev = st.st_dev;
-            memcpy(layers[i].uuid, uuid, 16);
+            layers[i].in_fuse = is_in_fuse(layers[i].fd);
+            layers[i].passing = uuid_len == 0;
+            if (uuid_len > 0)
+                memcpy(layers[i].uuid, uuid, 16);
         }
         Py_XDECREF(item);
         if (!ok) {

@@ -104,6 +104,9 @@ def test_no_persistence(root: Path, image: Path, place: Path, line: str, word: s
 
 def test_persistence_path(root: Path, image: Path, place: Path, line: str) -> None:
     """Both the file and what it names lie there."""
+    told = boot(root, f"{line} persistence-path=/live", "-n")
+    assert f"with changes in memory on {root}\n" in told
+    assert f"what persistence.conf in LABEL={label_of(image)}:/live names persists" in told
     files = {"persistence.conf": "/home bind\n", "live/persistence.conf": "/etc union\n"}
     fill(image, place, files)
     for changed in (False, True):

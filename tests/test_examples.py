@@ -138,6 +138,19 @@ def test_live(example: Example) -> None:
     example.down()
 
 
+def test_live_without_its_stick(example: Example) -> None:
+    need("ext4")
+    missing = str(example.place / "not-there.img")
+    example.take("live.toml", {"/run/live/medium/persistence.img": missing})
+    root = example.system("sysroot", "1")
+    told = example.up("--root", str(root))
+    assert "runs without its store" in told
+    assert "/home: " in told
+    (root / "etc/settings").write_text("for now")
+    assert (root / "home/u/.profile").read_text() == "base"
+    example.down()
+
+
 def as_user(name: str, *command: str) -> int:
     done = subprocess.run(
         ["setpriv", f"--reuid={name}", f"--regid={name}", "--clear-groups", *command],

@@ -42,7 +42,8 @@ class Hold:
 class Tree:
     def __new__(
         cls,
-        # root descriptor, number of its file system, careful, .wh. names count, uuid (16 bytes)
+        # root descriptor, number of its file system, careful, .wh. names count, uuid (16
+        # bytes; none: its files have other numbers at the next mount)
         layers: Sequence[tuple[int, int, bool, bool, bytes]],
         *,
         has_upper: bool,  # layers[0] is the upper
@@ -117,7 +118,7 @@ class Tree:
     # For the changes: where to make them, and being told of them when they are on disk.
     def upper_dir(self, ino: int, /) -> UpperDir: ...
     def ask_anew(self, dirfd: int, name: bytes, /) -> None: ...  # after mkdir or link in the upper
-    def index_name(self, ino: int, /) -> str: ...  # of a lower file, by its handle
+    def index_name(self, ino: int, /) -> str: ...  # of a lower file, by its handle; "": none
     def copied_up(
         self,
         ino: int,

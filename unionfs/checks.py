@@ -151,7 +151,7 @@ def refuse_key(options: MountOptions) -> None:
     what he means to hide."""
     if options.key_file is not None or options.credential is not None:
         word = "key-file=" if options.key_file is not None else "credential="
-        hint = f"encrypt it (unionfs store encrypt), or leave {word} out"
+        hint = f"encrypt it (unionfs store encrypt), name one that is by :/dir, or leave {word} out"
         raise UnionfsError(f"{options.upper or 'the upper'} is not encrypted", hint=hint)
 
 

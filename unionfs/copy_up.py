@@ -339,8 +339,8 @@ def _prepare_metadata(
         if not union.tree.mark_origin(ino, src, fd):
             numbers.keep(union, fd, ino, union.tree.birth(ino))
         if status.st_nlink > 1 and union.work is not None and union.work.index >= 0:
-            index = union.tree.index_name(ino)
-            if marks.xattrs:
+            index = union.tree.index_name(ino) or None
+            if marks.xattrs and index:
                 with contextlib.suppress(PermissionError):  # a user's symbolic link
                     marks.set(fd, "nlink", b"L+0")
     if metacopy:

@@ -60,6 +60,7 @@ class Layer:
 
     All fields are immutable after the daemon's checks, but for `features`, set by Work.open().
     `image`: a descriptor of the file that the file system lies in, or -1; closed with the layer.
+    `lasting`: known to have the same inode numbers at each mount.
     """
 
     __slots__ = (
@@ -72,6 +73,7 @@ class Layer:
         "features",
         "image",
         "ino",
+        "lasting",
         "mount",
         "path",
         "position",
@@ -100,6 +102,7 @@ class Layer:
         self.readonly = not upper or detach == "readonly"
         self.features = Features()
         self.image = -1
+        self.lasting = False
         self.mount = mount_number(base)
         self.position: Position | None = locate(base, mounts)
         self._cleanup: Callable[[], object] | None = None

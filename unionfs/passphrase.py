@@ -28,6 +28,9 @@ LIMIT: Final = 2048  # bytes; gocryptfs(1) reads no more
 SECONDS: Final = 90  # for an answer, where something goes on without one: as systemd's agents wait
 _TERMINAL: Final = "/dev/tty"
 _CONSOLE: Final = "/dev/console"
+_OTHER_WAYS: Final = (
+    "name a file (key-file=, --key-file), or a credential of systemd (credential=, --credential)"
+)
 _AGENTS: Final = "/run/systemd/ask-password"  # is there if somebody could answer
 _ANSWER_BYTES: Final = 1 << 16
 _GIVEN: Final = b"+"
@@ -155,8 +158,7 @@ def _terminals(source: Source) -> list[str]:
 
 
 def _nobody(what: str) -> UnionfsError:
-    hint = "name a file by key-file, or a credential of systemd by credential"
-    return UnionfsError(f"nobody gave the passphrase of {what}", hint=hint)
+    return UnionfsError(f"nobody gave the passphrase of {what}", hint=_OTHER_WAYS)
 
 
 def _ask_terminal(terminal: int, question: str, seconds: float | None) -> bytearray | None:
@@ -179,8 +181,8 @@ def _ask_system(question: str, store: str, seconds: float | None) -> bytearray:
 
     program = find("systemd-ask-password")
     if program is None:
-        hint = "name a file by key-file, or a credential of systemd by credential"
-        raise UnionfsError(f"there is no terminal to ask for the passphrase of {store}", hint=hint)
+        message = f"there is no terminal to ask for the passphrase of {store}"
+        raise UnionfsError(message, hint=_OTHER_WAYS)
     words = ["--no-tty", "--icon=drive-harddisk", f"--id=unionfs:{store}"]
     if seconds is not None:
         words.append(f"--timeout={seconds:g}")

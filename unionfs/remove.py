@@ -135,7 +135,8 @@ def keep_links(union: Union, parent: int, name: bytes, entry: Entry) -> None:
         return
     if union.work is None or union.work.index < 0 or not union.marks.xattrs:
         return
-    if info.indexed or (not info.upper and union.tree.getattr(entry.ino)[2] > 1):
+    linked = not info.upper and union.tree.getattr(entry.ino)[2] > 1
+    if info.indexed or (linked and union.tree.index_name(entry.ino)):
         ensure_name(union, parent, name, entry.ino)
 
 

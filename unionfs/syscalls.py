@@ -43,6 +43,7 @@ _FSCONFIG_CMD_CREATE: Final = 6
 _FSCONFIG_CMD_RECONFIGURE: Final = 7
 _FSPICK_CLOEXEC: Final = 1
 _FSPICK_EMPTY_PATH: Final = 8
+_FUSE_SUPER_MAGIC: Final = 0x65735546
 _MS_PRIVATE: Final = 1 << 18
 _CLONE_NEWNS: Final = 0x20000
 _CAPABILITY_VERSION_3: Final = 0x20080522
@@ -326,12 +327,24 @@ def is_encrypted(fd: int) -> bool:
     return bool(int.from_bytes(flags[:4], sys.byteorder) & _FS_ENCRYPT_FL)
 
 
-def has_file_handles(fd: int) -> bool:
-    """Whether name_to_handle_at(2) knows the file system of `fd`."""
+def node_of_fuse(fd: int) -> int | None:
+    """The number by which FUSE asks for a file, if it tells; None of other file systems."""
     handle = _FileHandle(handle_bytes=_MAX_HANDLE)
+    if filesystem_type(f"/proc/self/fd/{fd}") != _FUSE_SUPER_MAGIC or not _get_handle(fd, handle):
+        return None
+    high, low = struct.unpack_from("=II", bytes(handle.f_handle))
+    return int(high) << 32 | int(low)
+
+
+def _get_handle(fd: int, handle: _FileHandle) -> bool:
     mount_id = ctypes.c_int()
     args = (fd, b"", ctypes.byref(handle), ctypes.byref(mount_id), AT_EMPTY_PATH)
-    if _libc.name_to_handle_at(*args) == 0:
+    return int(_libc.name_to_handle_at(*args)) == 0
+
+
+def has_file_handles(fd: int) -> bool:
+    """Whether name_to_handle_at(2) knows the file system of `fd`."""
+    if _get_handle(fd, _FileHandle(handle_bytes=_MAX_HANDLE)):
         return True
     code = ctypes.get_errno()
     # EOVERFLOW: it has them, only longer ones than we brought room for.

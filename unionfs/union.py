@@ -30,7 +30,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
-from unionfs import inherited
+from unionfs import inherited, syscalls
 from unionfs._native import Tree
 from unionfs.acl import reads_all_ids
 from unionfs.format import AREA_NAME, OPEN_DIRECTORY, Record, parse_record
@@ -105,6 +105,34 @@ def number_filesystems(layers: list[Layer], has_upper: bool) -> list[int]:
     order = {dev: i + 1 for i, dev in enumerate(dict.fromkeys(lowers))}
     numbers = [order[dev] for dev in lowers]
     return [0, *numbers] if has_upper else numbers
+
+
+def _numbers_last(layer: Layer) -> bool:
+    """Whether its files have the same numbers at the next mount.
+
+    libfuse gives a program that has none to say, such as sshfs, those of the kernel's requests.
+    """
+    return layer.lasting or syscalls.node_of_fuse(layer.fd) != os.fstat(layer.fd).st_ino
+
+
+def origin_uuids(layers: list[Layer], has_upper: bool) -> list[bytes]:
+    """What stands for each layer's file system in origins, and so in the index: its UUID.
+
+    Several file systems have the same one (squashfs: none; copies of one image): all but the lowest
+    of them get one made of it, or a file of one would be taken for that of another.  b"" for a
+    lower whose files have other numbers at the next mount.
+    """
+    taken: dict[bytes, int] = {}
+    found = []
+    for at, layer in reversed(list(enumerate(layers))):
+        uuid = fs_uuid(layer.fd)
+        if has_upper and at == 0:
+            found.append(uuid)
+            continue
+        while taken.setdefault(uuid, layer.dev) != layer.dev:
+            uuid = ((int.from_bytes(uuid, "big") + 1) % (1 << 128)).to_bytes(16, "big")
+        found.append(uuid if _numbers_last(layer) else b"")
+    return found[::-1]
 
 
 class CapabilitiesKilled:
@@ -215,6 +243,7 @@ class Union:
     def _make_tree(self) -> Tree:
         layers = ([self.upper] if self.upper is not None else []) + self.lowers
         numbers = number_filesystems(layers, self.upper is not None)
+        uuids = origin_uuids(layers, self.upper is not None)
         bottom = len(layers) - 1
         options = self.options
         return Tree(
@@ -224,9 +253,9 @@ class Union:
                     number,
                     layer.careful,
                     self._reads_wh(i, bottom),
-                    fs_uuid(layer.fd),
+                    uuid,
                 )
-                for i, (layer, number) in enumerate(zip(layers, numbers, strict=True))
+                for i, (layer, number, uuid) in enumerate(zip(layers, numbers, uuids, strict=True))
             ],
             has_upper=self.upper is not None,
             live=options.lower_live,

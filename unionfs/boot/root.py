@@ -89,8 +89,11 @@ def described(request: Request, root: str, lower: str | None) -> list[str]:
     if request.mode != "off":
         options = mount_options(request, root, lower)
         layers = ":".join(options.lowers)
-        changes = options.upper or "memory"
+        changes = "memory" if request.persistence else options.upper or "memory"
         lines.append(f"mode {request.mode}: {layers} with changes in {changes} on {root}")
+        if request.persistence:
+            what = "persists" if request.mode == "persist" else "is seen"
+            lines.append(f"what persistence.conf in {_conf_place(request)} names {what}")
     if request.profile is not None:
         lines.append(f"profile {request.profile} below {root}")
     for name, word in request.sources.items():
@@ -99,6 +102,10 @@ def described(request: Request, root: str, lower: str | None) -> list[str]:
         value = getattr(request, name)
         lines.append(f"{name} = {value} ({word})")
     return lines
+
+
+def _conf_place(request: Request) -> str:
+    return f"{request.store}:{request.directory}" if request.directory else str(request.store)
 
 
 def mount_options(request: Request, root: str, lower: str | None) -> MountOptions:

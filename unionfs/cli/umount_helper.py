@@ -23,7 +23,7 @@ Unmounts the union at DIR, called by umount(8), and returns when its daemon has 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what umount(8) asks; its exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    return guarded("umount.unionfs", lambda: run(arguments))
+    return guarded("umount.fuse.unionfs", lambda: run(arguments))
 
 
 def run(argv: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     enter(given.namespace)
     unmounting.unmount(given.directory, lazy=given.lazy, force=given.force)
     if given.verbose:
-        print(f"umount.unionfs: {given.directory} unmounted")
+        print(f"umount.fuse.unionfs: {given.directory} unmounted")
     return ExitCode.OK
 
 

@@ -17,7 +17,8 @@ What is mounted already stays; a union whose daemon has died is mounted anew. Af
 error all is as it was before."""
 
 EPILOG = """
-exit codes: 0 all is mounted, 1 wrong usage, 32 failed: all is as it was before
+exit codes: 0 mounted (nofail: what could be), 1 wrong usage, 2 the system lacks
+  something, 8 interrupted, 32 failed; unless it is 0, all is as it was before
 """
 
 

@@ -126,7 +126,7 @@ def stop(name: str) -> None:
         running.down(name)
         return
     except UnionfsError as exc:
-        log.warning("%s", exc.line())
+        log.warning("%s; it is taken down all the same", exc.message)
     mounts = read_mounts()
     for made in reversed(running.standing(name)):
         entry = made.entry(mounts)

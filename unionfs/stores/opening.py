@@ -304,10 +304,12 @@ def _layer(
     readonly = not upper or volume.readonly
     try:
         tree = os.dup(volume.root)
-        return open_private(path, fd, tree, position, upper=upper, readonly=readonly)
+        layer = open_private(path, fd, tree, position, upper=upper, readonly=readonly)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
         raise UnionfsError(f"cannot open {path}: {reason}") from exc
+    layer.lasting = volume.helper is not None and volume.helper.name in userspace.LASTING
+    return layer
 
 
 def _number(volume: Volume, fd: int, mounts: list[MountEntry]) -> str:

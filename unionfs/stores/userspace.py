@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Final
 
 from unionfs import runtime, syscalls
@@ -48,14 +48,16 @@ class Program:
     writable: tuple[str, ...] | None  # and for writing; None: it cannot
 
 
-# fakeroot: its own checks would refuse what the union has to do in its owner's name.  The rest is
-# what it has by default, but for kernel_cache: to the kernel each name of a file is a file of its
-# own, and would go on showing what was read before it was written by another name.
+# use_ino: the file system's own numbers; else each name of a file has one of its own, and another
+# one at the next mount.  fakeroot: its own checks would refuse what the union has to do in its
+# owner's name.  The rest is what it has by default, but for kernel_cache: to the kernel each name
+# of a file is a file of its own, and would go on showing what was read before it was written by
+# another name.
 _BIG_WRITES: Final = ",big_writes"  # of libfuse 2; the later ones know only that
 _FUSE2FS: Final = Program(
     "fuse2fs",
     "fuse2fs",
-    ("-f", "-o", "ro,fakeroot"),
+    ("-f", "-o", "ro,fakeroot,use_ino"),
     (
         "-f",
         "-o",
@@ -66,9 +68,15 @@ PROGRAMS: Final = {
     "ext2": _FUSE2FS,
     "ext3": _FUSE2FS,
     "ext4": _FUSE2FS,
-    "squashfs": Program("squashfuse", "squashfuse", ("-f",), None),
+    "squashfs": Program("squashfuse_ll", "squashfuse", ("-f",), None),
     "erofs": Program("erofsfuse", "erofsfuse", ("-f",), None),
 }
+
+
+# For who has it not: it numbers files as they are looked up, so hard links are files of their own.
+_OTHERWISE: Final = {"squashfuse_ll": replace(PROGRAMS["squashfs"], name="squashfuse")}
+# With the same inode numbers at each mount.
+LASTING: Final = frozenset({"fuse2fs", "squashfuse_ll"})
 
 
 class Ended(Exception):
@@ -329,6 +337,9 @@ def _program(contents: Contents, *, readonly: bool) -> tuple[Program, str]:
     if not readonly and program.writable is None:
         raise UnionfsError(f"{path}: {fstype} cannot be written to", hint="use ext4 for the upper")
     found = find(program.name)
+    if found is None and program.name in _OTHERWISE:
+        program = _OTHERWISE[program.name]
+        found = find(program.name)
     if found is None:
         raise UnionfsError(
             f"{path}: {program.name} is not installed, and without it an ordinary user cannot "

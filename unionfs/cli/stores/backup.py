@@ -12,7 +12,7 @@ from unionfs.cli.stores.standard import STANDARD, pour, spool_directory, spooled
 from unionfs.errors import ExitCode, usage_error
 from unionfs.errors import told as failing
 
-USAGE = "unionfs store backup STORE FILE"
+USAGE = "unionfs store backup STORE FILE [-q]"
 
 DESCRIPTION = """\
 Writes the changes in STORE to FILE, a tar archive in zstd with a checksum. The store may

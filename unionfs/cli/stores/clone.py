@@ -9,7 +9,7 @@ from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode
 
 USAGE = """\
-unionfs store clone STORE NEW [--size SIZE [--fs FS] [--label LABEL]]"""
+unionfs store clone STORE NEW [--size SIZE [--fs FS] [--label LABEL]] [-q]"""
 
 DESCRIPTION = """\
 Copies the changes in STORE, which must not be in use, to NEW: a directory, an image or a

@@ -10,7 +10,7 @@ from unionfs.errors import ExitCode, usage_error
 from unionfs.stores import making
 
 USAGE = """\
-unionfs store create IMAGE --size SIZE [--fs FS] [--label LABEL] [--full]
+unionfs store create IMAGE --size SIZE [--fs FS] [--label LABEL] [--full] [-q]
        unionfs store create /dev/NAME [--fs FS] [--label LABEL]"""
 
 DESCRIPTION = """\

@@ -11,7 +11,7 @@ from unionfs.errors import ExitCode, printable, usage_error
 
 USAGE = """\
 unionfs store encrypt STORE [--kind KIND] [--key-file FILE | --credential NAME]
-       [--discard] [-n]
+       [--discard] [-n] [-q]
        unionfs store encrypt IMAGE --base LOWER ..."""
 
 DESCRIPTION = """\
@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("store", metavar="STORE", help="DIR, IMAGE, /dev/NAME, LABEL=..., with :/dir")
     add("--base", metavar="LOWER", help="what the changes will be over, in a store without any")
-    add("--kind", choices=[*KINDS, *OTHER_KINDS], default=KINDS[0], help="or fscrypt")
+    add("--kind", choices=[*KINDS, *OTHER_KINDS], default=KINDS[0], help="gocryptfs, if not given")
     key.add_arguments(parser)
     add("-n", "--dry-run", action="store_true", help="only tell what would be done")
     add("--discard", action="store_true", help="do not keep the plain changes")

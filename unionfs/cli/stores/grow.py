@@ -10,7 +10,7 @@ from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, usage_error
 
 USAGE = """\
-unionfs store grow STORE --size SIZE|+SIZE
+unionfs store grow STORE --size SIZE|+SIZE [-q]
        unionfs store grow /dev/NAME"""
 
 DESCRIPTION = """\

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 USAGE = """\
 unionfs store reset STORE [PATH...] [--key-file FILE | --credential NAME]
        [-n] [--discard] [-q]
-       unionfs store reset STORE --forget [DATE] [-n]"""
+       unionfs store reset STORE --forget [DATE] [-n] [--key-file FILE | --credential NAME]"""
 
 DESCRIPTION = """\
 Takes the changes in STORE away, all of them or those at each PATH of the union, so that the

@@ -13,8 +13,8 @@ from unionfs.cli.stores.standard import STANDARD, taken_in
 from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
 
 USAGE = """\
-unionfs store restore FILE STORE [--keep]
-       unionfs store restore --verify FILE"""
+unionfs store restore FILE STORE [--keep] [-q]
+       unionfs store restore --verify FILE [-q]"""
 
 DESCRIPTION = """\
 Puts what the backup FILE has in the place of the changes in STORE, which must not be in use.

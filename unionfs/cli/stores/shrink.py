@@ -9,7 +9,7 @@ from unionfs.cli import show
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, usage_error
 
-USAGE = "unionfs store shrink IMAGE --size SIZE"
+USAGE = "unionfs store shrink IMAGE --size SIZE [-q]"
 
 DESCRIPTION = """\
 Makes an image and its file system smaller. An ext4, which must not be in use, is resized as

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hard links of lowers without a UUID, or with numbers of FUSE: the index knows its own only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.rig import ground, images
+from tests.rig.mounted import Unionfs, is_mounted, user_mount_possible
+from tests.rig.waiting import wait_until
+from unionfs.stores.tools import find
+
+
+@pytest.fixture
+def base(place: Path) -> Path:
+    why = user_mount_possible()
+    if why:
+        pytest.skip(why)
+    for name in ("one", "two", "both", "upper", "mnt"):
+        (place / name).mkdir()
+    for folder, name in (("one", "a"), ("two", "b"), ("both", "a"), ("both", "b")):
+        first = place / folder / f"{name}1"
+        first.write_text(f"{name}\n")
+        (place / folder / f"{name}2").hardlink_to(first)
+    return place
+
+
+def image(path: Path, tree: Path, kind: str = "squashfs") -> Path:
+    why = images.why_not(kind)
+    if why:
+        pytest.skip(why)
+    if kind == "squashfs":
+        return images.squash(path, tree)
+    with open(path, "wb") as file:
+        file.truncate(16 << 20)
+    mkfs = find("mkfs.ext4")
+    assert mkfs
+    ground.run(mkfs, "-q", "-F", "-b", "4096", "-d", tree, path)
+    return path
+
+
+def append(path: Path) -> None:
+    with open(path, "a") as file:
+        file.write("changed\n")
+
+
+def contents(mnt: Path, *names: str) -> list[str]:
+    """In this order, which is that in which FUSE numbers files."""
+    return [(mnt / name).read_text() for name in names]
+
+
+@pytest.mark.parametrize("kind", ["squashfs", "ext4"])
+def test_links_stay_links_in_an_image(base: Path, kind: str) -> None:
+    if os.geteuid() and kind == "squashfs" and not find("squashfuse_ll"):
+        pytest.skip("there is no squashfuse_ll")
+    lower = image(base / "lower.img", base / "both", kind)
+    with Unionfs([lower], base / "upper", base / "mnt") as union:
+        append(union.mnt / "a2")
+        for _ in range(2):
+            found = contents(union.mnt, "b1", "b2", "a1", "a2")
+            assert found == ["b\n", "b\n", "a\nchanged\n", "a\nchanged\n"]
+            status = [(union.mnt / name).stat() for name in ("a1", "a2", "b1")]
+            assert status[0].st_ino == status[1].st_ino != status[2].st_ino
+            assert [s.st_nlink for s in status] == [2, 2, 2]
+            union.remount()
+        (union.mnt / "a2").unlink()
+        (union.mnt / "b1").unlink()
+        union.remount()
+        assert contents(union.mnt, "b2", "a1") == ["b\n", "a\nchanged\n"]
+        assert (union.mnt / "a1").stat().st_nlink == 1
+
+
+@pytest.mark.parametrize("kind", ["squashfs", "ext4"])
+def test_files_of_two_images_are_two_files(base: Path, kind: str) -> None:
+    """squashfs has no UUID, the copy of an ext4 that of its original; the numbers are the same."""
+    lowers = [image(base / "one.img", base / "one", kind)]
+    if kind == "squashfs":
+        lowers.append(image(base / "two.img", base / "two", kind))
+        names, text = ("b1", "b2"), "b\n"
+    else:
+        lowers.append(base / "two.img")
+        (base / "one").rename(base / "away")
+        (base / "two.img").write_bytes(lowers[0].read_bytes())
+        ground.run("debugfs", "-w", "-R", "mkdir d", base / "two.img")
+        for name in ("a1", "a2"):
+            ground.run("debugfs", "-w", "-R", f"ln {name} d/{name}", base / "two.img")
+        names, text = ("d/a1", "d/a2"), "a\n"
+    with Unionfs(lowers, base / "upper", base / "mnt") as union:
+        append(union.mnt / "a1")
+        for _ in range(2):
+            assert contents(union.mnt, *names) == [text, text]
+            assert contents(union.mnt, "a1", "a2") == ["a\nchanged\n", "a\nchanged\n"]
+            union.remount()
+        append(union.mnt / names[0])
+        union.remount()
+        assert contents(union.mnt, *names) == [text + "changed\n"] * 2
+        assert contents(union.mnt, "a1", "a2") == ["a\nchanged\n", "a\nchanged\n"]
+
+
+@contextmanager
+def shown(squashfs: Path, point: Path) -> Iterator[Path]:
+    """By the program that numbers files as they are looked up."""
+    program = find("squashfuse")
+    if not program:
+        pytest.skip("there is no squashfuse")
+    point.mkdir(exist_ok=True)
+    process = subprocess.Popen([program, "-f", squashfs, point])
+    try:
+        wait_until(lambda: is_mounted(point))
+        yield point
+    finally:
+        ground.run(*(["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]), point)
+        process.wait()
+
+
+def test_numbers_that_pass_are_not_remembered(base: Path) -> None:
+    """A directory of a FUSE file system without numbers of its own: each name is a file."""
+    squashfs = images.squash(base / "lower.img", base / "both")
+    with (
+        shown(squashfs, base / "lower") as lower,
+        Unionfs([lower], base / "upper", base / "mnt") as union,
+    ):
+        assert (union.mnt / "a1").read_text() == "a\n"
+        append(union.mnt / "a1")
+        os.chmod(union.mnt / "b2", 0o600)
+        (union.mnt / "b1").unlink()
+    assert not os.listdir(base / "upper/.unionfs/index")
+    with (
+        shown(squashfs, base / "lower") as lower,
+        Unionfs([lower], base / "upper", base / "mnt") as union,
+    ):
+        assert contents(union.mnt, "b2", "a2", "a1") == ["b\n", "a\n", "a\nchanged\n"]
+        assert (union.mnt / "b2").stat().st_mode & 0o777 == 0o600
+        assert sorted(os.listdir(union.mnt)) == ["a1", "a2", "b2"]
