@@ -19,8 +19,7 @@ from tests.rig import ground, images, secret
 from tests.rig.mounted import PATIENCE, program
 from tests.test_stores import label, need
 from unionfs.boot.words import WORDS
-from unionfs.mounts import read_mounts
-from unionfs.unions import FSTYPE
+from unionfs.mounts import FSTYPE, read_mounts
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a system is booted by root")
 

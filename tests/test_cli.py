@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs import unions, unmounting
+from unionfs import mounts, unions, unmounting
 from unionfs.cli import helper, mount, status
 from unionfs.cli import main as cli
 from unionfs.errors import ExitCode, UnionfsError, printable
@@ -312,7 +312,7 @@ def test_a_covered_union_is_not_asked(entries: list[MountEntry]) -> None:
 
 
 def test_asking_where_no_union_answers(tmp_path: Path) -> None:
-    entry = MountEntry(1, "0:1", "/", str(tmp_path), unions.FSTYPE, "x", "rw")
+    entry = MountEntry(1, "0:1", "/", str(tmp_path), mounts.FSTYPE, "x", "rw")
     assert unions.ask(entry, [entry]).state == "covered"
     entry = entry._replace(point=f"{tmp_path}/none")
     assert unions.ask(entry, [entry]).reason == os.strerror(errno.ENOENT)
@@ -320,7 +320,7 @@ def test_asking_where_no_union_answers(tmp_path: Path) -> None:
 
 def test_who_asks_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """He may be left behind in his request: what else is open must be able to end."""
-    entry = MountEntry(1, "0:1", "/", str(tmp_path), unions.FSTYPE, "x", "rw")
+    entry = MountEntry(1, "0:1", "/", str(tmp_path), mounts.FSTYPE, "x", "rw")
     there = {os.open(tmp_path, os.O_PATH) for _ in range(5)}
 
     def has(*_: object) -> bytes:
@@ -342,7 +342,7 @@ def test_an_answer_is_read(tmp_path: Path) -> None:
         os.setxattr(tmp_path, unions.STATUS_XATTR, json.dumps({"pid": 5}).encode())
     except OSError:
         pytest.skip("user xattrs are not supported here")
-    entry = MountEntry(1, "0:1", "/", str(tmp_path), unions.FSTYPE, "x", "rw")
+    entry = MountEntry(1, "0:1", "/", str(tmp_path), mounts.FSTYPE, "x", "rw")
     assert unions.ask(entry, [entry]) == unions.Answer("ok", {"pid": 5})
     os.setxattr(tmp_path, unions.STATUS_XATTR, b"nonsense")
     assert unions.ask(entry, [entry]).state == "no access"

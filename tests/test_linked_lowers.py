@@ -138,3 +138,19 @@ def test_numbers_that_pass_are_not_remembered(base: Path) -> None:
         assert contents(union.mnt, "b2", "a2", "a1") == ["b\n", "a\n", "a\nchanged\n"]
         assert (union.mnt / "b2").stat().st_mode & 0o777 == 0o600
         assert sorted(os.listdir(union.mnt)) == ["a1", "a2", "b2"]
+
+
+def test_a_union_as_the_lower_of_another(base: Path) -> None:
+    """Its numbers are those that FUSE asks it by, and are the same at each mount."""
+    (base / "middle").mkdir()
+    (base / "inner").mkdir()
+    inner = Unionfs([base / "both"], base / "middle", base / "inner")
+    outer = Unionfs([base / "inner"], base / "upper", base / "mnt")
+    with inner, outer:
+        append(outer.mnt / "a1")
+        for _ in range(2):
+            assert contents(outer.mnt, "a1", "a2", "b1") == ["a\nchanged\n", "a\nchanged\n", "b\n"]
+            assert (outer.mnt / "a1").stat().st_ino == (outer.mnt / "a2").stat().st_ino
+            outer.umount()
+            inner.remount()
+            outer.mount()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Lower files that were read stay open in the daemon for the next one who reads them: cext/shelf.h."""
+"""Lower files that were read stay open in the daemon for who reads them next: cext/shelf.h."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ FEW = 100
 
 
 @contextmanager
-def union(place: Path, options: Sequence[str] = (), limits: Sequence[str] = ()) -> Iterator[Unionfs]:
+def union(
+    place: Path, options: Sequence[str] = (), limits: Sequence[str] = ()
+) -> Iterator[Unionfs]:
     (place / "lower").mkdir()
     for number in range(FILES):
         (place / f"lower/file{number}").write_text(f"{number}\n")

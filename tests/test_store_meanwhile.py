@@ -466,6 +466,7 @@ def test_two_backups_at_once(base: Path, upper: Path, slow: Callable[..., dict[s
 def test_a_daemon_that_hangs(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (base / "up").mkdir()
     monkeypatch.setattr(holding, "DEADLINE", 0.5)
+    monkeypatch.setattr(holding, "_SILENCE", 3)
     with union(base, base / "tree", base / "up") as made:
         os.kill(made.pid, signal.SIGSTOP)
         try:

@@ -148,6 +148,24 @@ def test_all_that_are_killed_end_it(image: Path) -> None:
         assert (again.mnt / "kept").read_text() == "kept\n"
 
 
+def test_an_image_that_is_gone_since(image: Path) -> None:
+    """The register of the dead is in nobody's way, and is not left for ever."""
+    other = images.make(image.parent / "other.img")
+    dead = one(other, "dead")
+    try:
+        dead.mount()
+        (left,) = registers()
+        dead.die()
+        wait_until(lambda: not serving(other))
+        other.unlink()
+        dead.clear()
+    finally:
+        dead.abandon()
+    assert registers() == [left]
+    with one(image, "a"):
+        assert left not in registers()
+
+
 def test_all_are_told_that_it_was_killed(image: Path) -> None:
     with two(image) as (first, second):
         for made in (first, second):

@@ -49,9 +49,10 @@ description = "What stays"
 "/var" = "persist"
 "/var/cache" = { kind = "tmpfs", size = "10M" }
 """
+# Not on the base of the other: who has a union as its lower keeps the daemon of that from ending.
 DEGRADED = """\
 store = "/data/broken.img"
-base = "/srv/system"
+base = "/srv/alone"
 target = "/srv/degraded"
 boot = true
 options = "fallback=tmpfs"
@@ -105,7 +106,7 @@ boot = true
 """
 MISSING = """\
 store = "LABEL=not-there"
-base = "/srv/system"
+base = "/srv/alone"
 target = "/srv/missing"
 boot = true
 options = "fallback=tmpfs,device-timeout=1"
@@ -114,7 +115,7 @@ options = "fallback=tmpfs,device-timeout=1"
 """
 ASKED = """\
 store = "/srv/kept"
-base = "/srv/system"
+base = "/srv/alone"
 target = "/srv/asked"
 [paths]
 "/etc" = "persist"
@@ -159,6 +160,7 @@ def _prepare(machine: Machine) -> None:
         "disk/up",
         "disk/up2",
         "system/etc",
+        "alone/etc",
     ):
         machine.below(f"/srv/{path}").mkdir(parents=True)
     for path in ("/srv/system/var/cache", "/srv/degraded/etc", "/srv/other/etc", "/data"):
@@ -250,7 +252,16 @@ def on_devices() -> Iterator[Machine]:
         (base.base / "machine").mkdir()
         with images.attached(store) as device, container.machine(base.base / "machine") as machine:
             install(machine.root)
-            for path in ("base", "tree", "system/etc", "missing/etc", "asked/etc", "kept", "line"):
+            for path in (
+                "base",
+                "tree",
+                "system/etc",
+                "alone/etc",
+                "missing/etc",
+                "asked/etc",
+                "kept",
+                "line",
+            ):
                 machine.below(f"/srv/{path}").mkdir(parents=True)
             machine.write("/srv/base/file", "hello\n")
             for name, text in (("labelled", LABELLED), ("missing", MISSING), ("asked", ASKED)):

@@ -58,6 +58,7 @@ def test_nodes_of_devices(text: str, node: str | None) -> None:
         ("/it's", '"/it\'s"'),
         ('/a"b c', '"/a"\'"\'"b c"'),
         ("/a\\x20", "/a\\x20"),
+        ("/a\\", "/a\\/"),
     ],
 )
 def test_paths_in_lists(path: str, word: str) -> None:
@@ -124,6 +125,14 @@ def test_nofail_and_fallback(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\nBefore=umount.target\n" in service
     ephemeral = printed(capsys, "/a", "/m", "--ephemeral=1G", "-o", "noexec")
     assert "Options=lowerdir=/a,ephemeral=1G,noexec,rw" in ephemeral
+
+
+def test_a_backslash_at_the_end_joins_no_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("--automount", "--service"):
+        text = printed(capsys, "/a", "/u", "/m\\", kind)
+        assert not any(line.endswith("\\") for line in text.splitlines())
+        assert "\nDescription=Union on /m\\/" in text
+    assert "\nWhere=/m\\/\n" in printed(capsys, "/a", "/u", "/m\\")
 
 
 def test_automount_units(capsys: pytest.CaptureFixture[str]) -> None:

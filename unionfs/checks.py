@@ -25,9 +25,9 @@ from unionfs import syscalls
 from unionfs.errors import UnionfsError
 from unionfs.format import AREA_NAME, CIPHER_CONFIG
 from unionfs.layer import Layer, layer_error
-from unionfs.mounts import MountEntry, Position, locate, topmost
+from unionfs.mounts import FSTYPE, MountEntry, Position, locate, topmost
 from unionfs.options import MountOptions
-from unionfs.unions import FSTYPE, ask
+from unionfs.unions import ask
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY
 

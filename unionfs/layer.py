@@ -25,7 +25,15 @@ from typing import Final, Literal
 
 from unionfs import syscalls
 from unionfs.errors import UnionfsError
-from unionfs.mounts import MountEntry, Position, locate, mount_number, mounted_beneath, path_of
+from unionfs.mounts import (
+    FSTYPE,
+    MountEntry,
+    Position,
+    locate,
+    mount_number,
+    mounted_beneath,
+    path_of,
+)
 from unionfs.syscalls import MountAttr, RenameFlag
 
 Namespace = Literal["trusted", "user"]
@@ -60,7 +68,7 @@ class Layer:
 
     All fields are immutable after the daemon's checks, but for `features`, set by Work.open().
     `image`: a descriptor of the file that the file system lies in, or -1; closed with the layer.
-    `lasting`: known to have the same inode numbers at each mount.
+    `lasting`: known to have the same inode numbers at each mount, as a union has.
     """
 
     __slots__ = (
@@ -102,8 +110,8 @@ class Layer:
         self.readonly = not upper or detach == "readonly"
         self.features = Features()
         self.image = -1
-        self.lasting = False
         self.mount = mount_number(base)
+        self.lasting = any(e.number == self.mount and e.fstype == FSTYPE for e in mounts)
         self.position: Position | None = locate(base, mounts)
         self._cleanup: Callable[[], object] | None = None
         self._tree, self._top = tree, ""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+FSTYPE = "fuse.unionfs"  # of our mounts
 _SUBVOLUME = 256  # the inode number of its root: BTRFS_FIRST_FREE_OBJECTID
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 

@@ -24,11 +24,14 @@ _SECONDS: Final = 10  # for systemctl: it only has to pass a word on
 
 
 def send(*lines: str) -> None:
-    """Tell these lines, such as READY=1 or STATUS=..., as one message."""
+    """Tell these lines, such as READY=1 or STATUS=..., as one message.
+
+    systemd takes backslashes in it away, and all of it as nothing if one is the last.
+    """
     address = os.environ.get(_SOCKET, "")
     if not address.startswith(("/", "@")):
         return
-    text = "\n".join(line.replace("\n", " ") for line in lines)
+    text = "\n".join(line.replace("\n", " ").replace("\\", "\\\\") for line in lines)
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.sendto(os.fsencode(text), address.replace("@", "\0", 1))
 

@@ -25,7 +25,7 @@ from typing import Final
 
 from unionfs import syscalls
 from unionfs.errors import ExitCode, UnionfsError
-from unionfs.mounts import read_mounts, topmost
+from unionfs.mounts import FSTYPE, read_mounts, topmost
 from unionfs.option_words import TIME_WORDS
 from unionfs.options import MountOptions
 from unionfs.syscalls import MountFlag, UnmountFlag
@@ -33,7 +33,6 @@ from unionfs.unions import ask
 
 DEVICE: Final = "/dev/fuse"
 FUSE_CONF: Final = "/etc/fuse.conf"
-TYPE: Final = "fuse.unionfs"
 DEFAULT_SOURCE: Final = "unionfs"
 _CAP_SYS_ADMIN: Final = 21
 _READ_AHEAD_KIB: Final = 1024
@@ -279,7 +278,7 @@ def make_way(plan: Plan, path: str) -> bool:
     point = os.path.realpath(path)
     mounts = read_mounts()
     entry = topmost(point, mounts)
-    if entry is None or entry.fstype != TYPE or ask(entry, mounts).state != "dead":
+    if entry is None or entry.fstype != FSTYPE or ask(entry, mounts).state != "dead":
         return False
     with contextlib.suppress(OSError):
         return unmount(Mount(point, -1, entry.device, plan.helper), lazily=True)

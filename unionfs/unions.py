@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 
 from unionfs.mounts import MountEntry, topmost
 
-FSTYPE = "fuse.unionfs"
 STATUS_XATTR = "user.unionfs.status"
 DEADLINE = 10.0  # seconds; a daemon that says nothing for so long hangs or is stopped
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from unionfs.errors import ExitCode, UnionfsError, usage_error
-from unionfs.mounts import MountEntry, read_mounts
-from unionfs.unions import DEADLINE, FSTYPE, ask, find, integer, owner
+from unionfs.mounts import FSTYPE, MountEntry, read_mounts
+from unionfs.unions import DEADLINE, ask, find, integer, owner
 
 PATIENCE = 120.0  # seconds for a daemon to write out and end
 FORCED_PATIENCE = 3.0  # seconds for aborted requests to end
@@ -150,7 +150,8 @@ def _wait(daemon: int, point: str) -> None:
     poll.register(daemon, select.POLLIN)
     if not poll.poll(PATIENCE * 1000):
         message = f"{point} is unmounted, but its daemon has not ended after {PATIENCE:g} s"
-        raise UnionfsError(message, hint="see its log; the layers are still in use")
+        hint = "see its log, and whether another union has it as a layer; its own are still in use"
+        raise UnionfsError(message, hint=hint)
 
 
 def _tidy() -> None:

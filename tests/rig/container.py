@@ -26,7 +26,7 @@ import pytest
 
 from tests.rig import ground, syscalls
 
-_PATIENCE = 300
+_PATIENCE = 900
 _TOP = Path(__file__).resolve().parents[2]
 _CGROUPS = Path("/sys/fs/cgroup")
 _RUN = """\
@@ -34,8 +34,13 @@ _RUN = """\
 # Each script by itself: the next one runs whatever became of this one.
 for script in /out/*.sh; do
     name=${script%.sh}
-    timeout -s KILL 60 bash -eu "$script" >"$name.log" 2>&1
-    echo $? >"$name.status"
+    timeout -s KILL 180 bash -eu "$script" >"$name.log" 2>&1
+    status=$?
+    if [ "$status" = 137 ]; then # in what it hung
+        systemctl list-jobs
+        ps axfo pid,stat,wchan:20,etime,args
+    fi >>"$name.log" 2>&1
+    echo "$status" >"$name.status"
 done
 """
 _SERVICE = """\

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-# shellcheck shell=bash disable=SC2016,SC2034
+# shellcheck shell=bash disable=SC1003,SC2016,SC2034
 cd /etc/systemd/system || exit
 while IFS= read -r name; do
     place=/srv/odd/$name
@@ -53,3 +53,17 @@ for kind in mount service; do
 done
 grep -l mount /srv/odd/*/upper/new-mount | wc -l | grep 5
 grep -l mount /srv/plain-*/upper/new-mount | wc -l | grep 2
+# A backslash at the end of a line would join it with the next.
+mkdir '/srv/end\' /srv/end-lower /srv/end-upper
+for kind in mount service; do
+    word=()
+    [ "$kind" = mount ] || word=(--service)
+    unionfs unit /srv/end-lower /srv/end-upper '/srv/end\' "${word[@]}" --output . >/tmp/unit
+    unit=$(sed 's,^./,,' /tmp/unit)
+    systemctl daemon-reload
+    systemctl start "$unit"
+    mountpoint '/srv/end\'
+    [ "$kind" = mount ] || systemctl show -P StatusText "$unit" | grep -F '/srv/end\'
+    systemctl stop "$unit"
+    ! mountpoint '/srv/end\' || exit
+done

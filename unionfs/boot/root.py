@@ -18,10 +18,9 @@ from unionfs.boot.request import Request
 from unionfs.boot.telling import NAME, Teller, degraded
 from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
 from unionfs.locator import Locator
-from unionfs.mounts import MountEntry, mounted_beneath, read_mounts, topmost
+from unionfs.mounts import FSTYPE, MountEntry, mounted_beneath, read_mounts, topmost
 from unionfs.options import MountOptions, read_strings
 from unionfs.syscalls import UnmountFlag
-from unionfs.unions import FSTYPE
 
 if TYPE_CHECKING:
     from unionfs.profiles.profile import Profile

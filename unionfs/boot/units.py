@@ -113,7 +113,13 @@ def unit_name(path: str, kind: str) -> str:
 
 
 def plain(text: str) -> str:
-    """For a setting that takes the rest of its line."""
+    """For a setting that takes the rest of its line.
+
+    A backslash at the end would join the next line: a path gets a slash, which changes nothing;
+    from other text it is taken away.
+    """
+    if text.endswith("\\"):
+        text = f"{text}/" if text.startswith("/") else text.rstrip("\\")
     return _writable(text).replace("%", "%%")
 
 
@@ -209,9 +215,12 @@ def request(options: MountOptions, strings: Iterable[str]) -> Request:
 def mount_units(asked: Request, *, automount: bool) -> list[Unit]:
     """A .mount unit, and the one that mounts it when it is used."""
     strings, point = asked.strings(), asked.point
+    source = asked.options.fsname or "unionfs"
     _refuse_for_mount(strings, point)
+    if source.endswith("\\"):
+        raise usage_error("fsname ends in a backslash, which would join lines", "use --service")
     lines = [*asked.head(), "", "[Mount]"]
-    lines.append(f"What={plain(asked.options.fsname or 'unionfs')}")
+    lines.append(f"What={plain(source)}")
     lines += [f"Where={plain(point)}", "Type=fuse.unionfs"]
     lines.append(f"Options={plain(strings).replace('$', '$$')}")
     name = unit_name(point, "mount")

@@ -16,9 +16,9 @@ from unionfs import locator
 from unionfs.cli.main import guarded
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
-from unionfs.mounts import read_mounts
+from unionfs.mounts import FSTYPE, read_mounts
 from unionfs.options import MountOptions, OptionReader, read_strings
-from unionfs.unions import FSTYPE, ask, find, texts
+from unionfs.unions import ask, find, texts
 
 USAGE = "mount.unionfs SPEC DIR [-sfnv] [-N NAMESPACE] [-o OPT,...] [-t TYPE]"
 

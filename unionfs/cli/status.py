@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 
 from unionfs.cli.parser import Parser
 from unionfs.errors import ExitCode, printable, usage_error
-from unionfs.mounts import MountEntry, read_mounts
-from unionfs.unions import FSTYPE, Answer, ask, find, integer, texts
+from unionfs.mounts import FSTYPE, MountEntry, read_mounts
+from unionfs.unions import Answer, ask, find, integer, texts
 
 USAGE = "unionfs status [MNT...] [--json]"
 

@@ -22,14 +22,14 @@ from typing import Final
 
 from unionfs import daemon, notify, runtime, syscalls
 from unionfs.errors import ExitCode, UnionfsError, printable
-from unionfs.mounts import MountEntry, read_mounts, topmost
+from unionfs.mounts import FSTYPE, MountEntry, read_mounts, topmost
 from unionfs.profiles import binding, plan, waiting
 from unionfs.profiles.binding import Shown
 from unionfs.profiles.plan import Ground, Step, Wish
 from unionfs.profiles.profile import Profile
 from unionfs.stores import kernel
 from unionfs.syscalls import UnmountFlag
-from unionfs.unions import FSTYPE, ask
+from unionfs.unions import ask
 from unionfs.unmounting import Busy, busy, unmount
 
 log = logging.getLogger("unionfs")

@@ -16,12 +16,12 @@ from typing import Final, NoReturn
 
 from unionfs import notify, runtime
 from unionfs.errors import ExitCode, UnionfsError
-from unionfs.mounts import read_mounts
+from unionfs.mounts import FSTYPE, read_mounts
 from unionfs.profiles import running
 from unionfs.profiles.profile import Profile
 from unionfs.profiles.running import Made, Outcome
 from unionfs.stores import kernel, sharing
-from unionfs.unions import FSTYPE, ask
+from unionfs.unions import ask
 from unionfs.unmounting import hold_daemon
 
 log = logging.getLogger("unionfs")

@@ -28,7 +28,7 @@ from unionfs import holder, locator, syscalls
 from unionfs.errors import InUse, UnionfsError, usage_error
 from unionfs.format import AREA_NAME
 from unionfs.identity import FILE
-from unionfs.mounts import locate, read_mounts
+from unionfs.mounts import FSTYPE, locate, read_mounts
 from unionfs.passphrase import Ask
 from unionfs.stores import archive, exchange, foreign, fscrypt, holding, unlocking
 from unionfs.stores.archive import Advance, Header
@@ -44,7 +44,7 @@ from unionfs.stores.volume import (
     put_back,
     walk,
 )
-from unionfs.unions import FSTYPE, ask_in_child
+from unionfs.unions import ask_in_child
 
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _IMAGES: Final = (".img", ".raw", ".ext4", ".xfs", ".btrfs")  # meant to be one

@@ -74,7 +74,8 @@ def is_same(one: str, other: str) -> bool:
 
 def answers(deadline: float, user: int | None) -> Iterator[tuple[MountEntry, dict[str, Any]]]:
     """The unions that answer within so many seconds, and what; of a user, or of all."""
-    from unionfs.unions import FSTYPE, ask, owner
+    from unionfs.mounts import FSTYPE
+    from unionfs.unions import ask, owner
 
     mounts = read_mounts()
     for entry in mounts:

@@ -24,6 +24,7 @@ import json
 import logging
 import os
 import select
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -249,6 +250,24 @@ class Register:
             _entrust(record.program, others[0])
         return Left(ours, bool(others))
 
+    def is_used(self) -> bool:
+        """Whether one of those who stand there is there still."""
+        record = self._read()
+        return record is not None and any(user.has(record.root) for user in record.users)
+
+    def is_left(self) -> bool:
+        """Whether nobody and nothing of it is there any more."""
+        record = self._read()
+        if record is None:
+            return True
+        if self.is_used() or not record.program.is_here():
+            return False
+        try:
+            os.close(record.program.hold())
+        except OSError:
+            return True
+        return False
+
     def entrust(self) -> None:
         """As if we left."""
         record = self._read()
@@ -311,11 +330,36 @@ def register(image: str) -> Iterator[Register | None]:
         try:
             place = _place(image)
             if place is not None:
+                _sweep(os.path.dirname(place))
                 stack.enter_context(_locked(place))
                 found = Register(place)
         except OSError as exc:
             log.warning("%s cannot be shared: %s, ignoring", image, exc.strerror)
         yield found
+
+
+def _sweep(top: str) -> None:
+    """Take away the registers in which only those stand who were killed.
+
+    Who comes to the same image does so too; but it may be gone, or another one by now.
+    """
+    for name in os.listdir(top):
+        if not name.startswith(_PREFIX):
+            continue
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            fd = os.open(f"{top}/{name}", _DIRECTORY)
+            stack.callback(os.close, fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if Register(f"{top}/{name}").is_left():
+                shutil.rmtree(f"{top}/{name}", ignore_errors=True)
+
+
+def is_used(image: str) -> bool:
+    """Whether somebody is seen to have the mount of an image open; who is about to end may be."""
+    with contextlib.suppress(OSError):
+        place = _place(image)
+        return place is not None and Register(place).is_used()
+    return False
 
 
 def _place(image: str) -> str | None:

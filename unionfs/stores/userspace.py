@@ -367,8 +367,10 @@ def lock_image(path: str, *, readonly: bool, patience: float = 0) -> int:
 
 
 def lock_patiently(fd: int, path: str, *, readonly: bool, patience: float = 0) -> None:
-    """flock, once a program that is ending has ended."""
+    """flock, once a program that is ending has ended; one that a union uses hardly will."""
     how = fcntl.LOCK_SH if readonly else fcntl.LOCK_EX
+    if patience > _LEFT_SECONDS and sharing.is_used(path):
+        patience = _LEFT_SECONDS
     end = time.monotonic() + patience
     while True:
         try:
