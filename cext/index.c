@@ -41,6 +41,16 @@ static errint_t handle_at(const struct layer *layer, int dirfd, const char *name
     return 0;
 }
 
+/* The UUID in an origin with a handle, and the index's name for it. */
+static void set_uuid(struct origin *o, const unsigned char uuid[static 16])
+{
+    memcpy(o->fb + 5, uuid, 16);
+    for (size_t i = 0; i < o->len; i++) {
+        o->hex[2 * i] = "0123456789abcdef"[o->fb[i] >> 4];
+        o->hex[2 * i + 1] = "0123456789abcdef"[o->fb[i] & 15];
+    }
+}
+
 errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
                    struct origin *ret_origin)
 {
@@ -62,12 +72,8 @@ errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
         o.fb[2] = (unsigned char)o.len;
         o.fb[3] = __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__;
         o.fb[4] = (unsigned char)u.handle.handle_type;
-        memcpy(o.fb + 5, t->layers[layer].uuid, 16);
         memcpy(o.fb + 21, u.handle.f_handle, u.handle.handle_bytes);
-        for (size_t i = 0; i < o.len; i++) {
-            o.hex[2 * i] = "0123456789abcdef"[o.fb[i] >> 4];
-            o.hex[2 * i + 1] = "0123456789abcdef"[o.fb[i] & 15];
-        }
+        set_uuid(&o, t->layers[layer].uuid);
     } else {
         struct stat st;
 
@@ -163,6 +169,18 @@ static void settle_nlink(struct hit *h, nlink_t lower_nlink)
     h->nlink_of_lower = false;
 }
 
+/* Also by the name that kernel overlayfs gives it. */
+static errint_t look_up(const struct tree *t, const struct layer *layer, struct origin *o,
+                        struct stat *ret_st)
+{
+    if (fstatat(t->index->fd, o->hex, ret_st, AT_SYMLINK_NOFOLLOW) == 0)
+        return 0;
+    if (errno != ENOENT || !layer->other_uuid || o->len == 0)
+        return errno_or_eio();
+    set_uuid(o, layer->kernel_uuid);
+    return fstatat(t->index->fd, o->hex, ret_st, AT_SYMLINK_NOFOLLOW) < 0 ? errno_or_eio() : 0;
+}
+
 /* A lower file with several links may have been copied up under another name: the index knows. */
 errint_t index_of_lower(struct tree *t, struct node *parent, const char *name, struct hit *h)
 {
@@ -190,8 +208,9 @@ errint_t index_of_lower(struct tree *t, struct node *parent, const char *name, s
     rdir_put(t, dir);
     if (err < 0)
         return err;
-    if (fstatat(t->index->fd, origin.hex, &st, AT_SYMLINK_NOFOLLOW) < 0)
-        return errno == ENOENT ? 0 : errno_or_eio();
+    err = look_up(t, &t->layers[h->layer], &origin, &st);
+    if (err < 0)
+        return err == -ENOENT ? 0 : err;
     if ((st.st_mode & S_IFMT) != h->type)
         return 0; /* a whiteout in the index, or nonsense: kernel overlayfs ignores it too */
 

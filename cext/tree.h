@@ -31,7 +31,9 @@ struct layer {
     bool passing;  /* immutable: its files have other numbers at the next mount: no index */
     bool in_fuse;  /* immutable */
     unsigned char uuid[16]; /* immutable: of the file system, zero if not known */
-    struct rdir *root;      /* immutable */
+    bool other_uuid;        /* immutable: the index may know its files by the kernel's, too */
+    unsigned char kernel_uuid[16]; /* immutable: that */
+    struct rdir *root;             /* immutable */
 };
 
 struct rdir {

@@ -58,8 +58,8 @@ static int parse_layers(PyObject *list, struct layer **ret_layers, uint16_t *ret
         int ok = item && PyArg_ParseTuple(item, "iHppy#:layer", &layers[i].fd, &fs, &careful,
                                           &wh_files, &uuid, &uuid_len);
 
-        if (ok && uuid_len != 16 && uuid_len != 0) {
-            PyErr_SetString(PyExc_ValueError, "a uuid has 16 bytes, or none");
+        if (ok && uuid_len != 16 && uuid_len != 0 && uuid_len != 32) {
+            PyErr_SetString(PyExc_ValueError, "a uuid has 16 bytes, or none, or there are two");
             ok = 0;
         }
         if (ok && fstat(layers[i].fd, &st) < 0) {
@@ -73,8 +73,11 @@ static int parse_layers(PyObject *list, struct layer **ret_layers, uint16_t *ret
             layers[i].dev = st.st_dev;
             layers[i].in_fuse = is_in_fuse(layers[i].fd);
             layers[i].passing = uuid_len == 0;
+            layers[i].other_uuid = uuid_len == 32;
             if (uuid_len > 0)
                 memcpy(layers[i].uuid, uuid, 16);
+            if (uuid_len == 32)
+                memcpy(layers[i].kernel_uuid, uuid + 16, 16);
         }
         Py_XDECREF(item);
         if (!ok) {

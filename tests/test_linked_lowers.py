@@ -6,13 +6,13 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.rig import ground, images
-from tests.rig.mounted import Unionfs, is_mounted, user_mount_possible
+from tests.rig.mounted import Overlay, Unionfs, is_mounted, user_mount_possible
 from tests.rig.waiting import wait_until
 from unionfs.stores.tools import find
 
@@ -154,3 +154,64 @@ def test_a_union_as_the_lower_of_another(base: Path) -> None:
             outer.umount()
             inner.remount()
             outer.mount()
+
+
+@pytest.mark.parametrize("seen", ["image", "directory"])
+def test_an_image_in_the_place_of_another(base: Path, seen: str) -> None:
+    """As root's A and B: its files have the numbers of the other's, and are none of them."""
+    first = image(base / "one.img", base / "one")
+    second = image(base / "two.img", base / "two")
+    if seen == "directory" and os.geteuid():
+        pytest.skip("needs root")
+    lower = base / "lower.img" if seen == "image" else base / "lower"
+    if seen == "directory":
+        lower.mkdir()
+
+    @contextmanager
+    def over(which: Path) -> Iterator[Path]:
+        with ExitStack() as stack:
+            if seen == "directory":
+                ground.run("mount", "-o", "loop,ro", which, lower)
+                stack.callback(ground.run, "umount", lower)
+            else:
+                lower.write_bytes(which.read_bytes())
+            words = ["on-mismatch=ignore"]
+            yield stack.enter_context(
+                Unionfs([lower], base / "upper", base / "mnt", options=words)
+            ).mnt
+
+    with over(first) as mnt:
+        append(mnt / "a1")
+    with over(second) as mnt:
+        assert contents(mnt, "b1", "b2", "a1") == ["b\n", "b\n", "a\nchanged\n"]
+        assert (mnt / "b1").stat().st_nlink == 2
+        append(mnt / "b2")
+        assert contents(mnt, "b1", "a1") == ["b\nchanged\n", "a\nchanged\n"]
+    with over(first) as mnt:
+        assert (mnt / "a2").read_text() == "a\nchanged\n"
+        (kept,) = [name for name in os.listdir(mnt) if name.startswith("b")]
+        assert (mnt / kept).read_text() == "b\nchanged\n"
+
+
+def test_an_index_that_kernel_overlayfs_has_made(base: Path) -> None:
+    """A squashfs has no UUID there."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    squashfs = image(base / "one.img", base / "one")
+    (base / "lower").mkdir()
+    (base / "work").mkdir()
+    ground.run("mount", "-o", "loop,ro", squashfs, base / "lower")
+    try:
+        kernel = Overlay([base / "lower"], base / "upper", base / "mnt", work=base / "work")
+        kernel.mount()
+        append(kernel.mnt / "a1")
+        indexed = os.listdir(base / "work/index")
+        kernel.umount()
+        if not indexed:
+            pytest.skip("kernel overlayfs keeps no index over a squashfs")
+        with Unionfs([base / "lower"], base / "upper", base / "mnt", work=base / "work") as union:
+            assert contents(union.mnt, "a2", "a1") == ["a\nchanged\n", "a\nchanged\n"]
+            append(union.mnt / "a2")
+            assert (union.mnt / "a1").read_text() == "a\nchanged\nchanged\n"
+    finally:
+        ground.run("umount", base / "lower")

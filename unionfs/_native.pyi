@@ -43,7 +43,8 @@ class Tree:
     def __new__(
         cls,
         # root descriptor, number of its file system, careful, .wh. names count, uuid (16
-        # bytes; none: its files have other numbers at the next mount)
+        # bytes, or 32 with the one that the index may have besides; none: its files have other
+        # numbers at the next mount)
         layers: Sequence[tuple[int, int, bool, bool, bytes]],
         *,
         has_upper: bool,  # layers[0] is the upper

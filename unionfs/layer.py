@@ -68,6 +68,7 @@ class Layer:
 
     All fields are immutable after the daemon's checks, but for `features`, set by Work.open().
     `image`: a descriptor of the file that the file system lies in, or -1; closed with the layer.
+    `fs_id`: 16 bytes for the UUID of its file system, where the kernel tells none; or b"".
     `lasting`: known to have the same inode numbers at each mount, as a union has.
     """
 
@@ -79,6 +80,7 @@ class Layer:
         "dev",
         "fd",
         "features",
+        "fs_id",
         "image",
         "ino",
         "lasting",
@@ -109,6 +111,7 @@ class Layer:
         self.upper = upper
         self.readonly = not upper or detach == "readonly"
         self.features = Features()
+        self.fs_id = b""
         self.image = -1
         self.mount = mount_number(base)
         self.lasting = any(e.number == self.mount and e.fstype == FSTYPE for e in mounts)

@@ -24,6 +24,7 @@ from unionfs.option_words import size_in_bytes
 from unionfs.options import MountOptions
 from unionfs.session import is_readonly
 from unionfs.space import Mark, Watch
+from unionfs.stores import squash
 from unionfs.work import AREA_NAME, UNCHECKED, Work, lock_shared
 
 if TYPE_CHECKING:
@@ -210,6 +211,7 @@ def open_lowers(
     for path in paths:
         lower = known.get((checks.LOWER, path)) or layer.open_lower(path, mounts)
         stack.callback(lower.close)
+        lower.fs_id = lower.fs_id or squash.fs_id_of(lower.fd)
         lowers.append(lower)
     return lowers
 

@@ -118,19 +118,27 @@ def _numbers_last(layer: Layer) -> bool:
 def origin_uuids(layers: list[Layer], has_upper: bool) -> list[bytes]:
     """What stands for each layer's file system in origins, and so in the index: its UUID.
 
-    Several file systems have the same one (squashfs: none; copies of one image): all but the lowest
-    of them get one made of it, or a file of one would be taken for that of another.  b"" for a
-    lower whose files have other numbers at the next mount.
+    squashfs has none, and one may come in the place of another: there what is known of it stands
+    for it, followed by what kernel overlayfs writes, if the file system is the only one without.
+    Several file systems have the same one (copies of one image): all but the lowest of them get
+    one made of it, or a file of one would be taken for that of another.  b"" for a lower whose
+    files have other numbers at the next mount.
     """
+    told = [fs_uuid(layer.fd) for layer in layers]
+    without = {layer.dev for layer, uuid in zip(layers, told, strict=True) if not any(uuid)}
     taken: dict[bytes, int] = {}
     found = []
     for at, layer in reversed(list(enumerate(layers))):
-        uuid = fs_uuid(layer.fd)
+        uuid = told[at]
         if has_upper and at == 0:
             found.append(uuid)
             continue
+        if not any(uuid) and layer.fs_id:
+            uuid = layer.fs_id
         while taken.setdefault(uuid, layer.dev) != layer.dev:
             uuid = ((int.from_bytes(uuid, "big") + 1) % (1 << 128)).to_bytes(16, "big")
+        if without == {layer.dev} and uuid != told[at]:
+            uuid += told[at]
         found.append(uuid if _numbers_last(layer) else b"")
     return found[::-1]
 

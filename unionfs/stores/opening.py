@@ -23,8 +23,18 @@ from unionfs.locator import Locator
 from unionfs.mounts import MountEntry, Position, locate
 from unionfs.options import MountOptions
 from unionfs.passphrase import Ask
-from unionfs.stores import base, belonging, fscrypt, gocryptfs, mounted_base, unlocking, userspace
+from unionfs.stores import (
+    base,
+    belonging,
+    fscrypt,
+    gocryptfs,
+    mounted_base,
+    squash,
+    unlocking,
+    userspace,
+)
 from unionfs.stores.find import NotFound
+from unionfs.stores.probe import Contents
 from unionfs.stores.volume import Volume, make_directory, open_volume, put_back, walk
 
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -308,8 +318,20 @@ def _layer(
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
         raise UnionfsError(f"cannot open {path}: {reason}") from exc
-    layer.lasting = volume.helper is not None and volume.helper.name in userspace.LASTING
+    if volume.helper is not None and volume.contents is not None:
+        layer.lasting = volume.helper.name in userspace.LASTING
+        layer.fs_id = _fs_id(volume.contents)
     return layer
+
+
+def _fs_id(contents: Contents) -> bytes:
+    """Of what a program shows, through which the kernel tells no UUID."""
+    import uuid
+
+    try:
+        return uuid.UUID(contents.uuid).bytes
+    except ValueError:
+        return squash.fs_id(contents.path)
 
 
 def _number(volume: Volume, fd: int, mounts: list[MountEntry]) -> str:
