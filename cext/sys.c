@@ -61,7 +61,9 @@ bool is_in_fuse(int fd)
 {
     struct statfs st;
 
-    return fstatfs(fd, &st) == 0 && st.f_type == FUSE_SUPER_MAGIC;
+    if (fstatfs(fd, &st) < 0)
+        return errno == ENOSYS; /* what every other one has */
+    return st.f_type == FUSE_SUPER_MAGIC;
 }
 
 bool is_near(int fd)
