@@ -78,6 +78,9 @@ def test_no_rule() -> None:
     [
         ({"stor": "x"}, "did you mean store?"),
         ({"store": 3}, "it has to be a locator"),
+        ({"store": "tmpfs:size=1G"}, "it has to be a locator"),
+        ({"paths": {"/etc": {"kind": "persist", "upper": "tmpfs:"}}}, "is of the kind tmpfs"),
+        ({"paths": {"/etc": {"kind": "persist", "upper": ""}}}, "upper = ''"),
         ({"target": "mnt"}, "it has to be an absolute path"),
         ({"paths": {"/etc": "tmpfs", "/etc/": "tmpfs"}}, "'/etc' and '/etc/' are one path"),
         ({"boot": "yes"}, "true or false"),
@@ -150,6 +153,10 @@ def test_templates(places: list[Path]) -> None:
     assert files.load("app@two").store == "/other:/two"
     with pytest.raises(UnionfsError, match="is a template"):
         files.load("app@")
+    for instance in (".", ".."):  # /srv/.. is no application's
+        with pytest.raises(UnionfsError, match="is no name"):
+            files.load(f"app@{instance}")
+    assert files.load("app@...").target == "/srv/..."
 
 
 def test_files_that_cannot_be_read(places: list[Path]) -> None:
@@ -464,6 +471,39 @@ def test_policy(places: list[Path], tmp_path: Path, capsys: Capture) -> None:
         ["policy", "test", "x"],
     ):
         assert cli.main(words) in (1, 32)
+
+
+@pytest.mark.root
+def test_policy_follows_links_as_the_system_does(tmp_path: Path, capsys: Capture) -> None:
+    """What lies behind one is what is changed; a link itself lies where it is."""
+    for folder in ("etc/unionfs", "usr/bin", "srv"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "bin").symlink_to("/usr/bin")
+    (tmp_path / "usr/bin/tool").symlink_to("../../srv/tool")
+    (tmp_path / "up").symlink_to("../../../srv")
+    for name, head in (("p", ""), ("q", 'base = "/up"\n')):
+        path = "/usr" if name == "p" else "/"
+        text = f'{head}store = "s"\n[paths]\n"{path}" = "persist"\n'
+        (tmp_path / f"etc/unionfs/{name}.toml").write_text(text)
+    for path, rule in (
+        ("/bin/sh", "(p: /usr)"),
+        ("/bin", "left as it is"),
+        ("/bin/", "(p: /usr)"),
+        ("/bin/tool", "(p: /usr)"),
+        ("/bin/tool/", "(q: /)"),
+        ("/bin/../etc", "(p: /usr)"),
+        ("/usr/../etc", "left as it is"),
+        ("/bin/..", "(p: /usr)"),
+        ("/up/x", "(q: /)"),
+    ):
+        assert cli.main(["policy", "test", path, "--root", str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"{path} ")
+        assert rule in told
+    for name, target in (("one", "two"), ("two", "one")):
+        (tmp_path / name).symlink_to(target)
+    assert cli.main(["policy", "test", "/one/x", "--root", str(tmp_path)]) == 32
+    assert "/one: Too many levels of symbolic links" in capsys.readouterr().err
 
 
 @pytest.mark.root

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from unionfs.cli.parser import Parser, system_root
 from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
-from unionfs.profiles import files
+from unionfs.profiles import files, links
 from unionfs.profiles.profile import Profile, Rule
 
 USAGE = """\
@@ -56,7 +56,9 @@ def _test(paths: Sequence[str], only: str | None, root: str, *, as_json: bool) -
     for path in paths:
         if not path.startswith("/"):
             raise usage_error(f"{path} is no absolute path", "write it as the system sees it")
-        found = [(p, rule) for p in profiles if (rule := p.find(path)) is not None]
+        place = links.named(root, path)
+        tops = [(p, links.followed(root, p.where)) for p in profiles]
+        found = [(p, rule) for p, top in tops if (rule := p.find(place, top)) is not None]
         told += [_object(path, profile, rule) for profile, rule in found]
         if not found:
             told.append({"path": path, "profile": None, "kind": None})

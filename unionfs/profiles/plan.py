@@ -24,6 +24,7 @@ from unionfs import locator, runtime
 from unionfs.errors import UnionfsError
 from unionfs.locator import Locator
 from unionfs.options import MountOptions, OptionReader, read_strings
+from unionfs.profiles import links
 from unionfs.profiles.binding import open_seen
 from unionfs.profiles.profile import Profile, Rule, below
 
@@ -124,14 +125,18 @@ class _Planner:
         self.profile = profile
         self.ground = ground
         self.wish = ground.wish
-        self.top = self._rooted(profile.where)
+        # As the mount table has it; the layers keep the names that their users have given them.
+        self.top = below(ground.root, links.followed(ground.root, profile.where))
         own = [self._rooted(layer) for layer in profile.base]
         self.base = own if self.wish.base is None else [self.wish.base]
         self.in_place = profile.in_place and self.wish.base is None
 
     def _rooted(self, text: str) -> str:
         """A plain path of the profile's system, from here."""
-        return below(self.ground.root, text) if text.startswith("/") else text
+        root = self.ground.root
+        if root == "/" or not text.startswith("/"):
+            return text
+        return below(root, links.followed(root, text))
 
     def seen_at(self, rule: Rule) -> str:
         """Where something is mounted for a rule."""
@@ -139,6 +144,8 @@ class _Planner:
 
     def steps(self, rule: Rule) -> list[Step]:
         point = below(self.top, rule.path)
+        if self.in_place and not self.ground.standing:  # else what we have mounted is seen there
+            links.refuse(rule.said_by, self.top, rule.path)
         if point == "/" and point not in self.ground.standing:
             hint = "bring it up over another root: unionfs up NAME --root DIR"
             raise UnionfsError(f"{rule.said_by}: / cannot be covered while it is in use", hint=hint)
@@ -259,6 +266,8 @@ class _Planner:
 
     def _lowers(self, rule: Rule) -> list[str]:
         """What the layers of the base have of a path."""
+        for layer in filter(locator.is_directory, self.base):
+            links.refuse(rule.said_by, layer, rule.path)
         places = [_inside(layer, rule.path) for layer in self.base]
         return [place for place in places if rule.path == "/" or self._has(rule, place)]
 

@@ -31,7 +31,9 @@ from unionfs.options import split_layers
 
 Kind = Literal["persist", "tmpfs", "bind", "exclude", "link"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:@[A-Za-z0-9_.\-]*)?")
+# An instance fills in paths, where a dot or two would be another directory.
+NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:@(?!\.\.?\Z)[A-Za-z0-9_.\-]*)?")
+_MEMORY: Final = "tmpfs:"
 _RULE_KEYS: Final = ("kind", "union", "size", "source", "upper", "options")
 
 
@@ -93,10 +95,10 @@ class Profile:
         normal = below("/", path)
         return next((rule for rule in reversed(self.rules) if rule.covers(normal)), None)
 
-    def find(self, path: str) -> Rule | None:
-        """The rule for a path as it is seen once the profile is up."""
+    def find(self, path: str, top: str | None = None) -> Rule | None:
+        """The rule for a path as it is seen once the profile is up, at `top`."""
         normal = below("/", path)
-        top = self.where.rstrip("/")
+        top = (self.where if top is None else top).rstrip("/")
         if not f"{normal}/".startswith(f"{top}/"):
             return None
         return self.rule_for(normal[len(top) :] or "/")
@@ -149,7 +151,7 @@ def _read_field(path: str, key: str, value: object) -> dict[str, object]:
     match key, value:
         case "description", str():
             return {key: value}
-        case "store", str() if value:
+        case "store", str() if value and not value.startswith(_MEMORY):
             return {key: value}
         case "base", str() if value:
             return {key: tuple(split_layers(value, f"{path}: base"))}
@@ -241,6 +243,9 @@ def _read_rule(file: str, path: str, said: object) -> Rule:
     )
     if rule.size is not None and not SIZE.fullmatch(rule.size):
         raise UnionfsError(f"{what}: size = {rule.size!r}", hint="write 100M, 2G or 50%")
+    if rule.upper is not None and (not rule.upper or rule.upper.startswith(_MEMORY)):
+        hint = "name a directory, an image or a device; what need not be kept is of the kind tmpfs"
+        raise UnionfsError(f"{what}: upper = {rule.upper!r}", hint=hint)
     if rule.source is None:
         return rule
     if not rule.source.startswith("/") or ".." in rule.source.split("/"):
