@@ -555,7 +555,7 @@ def test_persistence_conf_of_a_live_system(system: System) -> None:
     system.write(f'store = "{system.data}"', "")
     told = system.up()
     assert "WARNING: persistence.conf:4: the option loud is unknown: skipped" in told
-    assert system.points() == ["etc", "home"]
+    assert system.points() == ["etc", "home", "var/lib"]
     assert (system.top / "etc/file").read_text() == "changed by live-boot\n"
     assert (system.top / "var/lib/dpkg/status").read_text() == "kept\n"
     assert (system.top / "var/lib/dpkg/status").is_symlink()
@@ -563,9 +563,35 @@ def test_persistence_conf_of_a_live_system(system: System) -> None:
     (system.top / "home/u/new").touch()
     assert (system.data / "files/dpkg/status").read_text() == "changed\n"
     system.down()
+    assert not (system.top / "var/lib/dpkg").exists()
     assert (system.data / "home/u/new").exists()
+    (system.data / "persistence.conf").write_text("# nothing\n/opt loud\n")
+    assert "persistence.conf of " in (told := system.refused())
+    assert "names nothing that persists" in told
     (system.data / "persistence.conf").unlink()
     assert "has no persistence.conf" in system.refused()
+
+
+@pytest.mark.root
+def test_links_are_not_made_in_the_base(system: System) -> None:
+    """They would take the place of its files, and lead nowhere after `down`."""
+    for path in ("home-u", "etc", "var-log"):
+        (system.data / path).mkdir()
+        (system.data / path / "file").write_text("stored\n")
+    rules = '"/home/u" = "link"\n"/etc" = "link"\n"/var" = "exclude"\n"/var/log" = "link"\n'
+    for target in (system.top, system.place / "view"):
+        head = f'target = "{target}"\n' if target != system.top else ""
+        system.write(f'{head}store = "{system.data}"', rules + '"/etc/new" = "tmpfs"\n')
+        for _round in range(2):
+            system.up()
+            assert "up already" in system.up()
+            for path in ("home/u", "etc", "var/log"):
+                assert (target / path / "file").is_symlink()
+                assert (target / path / "file").read_text() == "stored\n"
+            (target / "home/u/forgotten").touch()
+            system.down()
+            system.unchanged()
+    assert not (system.place / "view").exists()
 
 
 @pytest.mark.root

@@ -234,6 +234,8 @@ relative
 /run/live/z
 /again source=../up
 /etc source=/abs
+/ bind
+/ source=.
 """
     made = {rule.path: rule for rule in persistence.read(text, "LABEL=p:/ignored")}
     assert list(made) == ["/", "/home", "/home/u", "/usr", "/var/x"]
@@ -244,7 +246,7 @@ relative
     assert made["/usr"].upper == "LABEL=p:/usr/rw"
     assert made["/"].upper == "LABEL=p:/.hidden/rw"
     assert made["/var/x"].upper == "LABEL=p:/vx/rw"
-    assert len(caplog.records) == 7
+    assert len(caplog.records) == 9
 
 
 def test_persistence_conf_with_places_in_one_another(caplog: pytest.LogCaptureFixture) -> None:

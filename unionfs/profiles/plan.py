@@ -171,8 +171,11 @@ class _Planner:
         if rule.kind == "link":
             linked = Step(action="bind", path=rule.path, point=self._linked(rule))
             made.append(self._stored(rule, linked))
-        made.append(self._step(rule, point, lowers))
-        return made
+        last = self._step(rule, point, lowers)
+        if self.profile.links_into_base(rule):
+            options = self._options(rule, point, lowers, _memory(self.wish.size))
+            made.append(dataclasses.replace(last, action="union", options=options))
+        return [*made, last]
 
     def _has_base(self, rule: Rule, point: str, view: str) -> bool:
         """Whether the base has a path that lies below another one of the profile, in place."""

@@ -15,7 +15,7 @@ A path's kind is one of
     tmpfs     the same with its changes in memory; with union = false an empty tmpfs
     bind      a directory of the store in its place; filled from the base when it is made
     exclude   the base's own, which nobody changes, out of what lies above it if anything does
-    link      as live-boot's: files of the store by symbolic links
+    link      as live-boot's: files of the store by symbolic links, in what lies above or in memory
 """
 
 import dataclasses
@@ -109,9 +109,15 @@ class Profile:
             return None
         return self.rule_for(os.path.dirname(rule.path))
 
+    def links_into_base(self, rule: Rule) -> bool:
+        """Whether it is for links and nothing above takes them: they need a union of their own."""
+        above = self.above(rule)
+        return rule.kind == "link" and (above is None or above.kind == "exclude")
+
     def points(self) -> list[str]:
         """Where it mounts, what lies above first."""
-        return [below(self.where, rule.path) for rule in self.rules if rule.kind != "link"]
+        rules = [r for r in self.rules if r.kind != "link" or self.links_into_base(r)]
+        return [below(self.where, rule.path) for rule in rules]
 
     def needs(self) -> list[str]:
         """What it stands on: locators, and where it mounts."""
