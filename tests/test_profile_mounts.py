@@ -460,6 +460,26 @@ def test_what_is_mounted_beneath(system: System) -> None:
     system.unchanged()
 
 
+@pytest.mark.parametrize("kind", ["image", "directory"])
+def test_a_store_that_another_path_would_cover(system: System, kind: str) -> None:
+    """Who opens it later would get it through that union: an image as a copy of itself."""
+    store = system.top / "var/store"
+    if kind == "image":
+        need("ext4")
+        store = images.make(system.top / "var/lib/s.img")
+    else:
+        store.mkdir()
+    before = snapshot.take(system.top)
+    (system.place / "link").symlink_to(store)
+    for name in (store, system.place / "link"):
+        system.write(f'store = "{name}"', '"/etc" = "persist"\n"/var" = "tmpfs"\n')
+        assert f"/etc: its store {store} lies in /var, which" in system.refused()
+    upper = f'"/etc" = {{ kind = "persist", upper = "{store}:/etc" }}\n"/var" = "tmpfs"\n'
+    system.write("", upper)
+    assert "lies in /var" in system.refused()
+    snapshot.assert_same(before, snapshot.take(system.top), "the base")
+
+
 @pytest.mark.root
 def test_an_error_leaves_all_as_it_was(system: System) -> None:
     paths = '"/etc" = "persist"\n"/home" = { kind = "persist", upper = "LABEL=none-such" }\n'

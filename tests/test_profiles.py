@@ -457,6 +457,17 @@ def test_policy(places: list[Path], tmp_path: Path, capsys: Capture) -> None:
     assert "(app@one: /one)" in capsys.readouterr().out
     assert cli.main(["policy", "show", "one"]) == 0
     assert "is forgotten" in capsys.readouterr().out
+    links = '"/h/l" = "link"\n"/h/l/m" = "link"\n"/l" = "link"\n"/t" = "tmpfs"\n"/t/l" = "link"\n'
+    (places[0] / "one.toml").write_text(text + links)
+    assert cli.main(["policy", "test", "/h/l", "/h/l/m", "/l", "/t/l"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split(" ", 1)[1] for line in told] == [
+        "persists",
+        "persists",
+        "is forgotten, but for files linked to LABEL=d",
+        "is forgotten, but for files linked to LABEL=d",
+    ]
+    assert "persists: with /h, and files linked to LABEL=d:/persistent_one/h-l (one" in told[0]
     (places[0] / "bad.toml").write_text("x")
     assert cli.main(["policy", "show"]) == 0
     told = capsys.readouterr().out.splitlines()

@@ -30,6 +30,7 @@ _MEANINGS = {
     "link": "is forgotten, but for files linked to {place}",
 }
 _EMPTY = "is forgotten: empty at first, in memory"
+_LINKED = "persists: with {path}, and files linked to {place}"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -96,6 +97,12 @@ def meaning(profile: Profile, rule: Rule) -> str:
     """What becomes of what a rule covers, in words."""
     if rule.kind == "tmpfs" and not rule.union:
         return _EMPTY
+    if rule.kind == "link" and not profile.links_into_base(rule):
+        above = profile.above(rule)
+        while above is not None and above.kind == "link" and not profile.links_into_base(above):
+            above = profile.above(above)
+        if above is not None and above.kind in ("persist", "bind"):
+            return _LINKED.format(place=_place(profile, rule), path=above.path)
     return _MEANINGS[rule.kind].format(place=_place(profile, rule))
 
 

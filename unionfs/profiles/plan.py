@@ -32,6 +32,7 @@ Action = Literal["union", "memory", "bind", "view", "links"]
 # Told of an error that one rule has.
 Failed = Callable[[UnionfsError], None]
 EMPTY: Final = "empty"
+_STORED: Final = ("persist", "bind", "link")
 # Settings that only say how a store is used: not for a path that has nothing in it.
 _OF_STORE: Final = (
     *("work", "store_flags", "autogrow", "low_water", "key_file", "credential"),
@@ -149,6 +150,7 @@ class _Planner:
         if point == "/" and point not in self.ground.standing:
             hint = "bring it up over another root: unionfs up NAME --root DIR"
             raise UnionfsError(f"{rule.said_by}: / cannot be covered while it is in use", hint=hint)
+        self._refuse_covered_store(rule)
         above = self.profile.above(rule)
         made: list[Step] = []
         if self.in_place and above is not None:
@@ -176,6 +178,22 @@ class _Planner:
             options = self._options(rule, point, lowers, _memory(self.wish.size))
             made.append(dataclasses.replace(last, action="union", options=options))
         return [*made, last]
+
+    def _refuse_covered_store(self, rule: Rule) -> None:
+        """Through the union that covers it, an image would be copied up: into a union, or itself.
+
+        What covers its own store only has opened that before.
+        """
+        store = rule.upper or (self.profile.store if rule.kind in _STORED else None)
+        if store is None or locator.is_tag(store):
+            return
+        place = os.path.realpath(locator.parse(store).value)
+        for other in self.profile.rules:
+            point = below(self.top, other.path).rstrip("/")
+            if other != rule and self.profile.mounts(other) and f"{place}/".startswith(f"{point}/"):
+                what = f"its store {place} lies in {other.path}, which this profile covers"
+                hint = "put it elsewhere, such as on a file system of its own"
+                raise UnionfsError(f"{rule.said_by}: {rule.path}: {what}", hint=hint)
 
     def _has_base(self, rule: Rule, point: str, view: str) -> bool:
         """Whether the base has a path that lies below another one of the profile, in place."""

@@ -114,10 +114,13 @@ class Profile:
         above = self.above(rule)
         return rule.kind == "link" and (above is None or above.kind == "exclude")
 
+    def mounts(self, rule: Rule) -> bool:
+        """Whether something is mounted at its path."""
+        return rule.kind != "link" or self.links_into_base(rule)
+
     def points(self) -> list[str]:
         """Where it mounts, what lies above first."""
-        rules = [r for r in self.rules if r.kind != "link" or self.links_into_base(r)]
-        return [below(self.where, rule.path) for rule in rules]
+        return [below(self.where, rule.path) for rule in self.rules if self.mounts(rule)]
 
     def needs(self) -> list[str]:
         """What it stands on: locators, and where it mounts."""

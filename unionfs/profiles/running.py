@@ -286,7 +286,8 @@ def _make_point(step: Step, record: "_Record") -> None:
             os.makedirs(step.point, 0o755)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
-        raise UnionfsError(f"{step.point} cannot be made: {reason}") from exc
+        hint = "make it in the base" if exc.errno == errno.EROFS else None
+        raise UnionfsError(f"{step.point} cannot be made: {reason}", hint=hint) from exc
 
 
 def _missing(path: str) -> list[str]:
