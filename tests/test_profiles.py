@@ -159,6 +159,14 @@ def test_templates(places: list[Path]) -> None:
     assert files.load("app@...").target == "/srv/..."
 
 
+def test_a_profile_is_not_called_as_the_root_s_union(places: list[Path]) -> None:
+    """Its directory in /run would be that one's, with what a boot has told there."""
+    (places[0] / "root.toml").write_text('[paths]\n"/a" = "tmpfs"\n')
+    for name in ("root", str(places[0] / "root.toml")):
+        with pytest.raises(UnionfsError, match="cannot have the name root"):
+            files.load(name)
+
+
 def test_files_that_cannot_be_read(places: list[Path]) -> None:
     with pytest.raises(UnionfsError, match="there is no profile p"):
         files.load("p")
@@ -399,6 +407,26 @@ def test_what_cannot_be_mounted(system: Path) -> None:
         plan.steps(read(store="s", paths={"/link": "persist"}), ground(system))
     with pytest.raises(UnionfsError, match=r"p.toml: /etc: option 'falback=x'|falback"):
         plan.steps(read(store="s", options="falback=x", paths={"/etc": "persist"}), ground(system))
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"kind": "bind", "source": "/etc"},
+        {"kind": "bind", "source": "/etc/deeper"},
+        {"kind": "link", "source": "/"},
+        {"kind": "persist", "upper": "/data/etc"},
+        {"kind": "persist", "upper": "/data:/etc/x"},
+    ],
+)
+def test_two_paths_have_no_place_in_common(system: Path, second: dict[str, str]) -> None:
+    """An upper that is changed beneath its union shows what nobody can foresee."""
+    made = read(store="/data:/", paths={"/etc": "persist", "/home": second})
+    with pytest.raises(UnionfsError, match=r"p.toml: /home: its place .* around that of /etc"):
+        plan.steps(made, ground(system))
+    second = {"kind": "bind", "source": "/etc-x"}
+    paths: dict[str, Any] = {"/etc": "persist", "/home": second, "/var": second}
+    assert len(plan.steps(read(store="/data:/", paths=paths), ground(system))) == 3
 
 
 @pytest.mark.parametrize("path", ["/" + "x" * 256, "/file/below", "/file", "/none"])

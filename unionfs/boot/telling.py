@@ -18,7 +18,7 @@ from unionfs.boot.aside import in_initramfs
 from unionfs.errors import printable
 from unionfs.stores.tools import Progress
 
-NAME: Final = "root"  # of the union
+NAME: Final = runtime.ROOT  # of the union
 _FILE: Final = "boot"
 _KERNEL_LOG: Final = "/dev/kmsg"
 _INFO: Final = 6  # of syslog(3)

@@ -85,6 +85,7 @@ def steps(profile: Profile, ground: Ground, failed: Failed | None = None) -> lis
 
     A rule that cannot be had here goes to `failed`, which raises the error or goes on without it.
     """
+    refuse_one_place(profile)
     planner = _Planner(profile, ground)
     made: list[Step] = []
     for rule in profile.rules:
@@ -111,6 +112,24 @@ def place_in_store(profile: Profile, rule: Rule) -> str:
     if rule.source is not None:
         return f"{where.source}:{rule.source}"
     return f"{where.source}:{below(_top(profile, where), runtime.name_of(rule.path))}"
+
+
+def refuse_one_place(profile: Profile) -> None:
+    """Raises UnionfsError if an upper is another path's too: nobody else may change what is in one.
+
+    By what is written: two names of one place are found out by who opens it.
+    """
+    seen: list[tuple[Rule, str]] = []
+    for rule in (rule for rule in profile.rules if rule.kind in _STORED):
+        where = locator.parse(rule.upper or place_in_store(profile, rule))
+        place = below(where.source, where.directory or "/")
+        for other, its in seen:
+            near = f"{place}/".startswith(f"{its}/") or f"{its}/".startswith(f"{place}/")
+            if near and "persist" in (rule.kind, other.kind):
+                what = f"its place in the store lies in or around that of {other.path}"
+                hint = "name another source or upper"
+                raise UnionfsError(f"{rule.said_by}: {rule.path}: {what}", hint=hint)
+        seen.append((rule, place.rstrip("/")))
 
 
 def _top(profile: Profile, where: Locator) -> str:
