@@ -397,6 +397,12 @@ def test_what_cannot_be_mounted(system: Path) -> None:
         plan.steps(read(store="s", paths={"/": "persist"}), ground(Path("/")))
     booted = Ground(root="/", directory="/run/p", may_mount=True, standing=frozenset({"/"}))
     assert short(plan.steps(read(store="s", paths={"/": "persist"}), booted)) == [("union", "/")]
+    booted = dataclasses.replace(booted, standing=frozenset({"/", "/etc"}))
+    paths = {"/": "persist", "/etc": "persist"}
+    made = read(store="/proc/self/store", paths=paths)  # on what is mounted on the root
+    assert ("union", "/etc") in short(plan.steps(made, booted))
+    with pytest.raises(UnionfsError, match="/etc: its store /none-such lies in /, which"):
+        plan.steps(read(store="/none-such", paths=paths), booted)
     with pytest.raises(UnionfsError, match="/opt does not exist"):
         plan.steps(read(store="s", paths={"/opt": "persist"}), ground(system))
     (system / "file").touch()

@@ -23,6 +23,7 @@ from typing import Final, Literal, cast
 from unionfs import locator, runtime
 from unionfs.errors import UnionfsError
 from unionfs.locator import Locator
+from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions, OptionReader, read_strings
 from unionfs.profiles import links
 from unionfs.profiles.binding import open_seen
@@ -124,12 +125,12 @@ def refuse_one_place(profile: Profile) -> None:
         where = locator.parse(rule.upper or place_in_store(profile, rule))
         place = below(where.source, where.directory or "/")
         for other, its in seen:
-            near = f"{place}/".startswith(f"{its}/") or f"{its}/".startswith(f"{place}/")
+            near = _lies_in(place, its) or _lies_in(its, place)
             if near and "persist" in (rule.kind, other.kind):
                 what = f"its place in the store lies in or around that of {other.path}"
                 hint = "name another source or upper"
                 raise UnionfsError(f"{rule.said_by}: {rule.path}: {what}", hint=hint)
-        seen.append((rule, place.rstrip("/")))
+        seen.append((rule, place))
 
 
 def _top(profile: Profile, where: Locator) -> str:
@@ -208,11 +209,23 @@ class _Planner:
             return
         place = os.path.realpath(locator.parse(store).value)
         for other in self.profile.rules:
-            point = below(self.top, other.path).rstrip("/")
-            if other != rule and self.profile.mounts(other) and f"{place}/".startswith(f"{point}/"):
+            if other != rule and self.profile.mounts(other) and self._covers(other, place):
                 what = f"its store {place} lies in {other.path}, which this profile covers"
                 hint = "put it elsewhere, such as on a file system of its own"
                 raise UnionfsError(f"{rule.said_by}: {rule.path}: {what}", hint=hint)
+
+    def _covers(self, rule: Rule, place: str) -> bool:
+        """Whether a path would be seen through what is mounted for a rule.
+
+        Not what somebody has mounted on that since, as on the root of a system that runs.
+        """
+        point = below(self.top, rule.path)
+        if not _lies_in(place, point):
+            return False
+        if point not in self.ground.standing:
+            return True
+        others = (e.point for e in read_mounts() if e.point not in self.ground.standing)
+        return not any(o != point and _lies_in(o, point) and _lies_in(place, o) for o in others)
 
     def _has_base(self, rule: Rule, point: str, view: str) -> bool:
         """Whether the base has a path that lies below another one of the profile, in place."""
@@ -363,6 +376,10 @@ def _inside(layer: str, path: str) -> str:
     if locator.is_directory(layer):
         return below(layer, path)
     return f"{where.source}:{below(where.directory or '/', path)}"
+
+
+def _lies_in(path: str, place: str) -> bool:
+    return f"{path.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")
 
 
 def _is_empty(place: str) -> bool:
