@@ -39,6 +39,10 @@ _DIRECTORIES: Final = "directories"
 _LOCK: Final = "lock"
 
 
+class Covered(UnionfsError):
+    """What somebody else has mounted lies over a mount of ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class Made:
     """A mount of ours, as it is found again in the mount table.
@@ -353,7 +357,7 @@ def _refuse_if_covered(entry: MountEntry, mounts: list[MountEntry]) -> None:
     """By its path somebody else's mount would be unmounted."""
     if (other := covering(entry, mounts)) is not None:
         what = f"{entry.point} is covered by a mount of {other.fstype} on {other.point}"
-        raise UnionfsError(f"{what} ({other.source})", hint="unmount that first")
+        raise Covered(f"{what} ({other.source})", hint="unmount that first")
 
 
 def _heal(record: "_Record") -> None:
