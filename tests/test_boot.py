@@ -606,6 +606,7 @@ def test_what_would_be_done(root: Path) -> None:
     assert f"with changes in LABEL=x:/{INSIDE} on {root}" in told
     assert "reset = True (unionfs.reset)" in told
     assert "cow_chunksize=8: it has no effect here" in told
+    assert "there is no profile none-such" in boot(root, "unionfs.profile=none-such", "-n")
     assert not ground.mounts_below(root)
     assert not (RUN / "root").exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import ground, images
+from tests.rig import ground, images, snapshot
 from tests.test_boot import RUN, boot, change, end, image, is_changed, root, status
 from tests.test_stores import label, need
 
@@ -88,6 +88,35 @@ def test_what_a_store_that_is_only_read_does_not_have(
     change(root)
     end(root)
     assert images.digest(image) == before
+
+
+def test_lines_that_are_skipped_are_told_of(
+    root: Path, image: Path, place: Path, line: str
+) -> None:
+    """With all else that a boot says; and a file that nothing is left of is none."""
+    fill(image, place, {"persistence.conf": "/etc union\n/srv loud\n"})
+    skipped = "persistence.conf:2: the option loud is unknown: skipped"
+    assert boot(root, line).count(skipped) == 1
+    assert f"warning: {skipped}\n" in (RUN / "root/boot").read_text()
+    end(root)
+    fill(image, place, {"persistence.conf": "# /etc union\n/ bind\n"})
+    assert "names nothing that persists" in boot(root, line, code=64)
+    assert "nothing that persists" in (RUN / "root/degraded").read_text()
+    end(root)
+
+
+def test_links_in_the_root(root: Path, image: Path, place: Path, line: str) -> None:
+    """They lie in memory, as the rest of the root does: the base has none afterwards."""
+    before = snapshot.take(root)
+    fill(image, place, {"persistence.conf": "/ link,source=files\n", "files/etc/linked": "x\n"})
+    boot(root, f"{line} overlay-size=8M")
+    assert (root / "etc/linked").read_text() == "x\n"
+    (root / "new").touch()
+    found = os.statvfs(root)
+    assert found.f_blocks * found.f_frsize == 8 << 20
+    end(root)
+    end(RUN / "root")
+    snapshot.assert_same(before, snapshot.take(root), "the base")
 
 
 @pytest.mark.parametrize("word", ["nopersistence", "unionfs.mode=ram", "overlayroot=tmpfs"])

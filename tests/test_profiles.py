@@ -78,6 +78,9 @@ def test_no_rule() -> None:
     [
         ({"stor": "x"}, "did you mean store?"),
         ({"store": 3}, "it has to be a locator"),
+        ({"store": "tmpfs:size=1G"}, "it has to be a locator"),
+        ({"paths": {"/etc": {"kind": "persist", "upper": "tmpfs:"}}}, "is of the kind tmpfs"),
+        ({"paths": {"/etc": {"kind": "persist", "upper": ""}}}, "upper = ''"),
         ({"target": "mnt"}, "it has to be an absolute path"),
         ({"paths": {"/etc": "tmpfs", "/etc/": "tmpfs"}}, "'/etc' and '/etc/' are one path"),
         ({"boot": "yes"}, "true or false"),
@@ -150,6 +153,18 @@ def test_templates(places: list[Path]) -> None:
     assert files.load("app@two").store == "/other:/two"
     with pytest.raises(UnionfsError, match="is a template"):
         files.load("app@")
+    for instance in (".", ".."):  # /srv/.. is no application's
+        with pytest.raises(UnionfsError, match="is no name"):
+            files.load(f"app@{instance}")
+    assert files.load("app@...").target == "/srv/..."
+
+
+def test_a_profile_is_not_called_as_the_root_s_union(places: list[Path]) -> None:
+    """Its directory in /run would be that one's, with what a boot has told there."""
+    (places[0] / "root.toml").write_text('[paths]\n"/a" = "tmpfs"\n')
+    for name in ("root", str(places[0] / "root.toml")):
+        with pytest.raises(UnionfsError, match="cannot have the name root"):
+            files.load(name)
 
 
 def test_files_that_cannot_be_read(places: list[Path]) -> None:
@@ -227,6 +242,8 @@ relative
 /run/live/z
 /again source=../up
 /etc source=/abs
+/ bind
+/ source=.
 """
     made = {rule.path: rule for rule in persistence.read(text, "LABEL=p:/ignored")}
     assert list(made) == ["/", "/home", "/home/u", "/usr", "/var/x"]
@@ -237,7 +254,7 @@ relative
     assert made["/usr"].upper == "LABEL=p:/usr/rw"
     assert made["/"].upper == "LABEL=p:/.hidden/rw"
     assert made["/var/x"].upper == "LABEL=p:/vx/rw"
-    assert len(caplog.records) == 7
+    assert len(caplog.records) == 9
 
 
 def test_persistence_conf_with_places_in_one_another(caplog: pytest.LogCaptureFixture) -> None:
@@ -380,6 +397,12 @@ def test_what_cannot_be_mounted(system: Path) -> None:
         plan.steps(read(store="s", paths={"/": "persist"}), ground(Path("/")))
     booted = Ground(root="/", directory="/run/p", may_mount=True, standing=frozenset({"/"}))
     assert short(plan.steps(read(store="s", paths={"/": "persist"}), booted)) == [("union", "/")]
+    booted = dataclasses.replace(booted, standing=frozenset({"/", "/etc"}))
+    paths = {"/": "persist", "/etc": "persist"}
+    made = read(store="/proc/self/store", paths=paths)  # on what is mounted on the root
+    assert ("union", "/etc") in short(plan.steps(made, booted))
+    with pytest.raises(UnionfsError, match="/etc: its store /none-such lies in /, which"):
+        plan.steps(read(store="/none-such", paths=paths), booted)
     with pytest.raises(UnionfsError, match="/opt does not exist"):
         plan.steps(read(store="s", paths={"/opt": "persist"}), ground(system))
     (system / "file").touch()
@@ -390,6 +413,26 @@ def test_what_cannot_be_mounted(system: Path) -> None:
         plan.steps(read(store="s", paths={"/link": "persist"}), ground(system))
     with pytest.raises(UnionfsError, match=r"p.toml: /etc: option 'falback=x'|falback"):
         plan.steps(read(store="s", options="falback=x", paths={"/etc": "persist"}), ground(system))
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"kind": "bind", "source": "/etc"},
+        {"kind": "bind", "source": "/etc/deeper"},
+        {"kind": "link", "source": "/"},
+        {"kind": "persist", "upper": "/data/etc"},
+        {"kind": "persist", "upper": "/data:/etc/x"},
+    ],
+)
+def test_two_paths_have_no_place_in_common(system: Path, second: dict[str, str]) -> None:
+    """An upper that is changed beneath its union shows what nobody can foresee."""
+    made = read(store="/data:/", paths={"/etc": "persist", "/home": second})
+    with pytest.raises(UnionfsError, match=r"p.toml: /home: its place .* around that of /etc"):
+        plan.steps(made, ground(system))
+    second = {"kind": "bind", "source": "/etc-x"}
+    paths: dict[str, Any] = {"/etc": "persist", "/home": second, "/var": second}
+    assert len(plan.steps(read(store="/data:/", paths=paths), ground(system))) == 3
 
 
 @pytest.mark.parametrize("path", ["/" + "x" * 256, "/file/below", "/file", "/none"])
@@ -448,6 +491,17 @@ def test_policy(places: list[Path], tmp_path: Path, capsys: Capture) -> None:
     assert "(app@one: /one)" in capsys.readouterr().out
     assert cli.main(["policy", "show", "one"]) == 0
     assert "is forgotten" in capsys.readouterr().out
+    links = '"/h/l" = "link"\n"/h/l/m" = "link"\n"/l" = "link"\n"/t" = "tmpfs"\n"/t/l" = "link"\n'
+    (places[0] / "one.toml").write_text(text + links)
+    assert cli.main(["policy", "test", "/h/l", "/h/l/m", "/l", "/t/l"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split(" ", 1)[1] for line in told] == [
+        "persists",
+        "persists",
+        "is forgotten, but for files linked to LABEL=d",
+        "is forgotten, but for files linked to LABEL=d",
+    ]
+    assert "persists: with /h, and files linked to LABEL=d:/persistent_one/h-l (one" in told[0]
     (places[0] / "bad.toml").write_text("x")
     assert cli.main(["policy", "show"]) == 0
     told = capsys.readouterr().out.splitlines()
@@ -464,6 +518,39 @@ def test_policy(places: list[Path], tmp_path: Path, capsys: Capture) -> None:
         ["policy", "test", "x"],
     ):
         assert cli.main(words) in (1, 32)
+
+
+@pytest.mark.root
+def test_policy_follows_links_as_the_system_does(tmp_path: Path, capsys: Capture) -> None:
+    """What lies behind one is what is changed; a link itself lies where it is."""
+    for folder in ("etc/unionfs", "usr/bin", "srv"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "bin").symlink_to("/usr/bin")
+    (tmp_path / "usr/bin/tool").symlink_to("../../srv/tool")
+    (tmp_path / "up").symlink_to("../../../srv")
+    for name, head in (("p", ""), ("q", 'base = "/up"\n')):
+        path = "/usr" if name == "p" else "/"
+        text = f'{head}store = "s"\n[paths]\n"{path}" = "persist"\n'
+        (tmp_path / f"etc/unionfs/{name}.toml").write_text(text)
+    for path, rule in (
+        ("/bin/sh", "(p: /usr)"),
+        ("/bin", "left as it is"),
+        ("/bin/", "(p: /usr)"),
+        ("/bin/tool", "(p: /usr)"),
+        ("/bin/tool/", "(q: /)"),
+        ("/bin/../etc", "(p: /usr)"),
+        ("/usr/../etc", "left as it is"),
+        ("/bin/..", "(p: /usr)"),
+        ("/up/x", "(q: /)"),
+    ):
+        assert cli.main(["policy", "test", path, "--root", str(tmp_path)]) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"{path} ")
+        assert rule in told
+    for name, target in (("one", "two"), ("two", "one")):
+        (tmp_path / name).symlink_to(target)
+    assert cli.main(["policy", "test", "/one/x", "--root", str(tmp_path)]) == 32
+    assert "/one: Too many levels of symbolic links" in capsys.readouterr().err
 
 
 @pytest.mark.root

@@ -242,6 +242,75 @@ def test_generator(tmp_path: Path) -> None:
     assert "profile wrong" in problems[0]
 
 
+def settings(text: str, name: str) -> list[str]:
+    """All words of one setting of a unit."""
+    lines = [line.partition("=") for line in text.splitlines()]
+    return [word for key, _, value in lines if key == name for word in value.split()]
+
+
+@pytest.mark.root
+def test_which_profile_comes_first(tmp_path: Path) -> None:
+    """What one covers is what another is about: it were seen or not, as it happens."""
+    stored = 'store = "/data"\n'
+    profiles(
+        tmp_path,
+        a=f'{stored}[paths]\n"/var/cache" = "persist"\n',
+        b=f'{stored}target = "/mnt"\n[paths]\n"/var/lib" = "tmpfs"\n',
+        c='store = "/var/lib/x.img:/c"\n[paths]\n"/etc" = "persist"\n',
+        d=f'{stored}[paths]\n"/etc" = "persist"\n',
+        e=f'{stored}[paths]\n"/variable" = "persist"\n',
+        v=f'{stored}[paths]\n"/var" = "persist"\n"/var/run" = "tmpfs"\n',
+        # Of a circle, the first by name is the first.
+        x='store = "/y/store"\n[paths]\n"/x" = "persist"\n',
+        y='store = "/x/store"\n[paths]\n"/y" = "persist"\n',
+    )
+    made, problems = generated(tmp_path)
+    assert problems == []
+    after = {
+        name: [
+            word
+            for word in settings(made[f"unionfs@{name}.service.d/50-profile.conf"], "After")
+            if word.startswith("unionfs@")
+        ]
+        for name in "abcdevxy"
+    }
+    v = ["unionfs@v.service"]
+    both = {"c": v, "d": ["unionfs@c.service"]}
+    assert after == {"a": v, "b": v, "e": [], "v": [], "x": [], "y": ["unionfs@x.service"], **both}
+
+
+@pytest.mark.root
+def test_lines_of_fstab_beside_a_profile(tmp_path: Path) -> None:
+    """What a path lies on comes before its profile, and what lies on the path after it."""
+    rules = '"/var" = "persist"\n"/var/lib/a" = "tmpfs"\n"/opt/x/y" = "tmpfs"\n'
+    profiles(
+        tmp_path,
+        one=f'store = "/var/store/s.img"\n[paths]\n{rules}',
+        two=f'nofail = true\nstore = "/s"\n[paths]\n{rules}',
+    )
+    (tmp_path / "etc/fstab").write_text(
+        "# /dev/sda9 /var/comment ext4\n"
+        "/dev/sda1 / ext4 defaults 0 1\n/dev/sda2 /var ext4\n/dev/sda3 /var/log/ ext4\n"
+        "/dev/sda4 /var/lib ext4\n/dev/sda5 /var/store ext4\n/dev/sda6 none swap\n"
+        "/dev/sda7 /opt/x ext4\n/dev/sda8 /var/a\\040b ext4\n/dev/sda9 /variable ext4\nwrong\n"
+    )
+    made, problems = generated(tmp_path)
+    assert problems == []
+    one, two = (made[f"unionfs@{name}.service.d/50-profile.conf"] for name in ("one", "two"))
+    beneath = ["var-log.mount", "var-log.automount", "var-a\\x20b.mount", "var-a\\x20b.automount"]
+    assert settings(one, "Before") == ["local-fs.target", *beneath]
+    assert settings(two, "Before") == [
+        *beneath[:2],
+        "var-store.mount",
+        "var-store.automount",
+        *beneath[2:],
+    ]
+    assert "/opt/x" in settings(one, "RequiresMountsFor")
+    assert "/var/lib" in settings(one, "RequiresMountsFor")
+    assert "opt-x.mount" in settings(two, "Wants")
+    assert "opt-x.mount" in settings(two, "After")
+
+
 @pytest.mark.root
 def test_generator_of_a_profile_that_is_not_there(tmp_path: Path) -> None:
     made, problems = generated(tmp_path, "unionfs.profile=nosuch")

@@ -162,3 +162,13 @@ def topmost(path: str, mounts: Iterable[MountEntry]) -> MountEntry | None:
         if entry.point == path:
             found = entry
     return found
+
+
+def covering(entry: MountEntry, mounts: Iterable[MountEntry]) -> MountEntry | None:
+    """What lies over a mount, at its mount point or on the way there; None if it is seen."""
+    later = False
+    for other in mounts:
+        if later and f"{entry.point}/".startswith(other.point.rstrip("/") + "/"):
+            return other
+        later = later or other.number == entry.number
+    return None

@@ -10,8 +10,11 @@ Owns also where a user's programs keep what is there for a moment (stores/).
 import contextlib
 import os
 import stat
+from typing import Final
 
 from unionfs.errors import printable
+
+ROOT: Final = "root"  # the name of the union that a system runs from
 
 
 def name_of(point: str) -> str:

@@ -7,22 +7,23 @@ store and looks at no device: a generator holds up the whole boot (systemd.gener
 
     local-fs.target.wants/unionfs@NAME.service       (.requires/ with fallback=fail)
     local-fs.target.wants/unionfs-degraded@root.service    if the initramfs missed the store
-    unionfs@NAME.service.d/50-profile.conf           what it stands on
+    unionfs@NAME.service.d/50-profile.conf           what it stands on, and what comes first
     DEVICE.device.d/50-unionfs.conf                  how long the device is waited for
 """
 
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from unionfs.boot import devices, units
+from unionfs.boot import devices, order, units
 from unionfs.boot.cmdline import parse_cmdline
 from unionfs.boot.units import Needs, unit_name
 from unionfs.errors import UnionfsError, printable
 from unionfs.options import split_options
 from unionfs.profiles import files
 from unionfs.profiles.profile import Profile
+from unionfs.profiles.reading import read_whole
 
 TARGET: Final = "local-fs.target"
 INITRD: Final = "/etc/initrd-release"
@@ -36,23 +37,58 @@ def generate(place: str, *, cmdline: str, root: str = "/") -> list[str]:
     """Write units into the directory `place`; one line for whatever could not be done."""
     if os.path.exists(os.path.join(root, INITRD.lstrip("/"))):
         return _in_initrd(place, cmdline)
-    problems = []
+    problems: list[str] = []
     asked = parse_cmdline(cmdline).profile
     names = [name for name in files.names(root) if not name.endswith("@")]
     if asked is not None and asked not in names:
         names.append(asked)
-    for name in names:
-        try:
-            profile = files.said(name, root)
-            if profile.covers_root:
-                continue  # the initramfs has brought it up; nobody can take it down
-            _write_profile(place, profile, start=profile.boot or name == asked)
-        except (UnionfsError, OSError) as exc:
-            line = exc.line() if isinstance(exc, UnionfsError) else str(exc)
-            problems.append(printable(f"profile {name}: {line}"))
+    profiles = _read(names, root, problems)
+    fstab = _fstab(root)
+    earlier = order.earlier(profiles)
+    for profile in profiles:
+        name = profile.name
+        with _told(name, problems):
+            lines = [*drop_in(profile), *_order(profile, earlier[name], fstab)]
+            _write_profile(place, profile, lines, start=profile.boot or name == asked)
     for name in _degraded(root):
         _link(place, f"{TARGET}.wants", f"{_DEGRADED}@{name}.service")
     return problems
+
+
+@contextlib.contextmanager
+def _told(name: str, problems: list[str]) -> Iterator[None]:
+    """One profile that is wrong keeps no other away."""
+    try:
+        yield
+    except (UnionfsError, OSError) as exc:
+        line = exc.line() if isinstance(exc, UnionfsError) else str(exc)
+        problems.append(printable(f"profile {name}: {line}"))
+
+
+def _read(names: Iterable[str], root: str, problems: list[str]) -> list[Profile]:
+    found = []
+    for name in names:
+        with _told(name, problems):
+            found.append(files.said(name, root))
+    # The initramfs has brought up what covers the root; nobody can take it down.
+    return [profile for profile in found if not profile.covers_root]
+
+
+def _fstab(root: str) -> bytes:
+    with contextlib.suppress(OSError):
+        return read_whole(os.path.join(root, "etc/fstab"))
+    return b""
+
+
+def _order(profile: Profile, earlier: Sequence[str], fstab: bytes) -> list[str]:
+    """Among other mounts, where one of them covers what the other is about."""
+    after = [f"unionfs@{name}.service" for name in earlier]
+    before = []
+    for place in order.mounted_over(profile, fstab):
+        with contextlib.suppress(UnionfsError):  # too long for a unit: systemd has none either
+            before += [unit_name(place, "mount"), unit_name(place, "automount")]
+    lines = [f"After={' '.join(after)}"] if after else []
+    return [*lines, f"Before={' '.join(before)}"] if before else lines
 
 
 def _degraded(root: str) -> list[str]:
@@ -74,12 +110,12 @@ def _in_initrd(place: str, cmdline: str) -> list[str]:
     return []
 
 
-def _write_profile(place: str, profile: Profile, *, start: bool) -> None:
+def _write_profile(place: str, profile: Profile, lines: Sequence[str], *, start: bool) -> None:
     service = f"unionfs@{profile.name}.service"
     if start:
         kind = "requires" if _must_come_up(profile) else "wants"
         _link(place, f"{TARGET}.{kind}", service)
-    _write(place, f"{service}.d/50-profile.conf", drop_in(profile))
+    _write(place, f"{service}.d/50-profile.conf", lines)
     seconds = _seconds(_option(profile.options, "device-timeout"))
     for unit in devices.drop_ins(_store(profile), seconds, "50-unionfs.conf"):
         _write(place, unit.name, unit.text.splitlines())
@@ -94,6 +130,9 @@ def drop_in(profile: Profile) -> list[str]:
     needed = [name for name in profile.needs() if name not in store]
     lines += Needs.of(needed).lines(required=True)
     lines += Needs.of(store).lines(required=_must_come_up(profile))
+    # A path's own file system, such as a partition on /var; the path itself may be a mount point.
+    ways = map(os.path.dirname, profile.points())
+    lines += Needs.of(ways).lines(required=not profile.nofail)
     points = [unit_name(point, "mount") for point in profile.points() if point != "/"]
     if points:
         # So it is the service that unmounts them at the end, in its order.

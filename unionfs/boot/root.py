@@ -57,6 +57,8 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
     if point != "/" and mounted_beneath(point, mounts):
         teller.warn(f"what is mounted beneath {root} will not be seen in the union")
     if dry:
+        if (problem := _profile_problem(request, root)) is not None:
+            teller.warn(problem)
         for line in described(request, root, lower):
             print(printable(line))
         return ExitCode.OK
@@ -64,7 +66,8 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
     from unionfs import daemon  # noqa: F401
 
     try:
-        return _Boot(request, root, lower, teller).run()
+        with teller.hearing():
+            return _Boot(request, root, lower, teller).run()
     finally:
         teller.keep()
 
@@ -72,6 +75,18 @@ def boot(request: Request, root: str, *, lower: str | None = None, dry: bool = F
 def _is_done(entry: MountEntry, request: Request) -> bool:
     """Whether somebody has been here: ourselves, or those whose words are on the command line."""
     return entry.fstype == FSTYPE or (entry.fstype in _OTHERS and not request.native)
+
+
+def _profile_problem(request: Request, root: str) -> str | None:
+    """What is wrong with the profile, as far as its files tell."""
+    from unionfs.profiles import files
+
+    try:
+        if request.profile is not None:
+            files.said(request.profile, root)
+    except UnionfsError as exc:
+        return exc.line()
+    return None
 
 
 def idle_words(request: Request) -> list[str]:

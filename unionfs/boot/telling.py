@@ -6,6 +6,7 @@ journal takes over; and in /run/unionfs/root/boot, for scripts.  Called by root.
 """
 
 import contextlib
+import logging
 import os
 import sys
 import time
@@ -17,7 +18,7 @@ from unionfs.boot.aside import in_initramfs
 from unionfs.errors import printable
 from unionfs.stores.tools import Progress
 
-NAME: Final = "root"  # of the union
+NAME: Final = runtime.ROOT  # of the union
 _FILE: Final = "boot"
 _KERNEL_LOG: Final = "/dev/kmsg"
 _INFO: Final = 6  # of syslog(3)
@@ -51,6 +52,16 @@ class Teller:
                 log.write(f"<{priority}>unionfs: {line}\n".encode(errors="replace"))
 
     @contextlib.contextmanager
+    def hearing(self) -> Iterator[None]:
+        """What others log as a warning meanwhile is told too."""
+        ear, log = _Ear(self), logging.getLogger("unionfs")
+        log.addHandler(ear)
+        try:
+            yield
+        finally:
+            log.removeHandler(ear)
+
+    @contextlib.contextmanager
     def counting(self, what: str, total: int) -> Iterator[Progress]:
         """On a terminal how far long work is, in a line that goes when it ends."""
         if not sys.stderr.isatty():
@@ -71,6 +82,17 @@ class Teller:
             text = "".join(line + "\n" for line in self.lines)
             with open(f"{place}/{_FILE}", "wb") as file:
                 file.write(text.encode(errors="surrogateescape"))
+
+
+class _Ear(logging.Handler):
+    def __init__(self, teller: Teller) -> None:
+        super().__init__(logging.WARNING)
+        self._teller = teller
+        self._process = os.getpid()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if os.getpid() == self._process:  # a daemon has a log of its own
+            self._teller.warn(record.getMessage())
 
 
 class _Count(Progress):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from unionfs.cli.parser import Parser, system_root
 from unionfs.errors import ExitCode, UnionfsError, printable, usage_error
-from unionfs.profiles import files
+from unionfs.profiles import files, links
 from unionfs.profiles.profile import Profile, Rule
 
 USAGE = """\
@@ -30,6 +30,7 @@ _MEANINGS = {
     "link": "is forgotten, but for files linked to {place}",
 }
 _EMPTY = "is forgotten: empty at first, in memory"
+_LINKED = "persists: with {path}, and files linked to {place}"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -56,7 +57,9 @@ def _test(paths: Sequence[str], only: str | None, root: str, *, as_json: bool) -
     for path in paths:
         if not path.startswith("/"):
             raise usage_error(f"{path} is no absolute path", "write it as the system sees it")
-        found = [(p, rule) for p in profiles if (rule := p.find(path)) is not None]
+        place = links.named(root, path)
+        tops = [(p, links.followed(root, p.where)) for p in profiles]
+        found = [(p, rule) for p, top in tops if (rule := p.find(place, top)) is not None]
         told += [_object(path, profile, rule) for profile, rule in found]
         if not found:
             told.append({"path": path, "profile": None, "kind": None})
@@ -94,6 +97,12 @@ def meaning(profile: Profile, rule: Rule) -> str:
     """What becomes of what a rule covers, in words."""
     if rule.kind == "tmpfs" and not rule.union:
         return _EMPTY
+    if rule.kind == "link" and not profile.links_into_base(rule):
+        above = profile.above(rule)
+        while above is not None and above.kind == "link" and not profile.links_into_base(above):
+            above = profile.above(above)
+        if above is not None and above.kind in ("persist", "bind"):
+            return _LINKED.format(place=_place(profile, rule), path=above.path)
     return _MEANINGS[rule.kind].format(place=_place(profile, rule))
 
 

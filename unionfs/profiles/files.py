@@ -16,6 +16,7 @@ import re
 import tomllib
 from typing import Any, Final
 
+from unionfs import runtime
 from unionfs.errors import UnionfsError
 from unionfs.profiles import persistence, profile
 from unionfs.profiles.profile import Profile
@@ -74,10 +75,11 @@ def load(name: str, root: str = "/") -> Profile:
 
 def said(name: str, root: str = "/") -> Profile:
     """What the files themselves say: no store is opened to learn of paths."""
+    if own_name(name) == runtime.ROOT:
+        hint = "rename it: that is what the root's own union is called"
+        raise UnionfsError(f"a profile cannot have the name {runtime.ROOT}", hint=hint)
     if "/" in name:
-        own = own_name(name)
-        return profile.read(own, [(name, _read(name))])
-    own_name(name)
+        return profile.read(own_name(name), [(name, _read(name))])
     places = directories(root)
     _template, at, instance = name.partition("@")
     if at and not instance:

@@ -33,7 +33,11 @@ def complete(profile: Profile, top: str = "/") -> Profile:
     """
     assert profile.store is not None
     text = _text(profile.store, top, read_strings(profile.options))
-    return dataclasses.replace(profile, rules=tuple(read(text, profile.store, top)))
+    rules = tuple(read(text, profile.store, top))
+    if not rules:
+        hint = "write a line such as /home union"
+        raise UnionfsError(f"{FILE} of {profile.store} names nothing that persists", hint=hint)
+    return dataclasses.replace(profile, rules=rules)
 
 
 def _text(store: str, top: str, said: OptionReader) -> str:
@@ -122,6 +126,8 @@ def _rule(words: list[str], store: str, top: str) -> tuple[Rule, str]:
             kind = _KINDS[option]
         elif option:
             raise ValueError(f"the option {option} is unknown")
+    if kind == "bind" and path == source == "/":
+        raise ValueError("in place of / the store alone would be seen: write / union")
     source = below(top, source)
     if kind == "persist":
         upper = f"{store}:{os.path.join(source, 'rw')}"

@@ -23,7 +23,9 @@ from typing import Final, Literal, cast
 from unionfs import locator, runtime
 from unionfs.errors import UnionfsError
 from unionfs.locator import Locator
+from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions, OptionReader, read_strings
+from unionfs.profiles import links
 from unionfs.profiles.binding import open_seen
 from unionfs.profiles.profile import Profile, Rule, below
 
@@ -31,6 +33,7 @@ Action = Literal["union", "memory", "bind", "view", "links"]
 # Told of an error that one rule has.
 Failed = Callable[[UnionfsError], None]
 EMPTY: Final = "empty"
+_STORED: Final = ("persist", "bind", "link")
 # Settings that only say how a store is used: not for a path that has nothing in it.
 _OF_STORE: Final = (
     *("work", "store_flags", "autogrow", "low_water", "key_file", "credential"),
@@ -83,6 +86,7 @@ def steps(profile: Profile, ground: Ground, failed: Failed | None = None) -> lis
 
     A rule that cannot be had here goes to `failed`, which raises the error or goes on without it.
     """
+    refuse_one_place(profile)
     planner = _Planner(profile, ground)
     made: list[Step] = []
     for rule in profile.rules:
@@ -111,6 +115,24 @@ def place_in_store(profile: Profile, rule: Rule) -> str:
     return f"{where.source}:{below(_top(profile, where), runtime.name_of(rule.path))}"
 
 
+def refuse_one_place(profile: Profile) -> None:
+    """Raises UnionfsError if an upper is another path's too: nobody else may change what is in one.
+
+    By what is written: two names of one place are found out by who opens it.
+    """
+    seen: list[tuple[Rule, str]] = []
+    for rule in (rule for rule in profile.rules if rule.kind in _STORED):
+        where = locator.parse(rule.upper or place_in_store(profile, rule))
+        place = below(where.source, where.directory or "/")
+        for other, its in seen:
+            near = _lies_in(place, its) or _lies_in(its, place)
+            if near and "persist" in (rule.kind, other.kind):
+                what = f"its place in the store lies in or around that of {other.path}"
+                hint = "name another source or upper"
+                raise UnionfsError(f"{rule.said_by}: {rule.path}: {what}", hint=hint)
+        seen.append((rule, place))
+
+
 def _top(profile: Profile, where: Locator) -> str:
     if where.directory is not None:
         return where.directory
@@ -124,14 +146,18 @@ class _Planner:
         self.profile = profile
         self.ground = ground
         self.wish = ground.wish
-        self.top = self._rooted(profile.where)
+        # As the mount table has it; the layers keep the names that their users have given them.
+        self.top = below(ground.root, links.followed(ground.root, profile.where))
         own = [self._rooted(layer) for layer in profile.base]
         self.base = own if self.wish.base is None else [self.wish.base]
         self.in_place = profile.in_place and self.wish.base is None
 
     def _rooted(self, text: str) -> str:
         """A plain path of the profile's system, from here."""
-        return below(self.ground.root, text) if text.startswith("/") else text
+        root = self.ground.root
+        if root == "/" or not text.startswith("/"):
+            return text
+        return below(root, links.followed(root, text))
 
     def seen_at(self, rule: Rule) -> str:
         """Where something is mounted for a rule."""
@@ -139,9 +165,12 @@ class _Planner:
 
     def steps(self, rule: Rule) -> list[Step]:
         point = below(self.top, rule.path)
+        if self.in_place and not self.ground.standing:  # else what we have mounted is seen there
+            links.refuse(rule.said_by, self.top, rule.path)
         if point == "/" and point not in self.ground.standing:
             hint = "bring it up over another root: unionfs up NAME --root DIR"
             raise UnionfsError(f"{rule.said_by}: / cannot be covered while it is in use", hint=hint)
+        self._refuse_covered_store(rule)
         above = self.profile.above(rule)
         made: list[Step] = []
         if self.in_place and above is not None:
@@ -164,8 +193,39 @@ class _Planner:
         if rule.kind == "link":
             linked = Step(action="bind", path=rule.path, point=self._linked(rule))
             made.append(self._stored(rule, linked))
-        made.append(self._step(rule, point, lowers))
-        return made
+        last = self._step(rule, point, lowers)
+        if self.profile.links_into_base(rule):
+            options = self._options(rule, point, lowers, _memory(self.wish.size))
+            made.append(dataclasses.replace(last, action="union", options=options))
+        return [*made, last]
+
+    def _refuse_covered_store(self, rule: Rule) -> None:
+        """Through the union that covers it, an image would be copied up: into a union, or itself.
+
+        What covers its own store only has opened that before.
+        """
+        store = rule.upper or (self.profile.store if rule.kind in _STORED else None)
+        if store is None or locator.is_tag(store):
+            return
+        place = os.path.realpath(locator.parse(store).value)
+        for other in self.profile.rules:
+            if other != rule and self.profile.mounts(other) and self._covers(other, place):
+                what = f"its store {place} lies in {other.path}, which this profile covers"
+                hint = "put it elsewhere, such as on a file system of its own"
+                raise UnionfsError(f"{rule.said_by}: {rule.path}: {what}", hint=hint)
+
+    def _covers(self, rule: Rule, place: str) -> bool:
+        """Whether a path would be seen through what is mounted for a rule.
+
+        Not what somebody has mounted on that since, as on the root of a system that runs.
+        """
+        point = below(self.top, rule.path)
+        if not _lies_in(place, point):
+            return False
+        if point not in self.ground.standing:
+            return True
+        others = (e.point for e in read_mounts() if e.point not in self.ground.standing)
+        return not any(o != point and _lies_in(o, point) and _lies_in(place, o) for o in others)
 
     def _has_base(self, rule: Rule, point: str, view: str) -> bool:
         """Whether the base has a path that lies below another one of the profile, in place."""
@@ -259,6 +319,8 @@ class _Planner:
 
     def _lowers(self, rule: Rule) -> list[str]:
         """What the layers of the base have of a path."""
+        for layer in filter(locator.is_directory, self.base):
+            links.refuse(rule.said_by, layer, rule.path)
         places = [_inside(layer, rule.path) for layer in self.base]
         return [place for place in places if rule.path == "/" or self._has(rule, place)]
 
@@ -314,6 +376,10 @@ def _inside(layer: str, path: str) -> str:
     if locator.is_directory(layer):
         return below(layer, path)
     return f"{where.source}:{below(where.directory or '/', path)}"
+
+
+def _lies_in(path: str, place: str) -> bool:
+    return f"{path.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")
 
 
 def _is_empty(place: str) -> bool:

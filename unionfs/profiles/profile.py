@@ -15,7 +15,7 @@ A path's kind is one of
     tmpfs     the same with its changes in memory; with union = false an empty tmpfs
     bind      a directory of the store in its place; filled from the base when it is made
     exclude   the base's own, which nobody changes, out of what lies above it if anything does
-    link      as live-boot's: files of the store by symbolic links
+    link      as live-boot's: files of the store by symbolic links, in what lies above or in memory
 """
 
 import dataclasses
@@ -31,7 +31,9 @@ from unionfs.options import split_layers
 
 Kind = Literal["persist", "tmpfs", "bind", "exclude", "link"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:@[A-Za-z0-9_.\-]*)?")
+# An instance fills in paths, where a dot or two would be another directory.
+NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(?:@(?!\.\.?\Z)[A-Za-z0-9_.\-]*)?")
+_MEMORY: Final = "tmpfs:"
 _RULE_KEYS: Final = ("kind", "union", "size", "source", "upper", "options")
 
 
@@ -93,10 +95,10 @@ class Profile:
         normal = below("/", path)
         return next((rule for rule in reversed(self.rules) if rule.covers(normal)), None)
 
-    def find(self, path: str) -> Rule | None:
-        """The rule for a path as it is seen once the profile is up."""
+    def find(self, path: str, top: str | None = None) -> Rule | None:
+        """The rule for a path as it is seen once the profile is up, at `top`."""
         normal = below("/", path)
-        top = self.where.rstrip("/")
+        top = (self.where if top is None else top).rstrip("/")
         if not f"{normal}/".startswith(f"{top}/"):
             return None
         return self.rule_for(normal[len(top) :] or "/")
@@ -107,9 +109,18 @@ class Profile:
             return None
         return self.rule_for(os.path.dirname(rule.path))
 
+    def links_into_base(self, rule: Rule) -> bool:
+        """Whether it is for links and nothing above takes them: they need a union of their own."""
+        above = self.above(rule)
+        return rule.kind == "link" and (above is None or above.kind == "exclude")
+
+    def mounts(self, rule: Rule) -> bool:
+        """Whether something is mounted at its path."""
+        return rule.kind != "link" or self.links_into_base(rule)
+
     def points(self) -> list[str]:
         """Where it mounts, what lies above first."""
-        return [below(self.where, rule.path) for rule in self.rules if rule.kind != "link"]
+        return [below(self.where, rule.path) for rule in self.rules if self.mounts(rule)]
 
     def needs(self) -> list[str]:
         """What it stands on: locators, and where it mounts."""
@@ -149,7 +160,7 @@ def _read_field(path: str, key: str, value: object) -> dict[str, object]:
     match key, value:
         case "description", str():
             return {key: value}
-        case "store", str() if value:
+        case "store", str() if value and not value.startswith(_MEMORY):
             return {key: value}
         case "base", str() if value:
             return {key: tuple(split_layers(value, f"{path}: base"))}
@@ -241,6 +252,9 @@ def _read_rule(file: str, path: str, said: object) -> Rule:
     )
     if rule.size is not None and not SIZE.fullmatch(rule.size):
         raise UnionfsError(f"{what}: size = {rule.size!r}", hint="write 100M, 2G or 50%")
+    if rule.upper is not None and (not rule.upper or rule.upper.startswith(_MEMORY)):
+        hint = "name a directory, an image or a device; what need not be kept is of the kind tmpfs"
+        raise UnionfsError(f"{what}: upper = {rule.upper!r}", hint=hint)
     if rule.source is None:
         return rule
     if not rule.source.startswith("/") or ".." in rule.source.split("/"):

@@ -22,7 +22,7 @@ from typing import Final
 
 from unionfs import daemon, notify, runtime, syscalls
 from unionfs.errors import ExitCode, UnionfsError, printable
-from unionfs.mounts import FSTYPE, MountEntry, read_mounts, topmost
+from unionfs.mounts import FSTYPE, MountEntry, covering, read_mounts, topmost
 from unionfs.profiles import binding, plan, waiting
 from unionfs.profiles.binding import Shown
 from unionfs.profiles.plan import Ground, Step, Wish
@@ -39,6 +39,10 @@ _DIRECTORIES: Final = "directories"
 _LOCK: Final = "lock"
 
 
+class Covered(UnionfsError):
+    """What somebody else has mounted lies over a mount of ours."""
+
+
 @dataclass(frozen=True, slots=True)
 class Made:
     """A mount of ours, as it is found again in the mount table.
@@ -53,9 +57,9 @@ class Made:
     before: int = -1
 
     def entry(self, mounts: list[MountEntry]) -> MountEntry | None:
-        """It, if it is still what is seen there."""
-        found = topmost(self.point, mounts)
-        return found if found is not None and found.device == self.device else None
+        """It, if it is still there, also beneath what somebody else has mounted over it."""
+        found = [e for e in mounts if e.point == self.point and e.device == self.device]
+        return found[-1] if found else None
 
     def finished(self) -> "Made | None":
         """With what is seen there now, if that is something new."""
@@ -102,6 +106,7 @@ def up(
         os.makedirs(f"{directory}/{plan.EMPTY}", 0o755, exist_ok=True)
         record = _Record(directory)
         _heal(record)
+        _refuse_covered(record)
         had, had_directories = list(record.made), list(record.directories)
         outcome = Outcome([], [])
         try:
@@ -215,6 +220,8 @@ def _do(
         return
     begun = _begin(step.point)
     try:
+        _refuse_links(step)
+        _look_beneath(step, record)
         _make_point(step, record)
         if step.action != "links":
             record.add(begun)
@@ -245,6 +252,27 @@ def _error(step: Step, exc: UnionfsError | OSError) -> UnionfsError:
     return UnionfsError(f"{step.path}: {what}{reason}")
 
 
+def _refuse_links(step: Step) -> None:
+    """mount(2) would follow one, out of the system that is mounted, or to where nobody looks."""
+    seen = os.path.realpath(step.point)
+    if seen != step.point:
+        hint = "name what it points to, or remove the link"
+        raise UnionfsError(f"{step.point} leads to {seen} by a symbolic link", hint=hint)
+
+
+def _look_beneath(step: Step, record: "_Record") -> None:
+    """What is mounted beneath a mount point is not seen any more."""
+    beneath = [e for e in read_mounts() if e.point.startswith(f"{step.point.rstrip('/')}/")]
+    if not beneath or step.action == "links":
+        return
+    if own := next((e for e in beneath if record.at(e.point) is not None), None):
+        what = f"{step.point} is new above {own.point}, which is mounted"
+        raise UnionfsError(what, hint="take the profile down first")
+    log.warning(
+        "%s: what is mounted on %s is not seen any more", step.path, printable(beneath[0].point)
+    )
+
+
 def _make_point(step: Step, record: "_Record") -> None:
     """What is not there is made, in the union above; what cannot be changed has to have it.
 
@@ -262,7 +290,8 @@ def _make_point(step: Step, record: "_Record") -> None:
             os.makedirs(step.point, 0o755)
     except OSError as exc:
         reason = os.strerror(exc.errno or errno.EIO)
-        raise UnionfsError(f"{step.point} cannot be made: {reason}") from exc
+        hint = "make it in the base" if exc.errno == errno.EROFS else None
+        raise UnionfsError(f"{step.point} cannot be made: {reason}", hint=hint) from exc
 
 
 def _missing(path: str) -> list[str]:
@@ -298,8 +327,11 @@ def _mount(step: Step, profile: Profile, outcome: Outcome, shown: Shown | None) 
 
 def _take_down(made: Made, *, lazy: bool) -> bool:
     """Whether it was there."""
-    if made.entry(read_mounts()) is None:
+    mounts = read_mounts()
+    entry = made.entry(mounts)
+    if entry is None:
         return False
+    _refuse_if_covered(entry, mounts)
     if made.fstype == FSTYPE:
         unmount(made.point, lazy=lazy, force=False)
         return True
@@ -312,6 +344,20 @@ def _take_down(made: Made, *, lazy: bool) -> bool:
         reason = os.strerror(exc.errno or errno.EIO)
         raise UnionfsError(f"{made.point} cannot be unmounted: {reason}") from exc
     return True
+
+
+def _refuse_covered(record: "_Record") -> None:
+    mounts = read_mounts()
+    for made in record.made:
+        if (entry := made.entry(mounts)) is not None:
+            _refuse_if_covered(entry, mounts)
+
+
+def _refuse_if_covered(entry: MountEntry, mounts: list[MountEntry]) -> None:
+    """By its path somebody else's mount would be unmounted."""
+    if (other := covering(entry, mounts)) is not None:
+        what = f"{entry.point} is covered by a mount of {other.fstype} on {other.point}"
+        raise Covered(f"{what} ({other.source})", hint="unmount that first")
 
 
 def _heal(record: "_Record") -> None:

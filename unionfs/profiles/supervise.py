@@ -125,6 +125,8 @@ def stop(name: str) -> None:
     try:
         running.down(name)
         return
+    except running.Covered:
+        raise  # its daemon cannot even be asked for
     except UnionfsError as exc:
         log.warning("%s; it is taken down all the same", exc.message)
     mounts = read_mounts()
