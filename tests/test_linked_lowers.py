@@ -215,3 +215,84 @@ def test_an_index_that_kernel_overlayfs_has_made(base: Path) -> None:
             assert (union.mnt / "a1").read_text() == "a\nchanged\nchanged\n"
     finally:
         ground.run("umount", base / "lower")
+
+
+@pytest.mark.parametrize("by", ["time", "size"])
+def test_an_ext4_made_anew_with_the_uuid_of_another(
+    base: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mke2fs gives the files of both the same handles, with a generation of 0."""
+    why = images.why_not("ext4")
+    if why:
+        pytest.skip(why)
+    mkfs = find("mkfs.ext4")
+    assert mkfs
+    if by == "size":
+        (base / "two/b1").write_text("bbb\n")
+    made = {}
+    for at, name in enumerate(("one", "two")):
+        monkeypatch.setenv("E2FSPROGS_FAKE_TIME", str(1_700_000_000 + at * (by == "time")))
+        for file in (base / name).iterdir():
+            os.utime(file, (1_600_000_000 + at * (by == "time"),) * 2)
+        made[name] = base / f"{name}.img"
+        with open(made[name], "wb") as image:
+            image.truncate(16 << 20)
+        uuid = "11111111-2222-3333-4444-555555555555"
+        ground.run(mkfs, "-q", "-F", "-U", uuid, "-d", base / name, made[name])
+    lower = base / "lower.img"
+    union = Unionfs([lower], base / "upper", base / "mnt")
+    text = (base / "two/b1").read_text()
+
+    lower.write_bytes(made["one"].read_bytes())
+    with union:
+        append(union.mnt / "a1")
+    lower.write_bytes(made["two"].read_bytes())
+    with union:
+        assert contents(union.mnt, "b1", "b2") == [text, text]
+        append(union.mnt / "b1")
+        union.remount()
+        assert contents(union.mnt, "b1", "b2") == [text + "changed\n"] * 2
+        assert (union.mnt / "b1").stat().st_ino == (union.mnt / "b2").stat().st_ino
+    lower.write_bytes(made["one"].read_bytes())
+    with union:
+        assert contents(union.mnt, "a1", "a2") == ["a\nchanged\n", "a\nchanged\n"]
+
+
+def test_a_number_that_a_lower_gives_again(base: Path) -> None:
+    """A kernel overlay has no file handles: what it makes later may have the number of before."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    with open(base / "disk.img", "wb") as image:
+        image.truncate(16 << 20)
+    mkfs = find("mkfs.ext4")
+    assert mkfs
+    ground.run(mkfs, "-q", "-F", base / "disk.img")
+    for name in ("disk", "lower"):
+        (base / name).mkdir()
+    ground.run("mount", "-o", "loop", base / "disk.img", base / "disk")
+    try:
+        for name in ("upper", "work"):
+            (base / "disk" / name).mkdir()
+        kernel = Overlay(
+            [base / "one"], base / "disk/upper", base / "lower", work=base / "disk/work"
+        )
+        with kernel:
+            lower = kernel.mnt
+            (lower / "c1").write_text("c\n")
+            (lower / "c2").hardlink_to(lower / "c1")
+            number = (lower / "c1").stat().st_ino
+            with Unionfs([lower], base / "upper", base / "mnt") as union:
+                append(union.mnt / "c1")
+            for name in ("c1", "c2"):
+                (lower / name).unlink()
+            (lower / "d1").write_text("d\n")
+            (lower / "d2").hardlink_to(lower / "d1")
+            if (lower / "d1").stat().st_ino != number:
+                pytest.skip("it has another number")
+            with Unionfs([lower], base / "upper", base / "mnt") as union:
+                assert contents(union.mnt, "d1", "d2") == ["d\n", "d\n"]
+                append(union.mnt / "d2")
+                union.remount()
+                assert contents(union.mnt, "d1", "d2") == ["d\nchanged\n"] * 2
+    finally:
+        ground.run("umount", base / "disk")
