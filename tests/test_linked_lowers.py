@@ -296,3 +296,27 @@ def test_a_number_that_a_lower_gives_again(base: Path) -> None:
                 assert contents(union.mnt, "d1", "d2") == ["d\nchanged\n"] * 2
     finally:
         ground.run("umount", base / "disk")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "there"])
+def test_a_symbolic_link_with_two_names_is_itself(base: Path, target: str) -> None:
+    """Not what it leads to, which may be anywhere."""
+    if target == "there":
+        (base / "there").write_text("outside\n")
+        target = str(base / "there")
+    os.symlink(target, base / "one/s1")
+    os.link(base / "one/s1", base / "one/s2", follow_symlinks=False)
+    with Unionfs([base / "one"], base / "upper", base / "mnt") as union:
+        os.utime(union.mnt / "s1", ns=(5, 5), follow_symlinks=False)
+        os.rename(union.mnt / "s2", union.mnt / "s3")
+        for _ in range(2):
+            assert [os.readlink(union.mnt / name) for name in ("s1", "s3")] == [target] * 2
+            status = [(union.mnt / name).lstat() for name in ("s1", "s3")]
+            assert [s.st_mtime_ns for s in status] == [5, 5]
+            assert status[0].st_ino == status[1].st_ino
+            if os.geteuid() == 0:  # a user's symbolic link carries no attribute with its count
+                assert [s.st_nlink for s in status] == [2, 2]
+            union.remount()
+        os.unlink(union.mnt / "s1")
+        assert os.readlink(union.mnt / "s3") == target
+        assert not os.path.lexists(union.mnt / "s1")
