@@ -414,8 +414,8 @@ def _publish(
         )
 
 
-def _link_entry(index: int, entry: str, dirfd: int, name: bytes) -> None:
-    """One more name for what is in the index, be it a symbolic link: never for what that leads to."""
+def _link_entry(index: int, entry: str | bytes, dirfd: int, name: bytes) -> None:
+    """One more name for what is in the index: of a symbolic link never for what that leads to."""
     os.link(entry, name, src_dir_fd=index, dst_dir_fd=dirfd, follow_symlinks=False)
 
 
