@@ -43,7 +43,7 @@ _FSCONFIG_CMD_CREATE: Final = 6
 _FSCONFIG_CMD_RECONFIGURE: Final = 7
 _FSPICK_CLOEXEC: Final = 1
 _FSPICK_EMPTY_PATH: Final = 8
-_FUSE_SUPER_MAGIC: Final = 0x65735546
+FUSE: Final = 0x65735546
 _MS_PRIVATE: Final = 1 << 18
 _CLONE_NEWNS: Final = 0x20000
 _CAPABILITY_VERSION_3: Final = 0x20080522
@@ -330,7 +330,7 @@ def is_encrypted(fd: int) -> bool:
 def node_of_fuse(fd: int) -> int | None:
     """The number by which FUSE asks for a file, if it tells; None of other file systems."""
     handle = _FileHandle(handle_bytes=_MAX_HANDLE)
-    if filesystem_type(f"/proc/self/fd/{fd}") != _FUSE_SUPER_MAGIC or not _get_handle(fd, handle):
+    if filesystem_type(f"/proc/self/fd/{fd}") != FUSE or not _get_handle(fd, handle):
         return None
     high, low = struct.unpack_from("=II", bytes(handle.f_handle))
     return int(high) << 32 | int(low)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
+from unionfs import acl
 from unionfs.errors import UnionfsError
 from unionfs.stores import sockets
 from unionfs.stores.tools import delayed, environment, tool
@@ -292,6 +293,7 @@ def extract(
             reason = _last(said, "tar ended early")
             raise UnionfsError(f"{path} cannot be restored: {reason}") from None
     if directory is not None:
+        acl.drop_empty(directory)
         sockets.make_unpacked(directory)
 
 
@@ -327,4 +329,5 @@ def copy(source: str, target: str, advance: Advance, without: Collection[str] = 
         except BrokenPipeError:
             writer.wait()
             raise UnionfsError(f"the copy failed: {_last(said, 'tar ended early')}") from None
+    acl.drop_empty(target)
     sockets.make(target, listed)
