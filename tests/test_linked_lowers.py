@@ -320,3 +320,32 @@ def test_a_symbolic_link_with_two_names_is_itself(base: Path, target: str) -> No
         os.unlink(union.mnt / "s1")
         assert os.readlink(union.mnt / "s3") == target
         assert not os.path.lexists(union.mnt / "s1")
+
+
+@pytest.mark.parametrize("ro", [False, True])
+def test_a_former_upper_as_a_lower(base: Path, ro: bool) -> None:
+    """Its index is not read: the name that it has of a changed file is a file of its own."""
+    (base / "one/c1").write_bytes(bytes(100_000))
+    (base / "one/c2").hardlink_to(base / "one/c1")
+    with Unionfs([base / "one"], base / "upper", base / "mnt") as union:
+        append(union.mnt / "a1")
+        os.chmod(union.mnt / "c1", 0o600)  # a metadata-only copy
+    (base / "new").mkdir()
+    changed = {"a": (base / "upper/a1").exists(), "c": (base / "upper/c1").exists()}
+    first = [f"{name}{1 if has else 2}" for name, has in changed.items()]
+    other = [f"{name}{2 if has else 1}" for name, has in changed.items()]
+    lowers = [base / "upper", base / "one"]
+    with Unionfs(lowers, None if ro else base / "new", base / "mnt") as union:
+        for _ in range(2):
+            assert sorted(os.listdir(union.mnt)) == ["a1", "a2", "c1", "c2"]
+            assert (union.mnt / first[0]).read_text() == "a\nchanged\n"
+            assert (union.mnt / other[0]).read_text() == "a\n"
+            assert (union.mnt / first[1]).read_bytes() == bytes(100_000)
+            assert (union.mnt / first[1]).stat().st_mode & 0o777 == 0o600
+            union.remount()
+        if not ro:
+            append(union.mnt / first[0])
+            (union.mnt / first[1]).unlink()
+            union.remount()
+            assert (union.mnt / first[0]).read_text() == "a\nchanged\nchanged\n"
+            assert sorted(os.listdir(union.mnt)) == sorted(["a1", "a2", other[1]])
