@@ -336,6 +336,9 @@ errint_t index_of_lower(struct tree *t, struct node *parent, const char *name, s
     w->hit = h;
     (void)snprintf(w->path, sizeof w->path, "%s", name);
     uint64_t lower_ino = h->ino;
+    /* A former upper's metadata-only copy has its data below, the copy of that its own. */
+    hit_clear(t, h);
+    h->metacopy = false;
     h->st = st;
     h->layer = 0;
     h->indexed = true;

@@ -337,6 +337,8 @@ def test_a_former_upper_as_a_lower(base: Path, ro: bool) -> None:
     lowers = [base / "upper", base / "one"]
     with Unionfs(lowers, None if ro else base / "new", base / "mnt") as union:
         for _ in range(2):
+            for name in ("a1", "a2", "c1", "c2"):
+                assert (union.mnt / name).stat().st_nlink == 2
             assert sorted(os.listdir(union.mnt)) == ["a1", "a2", "c1", "c2"]
             assert (union.mnt / first[0]).read_text() == "a\nchanged\n"
             assert (union.mnt / other[0]).read_text() == "a\n"
@@ -349,3 +351,18 @@ def test_a_former_upper_as_a_lower(base: Path, ro: bool) -> None:
             union.remount()
             assert (union.mnt / first[0]).read_text() == "a\nchanged\nchanged\n"
             assert sorted(os.listdir(union.mnt)) == sorted(["a1", "a2", other[1]])
+
+
+def test_a_copy_of_a_former_uppers_copy_without_data(base: Path) -> None:
+    """Found by the index, it has its own data, not those that are below the lower's."""
+    (base / "one/big").write_bytes(bytes(100_000))
+    with Unionfs([base / "one"], base / "upper", base / "mnt") as union:
+        os.chmod(union.mnt / "big", 0o600)
+        os.link(union.mnt / "big", union.mnt / "other")
+    (base / "new").mkdir()
+    with Unionfs([base / "upper", base / "one"], base / "new", base / "mnt") as union:
+        append(union.mnt / "big")
+        for names in (["big", "other"], ["other", "big"]):
+            union.remount()
+            for name in names:
+                assert (union.mnt / name).read_bytes() == bytes(100_000) + b"changed\n"
