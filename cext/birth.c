@@ -47,8 +47,7 @@ static errint_t mark_query(void *arg)
     return read_xattr(q->path, false, q->name, &q->value, &len);
 }
 
-/* overlay.unionfs.ino, NUMBER:BIRTH; 0 where it does not say. */
-static int64_t marked_birth(struct tree *t, int fd, bool upper)
+int64_t marked_birth(struct tree *t, int fd, bool upper)
 {
     char path[PROC_BYTES], name[64], *end;
     struct mark_query q = {.path = path, .name = name};

@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <sys/xattr.h>
 
+#include "acl.h"
 #include "copy.h"
 #include "flags.h"
 #include "loan.h"
@@ -119,6 +120,13 @@ static errint_t settle_metadata(const struct copying *c, mode_t mode, mode_t now
         return NOT_PLAIN;
     if (owner && w->set_mode && fchmod(c->fd, w->mode & 07777) < 0)
         return NOT_PLAIN;
+    if (w && w->set_mode && geteuid() != 0) {
+        char path[PROC_BYTES];
+
+        proc_path(path, c->fd, NULL);
+        if (acl_follow_mode(path, w->mode) < 0)
+            return NOT_PLAIN;
+    }
     for (int i = 0; w && w->set_times && i < 2; i++)
         if (w->times[i].tv_nsec != UTIME_OMIT)
             times[i] = w->times[i];

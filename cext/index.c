@@ -51,6 +51,111 @@ static void set_uuid(struct origin *o, const unsigned char uuid[static 16])
     }
 }
 
+/* What tells a lower file from another one that has its handle: of files that mke2fs or FUSE has
+ * numbered the handles have a generation of 0, and where there are none numbers are given anew. */
+struct mien {
+    nlink_t links;
+    int64_t birth; /* 0: not known */
+    off_t size;
+    time_t mtime; /* fuse2fs shows whole seconds only */
+};
+
+/* A program that makes images may give the same one to all of them, in whole seconds. */
+static bool tells_alone(int64_t birth)
+{
+    return birth % 1000000000 != 0;
+}
+
+static errint_t mien_at(int dirfd, const char *name, struct mien *ret_mien)
+{
+    struct stat st;
+
+    if (fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH) < 0)
+        return errno_or_eio();
+    *ret_mien = (struct mien){st.st_nlink, birth_time(dirfd, name), st.st_size, st.st_mtim.tv_sec};
+    return 0;
+}
+
+static bool marked_mien(struct tree *t, int fd, struct mien *ret_mien)
+{
+    char path[PROC_BYTES], attr[64];
+    cleanup_free char *value = NULL;
+    char *end;
+    size_t len;
+
+    proc_path(path, fd, NULL);
+    (void)snprintf(attr, sizeof attr, "%sunionfs.of", t->prefix);
+    if (read_xattr(path, false, attr, &value, &len) < 0)
+        return false;
+    ret_mien->size = (off_t)strtoull(value, &end, 16);
+    if (*end != ':')
+        return false;
+    ret_mien->mtime = (time_t)strtoll(end + 1, NULL, 16);
+    return true;
+}
+
+/* Whether what is in the index is a copy of this lower file. Where nothing tells, it is. */
+static bool is_copy_of(struct tree *t, const char *entry, const struct mien *lower, int dirfd,
+                       const char *name)
+{
+    cleanup_fd int fd = openat(t->index->fd, entry, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    struct mien of;
+    struct stat st;
+
+    if (fd < 0 || stat_fd(fd, &st) < 0)
+        return true;
+    of.birth = marked_birth(t, fd, true);
+    if (!of.birth)
+        of.birth = recorded_birth(t, fd, st.st_ino);
+    if (of.birth && lower->birth && of.birth != lower->birth) {
+        /* A former upper's copy shows the birth of what it is a copy of. */
+        if (name[0] == '\0')
+            return of.birth == marked_birth(t, dirfd, false);
+        cleanup_fd int src = openat(dirfd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+        return src >= 0 && of.birth == marked_birth(t, src, false);
+    }
+    if (lower->birth && tells_alone(of.birth))
+        return true;
+    return !marked_mien(t, fd, &of) || (of.size == lower->size && of.mtime == lower->mtime);
+}
+
+/* Its name in the index: another one, if there a copy of another file has that of its handle, or if
+ * one had when it came there. */
+static errint_t tell_apart(struct tree *t, int dirfd, const char *name, struct origin *o)
+{
+    struct origin other = *o;
+    struct mien lower;
+    errint_t err;
+    bool taken;
+
+    if (!t->index)
+        return 0;
+    err = mien_at(dirfd, name, &lower);
+    if (err < 0 || lower.links < 2)
+        return err;
+    taken = exists_at(t->index->fd, o->hex);
+    if (taken && is_copy_of(t, o->hex, &lower, dirfd, name))
+        return 0;
+    uint64_t mark = (uint64_t)lower.birth;
+    if (!tells_alone(lower.birth))
+        mark ^= ((uint64_t)lower.mtime << 32) ^ (uint64_t)lower.size ^ 1;
+    if (o->len > 0) {
+        unsigned char uuid[16];
+
+        memcpy(uuid, o->fb + 5, sizeof uuid);
+        for (size_t i = 0; i < sizeof mark; i++)
+            uuid[sizeof mark + i] ^= (unsigned char)(mark >> 8 * i);
+        set_uuid(&other, uuid);
+    } else {
+        size_t len = strlen(o->hex);
+
+        (void)snprintf(other.hex + len, sizeof other.hex - len, "-%llx", (unsigned long long)mark);
+    }
+    if (taken || exists_at(t->index->fd, other.hex))
+        *o = other;
+    return 0;
+}
+
 errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
                    struct origin *ret_origin)
 {
@@ -60,6 +165,7 @@ errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
     } u = {.handle.handle_bytes = HANDLE_BYTES};
     struct origin o = {.len = 0};
     bool empty = name[0] == '\0';
+    errint_t err;
 
     if (t->layers[layer].passing) {
         o.hex[0] = '\0';
@@ -82,8 +188,10 @@ errint_t origin_at(struct tree *t, uint16_t layer, int dirfd, const char *name,
         (void)snprintf(o.hex, sizeof o.hex, "unionfs-%x-%llx", (unsigned)t->layers[layer].fs,
                        (unsigned long long)st.st_ino);
     }
-    *ret_origin = o;
-    return 0;
+    err = o.hex[0] ? tell_apart(t, dirfd, name, &o) : 0;
+    if (err == 0)
+        *ret_origin = o;
+    return err;
 }
 
 errint_t origin_of(struct tree *t, uint64_t ino, struct origin *ret_origin)
@@ -138,6 +246,7 @@ errint_t mark_origin(struct tree *t, struct node *n, int src, int copy, bool *re
     int64_t birth = 0;
     struct origin o;
     char number[36];
+    struct stat st;
     errint_t err;
 
     *ret_kept = false;
@@ -157,6 +266,12 @@ errint_t mark_origin(struct tree *t, struct node *n, int src, int copy, bool *re
     err = set_mark(t, copy, "unionfs.ino", number, (size_t)len);
     if (err == 0 && o.len > 0)
         err = set_mark(t, copy, "origin", o.fb, o.len);
+    if (err == 0 && !tells_alone(birth) && !n->upper && stat_fd(src, &st) == 0 &&
+        goes_to_index(t, n->layer, st.st_nlink)) {
+        len = snprintf(number, sizeof number, "%llx:%llx", (unsigned long long)st.st_size,
+                       (unsigned long long)st.st_mtim.tv_sec);
+        err = set_mark(t, copy, "unionfs.of", number, (size_t)len);
+    }
     *ret_kept = err == 0;
     return err == -EPERM || err == -EOPNOTSUPP ? 0 : err;
 }
@@ -221,6 +336,9 @@ errint_t index_of_lower(struct tree *t, struct node *parent, const char *name, s
     w->hit = h;
     (void)snprintf(w->path, sizeof w->path, "%s", name);
     uint64_t lower_ino = h->ino;
+    /* A former upper's metadata-only copy has its data below, the copy of that its own. */
+    hit_clear(t, h);
+    h->metacopy = false;
     h->st = st;
     h->layer = 0;
     h->indexed = true;

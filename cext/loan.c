@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 #include "loan.h"
 
+#include "acl.h"
+
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -136,7 +138,7 @@ errint_t loan_set_mode(const char *path, mode_t mode)
     else if (l)
         l->mode = mode;
     pthread_mutex_unlock(&lock);
-    return err;
+    return err < 0 ? err : acl_follow_mode(path, mode);
 }
 
 static errint_t plain_stat(int dirfd, const char *name, int flags, struct stat *ret_st)

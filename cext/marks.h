@@ -29,6 +29,8 @@ uint64_t origin_number(const struct tree *t, const char *origin, size_t len);
 uint64_t recorded_number(const struct tree *t, int dirfd, const char *name, ino_t ino);
 /* And when the file that it is a copy of was made; 0 where that is not recorded. */
 int64_t recorded_birth(const struct tree *t, int fd, ino_t ino);
+/* The same by overlay.unionfs.ino, NUMBER:BIRTH. */
+int64_t marked_birth(struct tree *t, int fd, bool upper);
 /* A redirect leads to a place inside the layers: a name, or an absolute path without dots. */
 bool redirect_is_sane(const char *redirect);
 

@@ -271,7 +271,8 @@ errint_t upper_file_marks(struct walk *w, struct rdir *dir, const char *name, si
         h->ino = m.ino;
     else if (m.origin && origin_number(w->t, m.origin, m.origin_len))
         h->ino = origin_number(w->t, m.origin, m.origin_len);
-    take_nlink(h, &m);
+    if (dir->layer == 0 && w->t->has_upper) /* a former upper's index is not ours */
+        take_nlink(h, &m);
     if (h->indexed && m.origin && m.origin_len <= (NAME_BYTES - 1) / 2 && !h->index_name) {
         h->index_name = malloc(2 * m.origin_len + 1);
         if (!h->index_name)

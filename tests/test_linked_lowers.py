@@ -215,3 +215,154 @@ def test_an_index_that_kernel_overlayfs_has_made(base: Path) -> None:
             assert (union.mnt / "a1").read_text() == "a\nchanged\nchanged\n"
     finally:
         ground.run("umount", base / "lower")
+
+
+@pytest.mark.parametrize("by", ["time", "size"])
+def test_an_ext4_made_anew_with_the_uuid_of_another(
+    base: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mke2fs gives the files of both the same handles, with a generation of 0."""
+    why = images.why_not("ext4")
+    if why:
+        pytest.skip(why)
+    mkfs = find("mkfs.ext4")
+    assert mkfs
+    if by == "size":
+        (base / "two/b1").write_text("bbb\n")
+    made = {}
+    for at, name in enumerate(("one", "two")):
+        monkeypatch.setenv("E2FSPROGS_FAKE_TIME", str(1_700_000_000 + at * (by == "time")))
+        for file in (base / name).iterdir():
+            os.utime(file, (1_600_000_000 + at * (by == "time"),) * 2)
+        made[name] = base / f"{name}.img"
+        with open(made[name], "wb") as image:
+            image.truncate(16 << 20)
+        uuid = "11111111-2222-3333-4444-555555555555"
+        ground.run(mkfs, "-q", "-F", "-U", uuid, "-d", base / name, made[name])
+    lower = base / "lower.img"
+    union = Unionfs([lower], base / "upper", base / "mnt")
+    text = (base / "two/b1").read_text()
+
+    lower.write_bytes(made["one"].read_bytes())
+    with union:
+        append(union.mnt / "a1")
+    lower.write_bytes(made["two"].read_bytes())
+    with union:
+        assert contents(union.mnt, "b1", "b2") == [text, text]
+        append(union.mnt / "b1")
+        union.remount()
+        assert contents(union.mnt, "b1", "b2") == [text + "changed\n"] * 2
+        assert (union.mnt / "b1").stat().st_ino == (union.mnt / "b2").stat().st_ino
+    lower.write_bytes(made["one"].read_bytes())
+    with union:
+        assert contents(union.mnt, "a1", "a2") == ["a\nchanged\n", "a\nchanged\n"]
+
+
+def test_a_number_that_a_lower_gives_again(base: Path) -> None:
+    """A kernel overlay has no file handles: what it makes later may have the number of before."""
+    if os.geteuid():
+        pytest.skip("needs root")
+    with open(base / "disk.img", "wb") as image:
+        image.truncate(16 << 20)
+    mkfs = find("mkfs.ext4")
+    assert mkfs
+    ground.run(mkfs, "-q", "-F", base / "disk.img")
+    for name in ("disk", "lower"):
+        (base / name).mkdir()
+    ground.run("mount", "-o", "loop", base / "disk.img", base / "disk")
+    try:
+        for name in ("upper", "work"):
+            (base / "disk" / name).mkdir()
+        kernel = Overlay(
+            [base / "one"], base / "disk/upper", base / "lower", work=base / "disk/work"
+        )
+        with kernel:
+            lower = kernel.mnt
+            (lower / "c1").write_text("c\n")
+            (lower / "c2").hardlink_to(lower / "c1")
+            number = (lower / "c1").stat().st_ino
+            with Unionfs([lower], base / "upper", base / "mnt") as union:
+                append(union.mnt / "c1")
+            for name in ("c1", "c2"):
+                (lower / name).unlink()
+            (lower / "d1").write_text("d\n")
+            (lower / "d2").hardlink_to(lower / "d1")
+            if (lower / "d1").stat().st_ino != number:
+                pytest.skip("it has another number")
+            with Unionfs([lower], base / "upper", base / "mnt") as union:
+                assert contents(union.mnt, "d1", "d2") == ["d\n", "d\n"]
+                append(union.mnt / "d2")
+                union.remount()
+                assert contents(union.mnt, "d1", "d2") == ["d\nchanged\n"] * 2
+    finally:
+        ground.run("umount", base / "disk")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "there"])
+def test_a_symbolic_link_with_two_names_is_itself(base: Path, target: str) -> None:
+    """Not what it leads to, which may be anywhere."""
+    if target == "there":
+        (base / "there").write_text("outside\n")
+        target = str(base / "there")
+    os.symlink(target, base / "one/s1")
+    os.link(base / "one/s1", base / "one/s2", follow_symlinks=False)
+    with Unionfs([base / "one"], base / "upper", base / "mnt") as union:
+        os.utime(union.mnt / "s1", ns=(5, 5), follow_symlinks=False)
+        os.rename(union.mnt / "s2", union.mnt / "s3")
+        for _ in range(2):
+            assert [os.readlink(union.mnt / name) for name in ("s1", "s3")] == [target] * 2
+            status = [(union.mnt / name).lstat() for name in ("s1", "s3")]
+            assert [s.st_mtime_ns for s in status] == [5, 5]
+            assert status[0].st_ino == status[1].st_ino
+            if os.geteuid() == 0:  # a user's symbolic link carries no attribute with its count
+                assert [s.st_nlink for s in status] == [2, 2]
+            union.remount()
+        os.unlink(union.mnt / "s1")
+        assert os.readlink(union.mnt / "s3") == target
+        assert not os.path.lexists(union.mnt / "s1")
+
+
+@pytest.mark.parametrize("ro", [False, True])
+def test_a_former_upper_as_a_lower(base: Path, ro: bool) -> None:
+    """Its index is not read: the name that it has of a changed file is a file of its own."""
+    (base / "one/c1").write_bytes(bytes(100_000))
+    (base / "one/c2").hardlink_to(base / "one/c1")
+    with Unionfs([base / "one"], base / "upper", base / "mnt") as union:
+        append(union.mnt / "a1")
+        os.chmod(union.mnt / "c1", 0o600)  # a metadata-only copy
+    (base / "new").mkdir()
+    changed = {"a": (base / "upper/a1").exists(), "c": (base / "upper/c1").exists()}
+    first = [f"{name}{1 if has else 2}" for name, has in changed.items()]
+    other = [f"{name}{2 if has else 1}" for name, has in changed.items()]
+    lowers = [base / "upper", base / "one"]
+    with Unionfs(lowers, None if ro else base / "new", base / "mnt") as union:
+        for _ in range(2):
+            for name in ("a1", "a2", "c1", "c2"):
+                assert (union.mnt / name).stat().st_nlink == 2
+            assert sorted(os.listdir(union.mnt)) == ["a1", "a2", "c1", "c2"]
+            assert (union.mnt / first[0]).read_text() == "a\nchanged\n"
+            assert (union.mnt / other[0]).read_text() == "a\n"
+            assert (union.mnt / first[1]).read_bytes() == bytes(100_000)
+            assert (union.mnt / first[1]).stat().st_mode & 0o777 == 0o600
+            union.remount()
+        if not ro:
+            append(union.mnt / first[0])
+            (union.mnt / first[1]).unlink()
+            union.remount()
+            assert (union.mnt / first[0]).read_text() == "a\nchanged\nchanged\n"
+            assert sorted(os.listdir(union.mnt)) == sorted(["a1", "a2", other[1]])
+
+
+def test_a_copy_of_a_former_uppers_copy_without_data(base: Path) -> None:
+    """Found by the index, it has its own data, not those that are below the lower's."""
+    (base / "one/big").write_bytes(bytes(100_000))
+    with Unionfs([base / "one"], base / "upper", base / "mnt") as union:
+        os.chmod(union.mnt / "big", 0o600)
+        os.link(union.mnt / "big", union.mnt / "other")
+    (base / "new").mkdir()
+    with Unionfs([base / "upper", base / "one"], base / "new", base / "mnt") as union:
+        append(union.mnt / "big")
+        for names in (["big", "other"], ["other", "big"]):
+            union.remount()
+            for name in names:
+                assert (union.mnt / name).read_bytes() == bytes(100_000) + b"changed\n"

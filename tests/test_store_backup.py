@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from tests.rig.waiting import wait_until
 from tests.test_store_commands import done, facts, fails, killed_at, listing, shim
 from tests.test_stores import ARCH, base, change, check, need, union
 from unionfs.errors import UnionfsError
-from unionfs.stores import archive, backing
+from unionfs.stores import archive, backing, sockets
 
 __all__ = ["base", "shim"]
 
@@ -48,6 +49,11 @@ def fill(mnt: Path) -> None:
     os.setxattr(mnt / "made", "user.note", b"\x00\xff")
     (mnt / "with space\n").write_bytes(os.urandom(50_000))
     os.mkfifo(mnt / "pipe")
+    # The lower has a file of this name, which is not to be seen again.
+    os.mknod(mnt / "gone", stat.S_IFSOCK | 0o640)
+    (mnt / "moved/so far").mkdir()
+    os.mknod(os.fsencode(mnt) + b"/moved/so far/odd\xff\n", stat.S_IFSOCK | 0o777)
+    os.chmod(mnt / "moved/so far", 0o500)
     with open(mnt / "sparse", "wb") as file:
         file.truncate(1 << 30)
         file.truncate(1 << 20)
@@ -352,6 +358,17 @@ def test_what_a_header_says_is_printed_as_text(base: Path) -> None:
             told = done("restore", *words)
             assert told.count("\n") == 1
             assert told.strip().isprintable()
+
+
+@pytest.mark.parametrize("path", ["../out", "link/out", "", "a/../../out", ".", "a//b"])
+def test_a_list_of_sockets_leads_nowhere_else(tmp_path: Path, path: str) -> None:
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "in/link").symlink_to("..")
+    line = json.dumps({"path": path, "mode": 0o600, "owner": [0, 0], "mtime": 0}).encode()
+    with pytest.raises((UnionfsError, OSError)):
+        sockets.make(str(tmp_path / "in"), line)
+    assert listing(tmp_path) == ["in"]
+    assert listing(tmp_path / "in") == ["a", "link"]
 
 
 def test_header_is_readable() -> None:

@@ -254,6 +254,22 @@ def test_reset_of_one_name_of_several(base: Path) -> None:
         assert (base / "mnt/link").read_text() == "changed\n"
 
 
+def test_reset_of_a_directory_with_a_name_of_several(base: Path) -> None:
+    """Both are in it, which the upper does not know: the base's would show what was changed."""
+    os.link(base / "tree/file", base / "tree/dir/one")
+    os.link(base / "tree/file", base / "tree/dir/two")
+    os.unlink(base / "tree/file")
+    up = base / "up"
+    up.mkdir()
+    with union(base, base / "tree", up):
+        (base / "mnt/dir/one").write_text("changed\n")
+        (base / "mnt/dir/other").write_text("x")
+    assert "has other names" in fails("reset", up, "/dir")
+    done("reset", up, "/dir/other")
+    with union(base, base / "tree", up):
+        assert (base / "mnt/dir/two").read_text() == "changed\n"
+
+
 # What is not a store
 
 

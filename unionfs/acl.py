@@ -13,12 +13,15 @@ import os
 import stat
 import struct
 
+from unionfs import _native
 from unionfs.marks import fd_path
+from unionfs.syscalls import is_in_fuse
 
 ACCESS = "system.posix_acl_access"
 DEFAULT = "system.posix_acl_default"
 ENTRY = struct.Struct("<HHI")
 VERSION = struct.pack("<I", 2)
+_MINIMAL = len(VERSION) + 3 * ENTRY.size
 USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 
 
@@ -48,6 +51,41 @@ def mode_if_lost(src: int, fd: int, mode: int) -> int:
     entries = [tuple(e) for e in ENTRY.iter_unpack(was[len(VERSION) :])]
     group = next((perm for tag, perm, _ in entries if tag == GROUP_OBJ), 0)
     return mode & ~0o070 | (mode & group << 3)
+
+
+def settle(fd: int) -> None:
+    """Have the mode say what an access ACL says that was just set; one that says no more goes.
+
+    File systems of the kernel have done so; fuse2fs does not.
+    """
+    path = fd_path(fd)
+    try:
+        value = os.getxattr(path, ACCESS)
+    except OSError:
+        return
+    entries = {tag: perm for tag, perm, _ in ENTRY.iter_unpack(value[len(VERSION) :])}
+    group = entries.get(MASK, entries.get(GROUP_OBJ, 0))
+    mode = _native.mode_of(fd)
+    wanted = entries.get(USER_OBJ, 0) << 6 | group << 3 | entries.get(OTHER, 0)
+    if mode & 0o777 != wanted or MASK not in entries:
+        _native.set_mode(fd, stat.S_IMODE(mode) & ~0o777 | wanted)
+
+
+def drop_empty(directory: str) -> None:
+    """In a tree in FUSE take access ACLs away that say no more than the mode: tar has set them, and
+    the kernel has kept none of them elsewhere."""
+    if not is_in_fuse(directory):
+        return
+    top = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for _, folders, files, fd in os.fwalk(".", dir_fd=top):
+            for name in (".", *folders, *files):
+                path = f"{fd_path(fd)}/{name}"
+                with contextlib.suppress(OSError):
+                    if len(os.getxattr(path, ACCESS, follow_symlinks=False)) <= _MINIMAL:
+                        os.removexattr(path, ACCESS, follow_symlinks=False)
+    finally:
+        os.close(top)
 
 
 @functools.cache

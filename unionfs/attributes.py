@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from unionfs import _native
+from unionfs import _native, acl
 from unionfs.acl import ACCESS
 from unionfs.copy_up import (
     can_override,
@@ -261,6 +261,7 @@ def set_xattr(
     with _opened(union, ino) as fd:
         os.setxattr(fd_path(fd), stored, value, flags)
         if name == ACCESS.encode():
+            acl.settle(fd)
             _drop_setgid(fd, ctx)
 
 

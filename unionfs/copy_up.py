@@ -87,7 +87,7 @@ def ensure_name(union: Union, parent: int, name: bytes, ino: int) -> None:
         # written down by itself.
         _mark_file(union, ino, "unionfs.links", b"%d" % union.tree.getattr(ino)[2])
         with union.entering(parent), times_kept(dirfd):
-            os.link(info.index_name, name, src_dir_fd=union.work.index, dst_dir_fd=dirfd)
+            _link_entry(union.work.index, info.index_name, dirfd, name)
             union.tree.ask_anew(dirfd, name)
         try:
             write_nlink(union, ino, diff)
@@ -396,7 +396,7 @@ def _publish(
                 assert union.work is not None
                 publish(work, temp, union.work.index, index.encode())
                 try:
-                    os.link(index, name, src_dir_fd=union.work.index, dst_dir_fd=dirfd)
+                    _link_entry(union.work.index, index, dirfd, name)
                     union.tree.ask_anew(dirfd, name)
                 except BaseException:
                     # Else the next copy-up would find the index's name taken.
@@ -412,6 +412,11 @@ def _publish(
             index_name=index,
             nlink_diff=status.st_nlink - 2 if index else 0,
         )
+
+
+def _link_entry(index: int, entry: str | bytes, dirfd: int, name: bytes) -> None:
+    """One more name for what is in the index: of a symbolic link never for what that leads to."""
+    os.link(entry, name, src_dir_fd=index, dst_dir_fd=dirfd, follow_symlinks=False)
 
 
 def sync_dir(dirfd: int) -> None:

@@ -330,15 +330,16 @@ def is_encrypted(fd: int) -> bool:
 def node_of_fuse(fd: int) -> int | None:
     """The number by which FUSE asks for a file, if it tells; None of other file systems."""
     handle = _FileHandle(handle_bytes=_MAX_HANDLE)
-    if not _is_in_fuse(fd) or not _get_handle(fd, handle):
+    if not is_in_fuse(f"/proc/self/fd/{fd}") or not _get_handle(fd, handle):
         return None
     high, low = struct.unpack_from("=II", bytes(handle.f_handle))
     return int(high) << 32 | int(low)
 
 
-def _is_in_fuse(fd: int) -> bool:
+def is_in_fuse(path: str) -> bool:
+    """Whether something lies in a file system in user space; raises no error."""
     try:
-        return filesystem_type(f"/proc/self/fd/{fd}") == _FUSE_SUPER_MAGIC
+        return filesystem_type(path) == _FUSE_SUPER_MAGIC
     except OSError as exc:
         return exc.errno == errno.ENOSYS  # what every other one has
 

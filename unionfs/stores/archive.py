@@ -17,11 +17,14 @@ import os
 import select
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import IO, Any, Final
 
+from unionfs import acl
 from unionfs.errors import UnionfsError
+from unionfs.stores import sockets
 from unionfs.stores.tools import delayed, environment, tool
 
 VERSION: Final = 1
@@ -65,8 +68,8 @@ def tar_words() -> list[str]:
     return ["--xattrs", f"--xattrs-include={pattern}", "--acls", "--numeric-owner", "--sparse"]
 
 
-def tar_creating(directory: str, without: Collection[str] = ()) -> list[str]:
-    """The command that writes an upper to its standard output.
+def tar_creating(directory: str, without: Collection[str] = (), beside: str = "") -> list[str]:
+    """The command that writes an upper to its standard output, and the list of sockets in `beside`.
 
     Without what belongs to this place: who holds it, temporaries, inode numbers and what is kept of
     all of it (stores/exchange.py); and `without` these names at its top.
@@ -78,6 +81,7 @@ def tar_creating(directory: str, without: Collection[str] = ()) -> list[str]:
         *("--exclude=./.unionfs/before-*", "--exclude=./.unionfs/exchange.*"),
         *(f"--exclude=./{name}" for name in without),
         *("--exclude=./.unionfs/numbers/*", "--no-wildcards-match-slash", "."),
+        *(("-C", beside, f"./{sockets.FILE}") if beside else ()),
     ]
 
 
@@ -105,9 +109,10 @@ def write(
     digest, count = hashlib.sha256(), 0
     errors = os.memfd_create("tar")
     with open(errors, "w+b") as said, contextlib.ExitStack() as started:
+        beside = _list_beside(started, sockets.listed(directory, without))
         with delayed():
             tar = subprocess.Popen(
-                tar_creating(directory, without),
+                tar_creating(directory, without, beside),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=said,
@@ -143,6 +148,18 @@ def write(
     tail = json.dumps({"kind": _WHOLE, **_asdict(trailer)}).encode().ljust(_TRAILER)
     target.write(_frame(tail))
     return trailer
+
+
+def _list_beside(stack: contextlib.ExitStack, lines: bytes) -> str:
+    """A directory with the list of sockets where tar will find it, or "" if there are none."""
+    if not lines:
+        return ""
+    beside = stack.enter_context(tempfile.TemporaryDirectory(prefix="unionfs-"))
+    path = f"{beside}/{sockets.FILE}"
+    os.mkdir(os.path.dirname(path))
+    with open(path, "wb") as file:
+        file.write(lines)
+    return beside
 
 
 def _read_next(tar: "subprocess.Popen[bytes]", advance: Advance) -> bytes:
@@ -275,10 +292,14 @@ def extract(
             tar.wait()
             reason = _last(said, "tar ended early")
             raise UnionfsError(f"{path} cannot be restored: {reason}") from None
+    if directory is not None:
+        acl.drop_empty(directory)
+        sockets.make_unpacked(directory)
 
 
 def copy(source: str, target: str, advance: Advance, without: Collection[str] = ()) -> None:
     """From one directory to another, all that an upper has but for some names at its top."""
+    listed = sockets.listed(source, without)
     with open(os.memfd_create("tar"), "w+b") as said, contextlib.ExitStack() as started:
         with delayed():
             reader = subprocess.Popen(
@@ -308,3 +329,5 @@ def copy(source: str, target: str, advance: Advance, without: Collection[str] = 
         except BrokenPipeError:
             writer.wait()
             raise UnionfsError(f"the copy failed: {_last(said, 'tar ended early')}") from None
+    acl.drop_empty(target)
+    sockets.make(target, listed)

@@ -239,20 +239,36 @@ def _open_parent(upper: int, relative: str) -> int:
 
 
 def _refuse_linked(upper: Chosen, relative: str) -> None:
-    """A hard link's copy is shown for its other names by the index: not one name's to reset."""
-    parent = _open_parent(upper.fd, relative)
-    try:
-        status = os.stat(os.path.basename(relative), dir_fd=parent, follow_symlinks=False)
-    finally:
-        os.close(parent)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink == 1:
-        return
+    """A hard link's copy is shown for its other names by the index: not one name's to reset.
+
+    Nor is it that of a directory in which it has one, as its other names may be anywhere.
+    """
     with contextlib.suppress(FileNotFoundError):
         index = os.open(f"{AREA_NAME}/index", _OPEN, dir_fd=upper.fd)
         try:
-            numbers = {os.stat(n, dir_fd=index).st_ino for n in os.listdir(index)}
+            numbers = {
+                os.stat(n, dir_fd=index, follow_symlinks=False).st_ino for n in os.listdir(index)
+            }
         finally:
             os.close(index)
-        if status.st_ino in numbers:
+        parent = _open_parent(upper.fd, relative)
+        try:
+            found = _one_of(numbers, parent, os.path.basename(relative)) if numbers else None
+        finally:
+            os.close(parent)
+        if found is not None:
+            path = os.path.join(os.path.dirname(relative), found)
             hint = "reset the whole store, or copy the file back in the union"
-            raise UnionfsError(f"{relative} has other names that share its changes", hint=hint)
+            raise UnionfsError(f"{path} has other names that share its changes", hint=hint)
+
+
+def _one_of(numbers: set[int], parent: int, name: str) -> str | None:
+    """The first file at or below a name with one of these inode numbers."""
+    status = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if not stat.S_ISDIR(status.st_mode):
+        return name if status.st_ino in numbers else None
+    for folder, _, files, fd in os.fwalk(name, dir_fd=parent):
+        for file in files:
+            if os.stat(file, dir_fd=fd, follow_symlinks=False).st_ino in numbers:
+                return os.path.join(folder, file)
+    return None

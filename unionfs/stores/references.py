@@ -22,7 +22,7 @@ from unionfs.union import Union
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _HANDLE: Final = re.compile(r"[0-9a-f]{2,}")
-_NUMBERED: Final = re.compile(r"unionfs-[0-9a-f]+-[0-9a-f]+")
+_NUMBERED: Final = re.compile(r"unionfs(-[0-9a-f]+){2,3}")
 _NLINK: Final = re.compile(rb"([UL])([+-][0-9]+)")
 _OVL_FB: Final = 21  # bytes before the handle
 _BATCH: Final = 512
