@@ -54,7 +54,6 @@ static void set_uuid(struct origin *o, const unsigned char uuid[static 16])
 /* What tells a lower file from another one that has its handle: of files that mke2fs or FUSE has
  * numbered the handles have a generation of 0, and where there are none numbers are given anew. */
 struct mien {
-    nlink_t links;
     int64_t birth; /* 0: not known */
     off_t size;
     time_t mtime; /* fuse2fs shows whole seconds only */
@@ -64,16 +63,6 @@ struct mien {
 static bool tells_alone(int64_t birth)
 {
     return birth % 1000000000 != 0;
-}
-
-static errint_t mien_at(int dirfd, const char *name, struct mien *ret_mien)
-{
-    struct stat st;
-
-    if (fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH) < 0)
-        return errno_or_eio();
-    *ret_mien = (struct mien){st.st_nlink, birth_time(dirfd, name), st.st_size, st.st_mtim.tv_sec};
-    return 0;
 }
 
 static bool marked_mien(struct tree *t, int fd, struct mien *ret_mien)
@@ -125,14 +114,16 @@ static errint_t tell_apart(struct tree *t, int dirfd, const char *name, struct o
 {
     struct origin other = *o;
     struct mien lower;
-    errint_t err;
+    struct stat st;
     bool taken;
 
     if (!t->index)
         return 0;
-    err = mien_at(dirfd, name, &lower);
-    if (err < 0 || lower.links < 2)
-        return err;
+    if (fstatat(dirfd, name, &st, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH) < 0)
+        return errno_or_eio();
+    if (st.st_nlink < 2)
+        return 0;
+    lower = (struct mien){birth_time(dirfd, name), st.st_size, st.st_mtim.tv_sec};
     taken = exists_at(t->index->fd, o->hex);
     if (taken && is_copy_of(t, o->hex, &lower, dirfd, name))
         return 0;
