@@ -4,7 +4,7 @@
  * knows by that number, and to close it would be three system calls each time.
  *
  * Bounded, and given back where descriptors are short. Nothing is kept of lower layers that change
- * underneath (-o live). All of it with the tree's lock held. */
+ * underneath (lower=live). All of it with the tree's lock held. */
 #ifndef UNIONFS_SHELF_H
 #define UNIONFS_SHELF_H
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from unionfs import locator
 from unionfs.mounts import unescape
-from unionfs.profiles.profile import Profile, Rule, below
+from unionfs.profiles.profile import Profile, Rule, below, lies_in
 
 
 def earlier(profiles: Sequence[Profile]) -> dict[str, list[str]]:
@@ -43,15 +43,15 @@ def mounted_over(profile: Profile, fstab: bytes) -> list[str]:
         if len(fields) < 3 or fields[0].startswith(b"#") or not fields[1].startswith(b"/"):
             continue
         place = below("/", unescape(fields[1]))
-        free = not any(_lies_in(path, place) for path in needed)
-        if free and any(_lies_in(place, point) for point in points):
+        free = not any(lies_in(path, place) for path in needed)
+        if free and any(lies_in(place, point) for point in points):
             found.append(place)
     return found
 
 
 def _stands_on(one: Profile, other: Profile) -> bool:
     points = [point for point in other.points() if point != "/"]
-    return any(_lies_in(path, point) for path in _stands(one) for point in points)
+    return any(lies_in(path, point) for path in _stands(one) for point in points)
 
 
 def _stands(profile: Profile) -> list[str]:
@@ -69,7 +69,3 @@ def _inside(layer: str, rule: Rule) -> str:
     """A plain path of the base, for all that its text tells: an image lies where that lies, too."""
     source, inside = locator.cut(layer)
     return below(source, rule.path) if inside is None and source.startswith("/") else source
-
-
-def _lies_in(path: str, place: str) -> bool:
-    return f"{path.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")

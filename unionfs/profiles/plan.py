@@ -27,7 +27,7 @@ from unionfs.mounts import read_mounts
 from unionfs.options import MountOptions, OptionReader, read_strings
 from unionfs.profiles import links
 from unionfs.profiles.binding import open_seen
-from unionfs.profiles.profile import Profile, Rule, below
+from unionfs.profiles.profile import Profile, Rule, below, lies_in
 
 Action = Literal["union", "memory", "bind", "view", "links"]
 # Told of an error that one rule has.
@@ -125,7 +125,7 @@ def refuse_one_place(profile: Profile) -> None:
         where = locator.parse(rule.upper or place_in_store(profile, rule))
         place = below(where.source, where.directory or "/")
         for other, its in seen:
-            near = _lies_in(place, its) or _lies_in(its, place)
+            near = lies_in(place, its) or lies_in(its, place)
             if near and "persist" in (rule.kind, other.kind):
                 what = f"its place in the store lies in or around that of {other.path}"
                 hint = "name another source or upper"
@@ -220,12 +220,12 @@ class _Planner:
         Not what somebody has mounted on that since, as on the root of a system that runs.
         """
         point = below(self.top, rule.path)
-        if not _lies_in(place, point):
+        if not lies_in(place, point):
             return False
         if point not in self.ground.standing:
             return True
         others = (e.point for e in read_mounts() if e.point not in self.ground.standing)
-        return not any(o != point and _lies_in(o, point) and _lies_in(place, o) for o in others)
+        return not any(o != point and lies_in(o, point) and lies_in(place, o) for o in others)
 
     def _has_base(self, rule: Rule, point: str, view: str) -> bool:
         """Whether the base has a path that lies below another one of the profile, in place."""
@@ -376,10 +376,6 @@ def _inside(layer: str, path: str) -> str:
     if locator.is_directory(layer):
         return below(layer, path)
     return f"{where.source}:{below(where.directory or '/', path)}"
-
-
-def _lies_in(path: str, place: str) -> bool:
-    return f"{path.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")
 
 
 def _is_empty(place: str) -> bool:

@@ -135,6 +135,11 @@ def below(top: str, path: str) -> str:
     return os.path.normpath("/" + f"{top}/{path}".lstrip("/"))
 
 
+def lies_in(path: str, place: str) -> bool:
+    """Whether a normal path is that of a place or of something in it, as far as its text tells."""
+    return f"{path.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")
+
+
 def read(name: str, documents: Iterable[tuple[str, Mapping[str, Any]]]) -> Profile:
     """The profile that some files make, each given with its name; later ones win.
 
