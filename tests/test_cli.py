@@ -18,7 +18,7 @@ import pytest
 from unionfs import mounts, unions, unmounting
 from unionfs.cli import helper, mount, status
 from unionfs.cli import main as cli
-from unionfs.errors import ExitCode, UnionfsError, printable
+from unionfs.errors import ExitCode, UnionfsError, counted, printable
 from unionfs.mounts import MountEntry, parse_mounts
 from unionfs.options import MountOptions
 
@@ -106,6 +106,11 @@ def test_the_edge(capsys: Capture) -> None:
     told = capsys.readouterr().err
     assert "Traceback" in told
     assert "this is a bug in unionfs" in told
+
+
+def test_what_is_counted_is_one_or_many() -> None:
+    assert counted(1, "directory", "directories") == "1 directory"
+    assert counted(0, "mount") == "0 mounts"
 
 
 def test_printable_keeps_foreign_bytes() -> None:

@@ -76,6 +76,11 @@ def printable(text: str) -> str:
     return "".join(kept)
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """How many of something there are, in words: `1 mount`, `2 mounts`."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 @contextlib.contextmanager
 def told(what: str) -> Iterator[None]:
     """Have an error of the system say `what` failed, and what is to be done."""

@@ -16,6 +16,7 @@ import threading
 from dataclasses import replace
 from typing import Final
 
+from unionfs.errors import counted
 from unionfs.format import Record
 from unionfs.layer import FULL, Layer
 from unionfs.options import MountOptions
@@ -114,7 +115,7 @@ class Recovery:
         for path, what, _ in problems[:_TOLD]:
             log.warning("%s: %s: %s", self._upper.path, path, what)
         log.warning(
-            "%s has %d problems: unmount it, and see unionfs store check --lower",
+            "%s has %s: unmount it, and see unionfs store check --lower",
             self._upper.path,
-            len(problems),
+            counted(len(problems), "problem"),
         )

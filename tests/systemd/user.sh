@@ -7,7 +7,7 @@ as grep hello /home/stranger/view/file
 as sh -c 'echo u >/home/stranger/view/new'
 as systemctl --user restart unionfs@mine
 as grep u /home/stranger/view/new
-as systemctl --user show -P StatusText unionfs@mine | grep '1 mounts'
+as systemctl --user show -P StatusText unionfs@mine | grep '1 mount$'
 
 # Two services, one image: the program goes over from the one that has started it.
 as systemctl --user start unionfs@app@one unionfs@app@two || { journalctl -b -q -n 60; exit 1; }

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from unionfs.cli.parser import Parser
-from unionfs.errors import ExitCode, printable, usage_error
+from unionfs.errors import ExitCode, counted, printable, usage_error
 from unionfs.mounts import FSTYPE, MountEntry, read_mounts
 from unionfs.unions import Answer, ask, find, integer, texts
 
@@ -134,9 +134,11 @@ def _check(check: object) -> list[str]:
     if check.get("state") != "done":
         reason = f": {check['reason']}" if check.get("reason") else ""
         return [printable(f"of the upper {check.get('state')}{reason}")]
-    if not check.get("problems"):
-        return [f"nothing is wrong in {check.get('directories')} directories of the upper"]
-    return [f"{check['problems']} problems", *map(printable, texts(check.get("told")))]
+    problems = integer(check, "problems") or 0
+    if not problems:
+        looked = counted(integer(check, "directories") or 0, "directory", "directories")
+        return [f"nothing is wrong in {looked} of the upper"]
+    return [counted(problems, "problem"), *map(printable, texts(check.get("told")))]
 
 
 def _degraded(degraded: object) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from unionfs.cli.parser import Parser, system_root
-from unionfs.errors import ExitCode, printable
+from unionfs.errors import ExitCode, counted, printable
 
 USAGE = "unionfs up NAME [--root DIR] [-f] [-q]"
 
@@ -49,5 +49,5 @@ def run(argv: Sequence[str]) -> int:
         print(printable(f"unionfs: warning: {warning}"), file=sys.stderr)
     if not given.quiet:
         again = "" if outcome.fresh else ", which was up already"
-        print(f"{profile.name}: {len(outcome.made)} mounts{again}")
+        print(f"{profile.name}: {counted(len(outcome.made), 'mount')}{again}")
     return ExitCode.OK

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from unionfs import notify, runtime
-from unionfs.errors import ExitCode, UnionfsError
+from unionfs.errors import ExitCode, UnionfsError, counted
 from unionfs.mounts import FSTYPE, read_mounts
 from unionfs.profiles import running
 from unionfs.profiles.profile import Profile
@@ -41,7 +41,7 @@ def run(profile: Profile, root: str) -> int:
             signal.signal(number, lambda _number, _frame: None)
         signal.set_wakeup_fd(waking)
         daemons = _daemons(outcome.made)
-        status = f"STATUS={profile.name}: {len(outcome.made)} mounts"
+        status = f"STATUS={profile.name}: {counted(len(outcome.made), 'mount')}"
         if outcome.warnings:
             status += f"; degraded: {'; '.join(outcome.warnings)}"
         notify.send("READY=1", status)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from unionfs import syscalls
-from unionfs.errors import UnionfsError, told
+from unionfs.errors import UnionfsError, counted, told
 from unionfs.format import AREA_NAME
 from unionfs.mounts import path_of, read_mounts
 from unionfs.removal import HINT, remove_tree
@@ -189,7 +189,9 @@ def not_removed(upper: "Chosen", what: str, left: list[str]) -> UnionfsError:
 
     `left`: the paths that are, if they are known.
     """
-    place = f"{upper.beside(what)}" + (f" ({len(left)} files: {left[0]})" if left else "")
+    place = f"{upper.beside(what)}" + (
+        f" ({counted(len(left), 'file')}: {left[0]})" if left else ""
+    )
     return UnionfsError(f"done, but not all that was there can be removed: {place}", hint=HINT)
 
 
