@@ -103,16 +103,19 @@ struct node *node_get(struct tree *t, uint64_t ino)
     return n;
 }
 
-/* Doubles or halves a table when it is too full or far too empty; it may stay as it is when there
- * is no memory. */
+/* The size of a table of that many: double when it is too full, half when it is far too empty. */
+static uint64_t fitting(uint64_t size, uint64_t count)
+{
+    if (count > size)
+        return size * 2;
+    return size > 1024 && count < size / 8 ? size / 2 : size;
+}
+
+/* It may stay as it is when there is no memory; so may that of the names. */
 static void nodes_resize_locked(struct tree *t)
 {
-    uint64_t size = t->node_mask + 1, want = size;
+    uint64_t size = t->node_mask + 1, want = fitting(size, t->node_count);
 
-    if (t->node_count > size)
-        want = size * 2;
-    else if (size > 1024 && t->node_count < size / 8)
-        want = size / 2;
     if (want == size)
         return;
     struct node **table = calloc(want, sizeof *table);
@@ -134,12 +137,8 @@ static void nodes_resize_locked(struct tree *t)
 
 static void names_resize_locked(struct tree *t)
 {
-    uint64_t size = t->name_mask + 1, want = size;
+    uint64_t size = t->name_mask + 1, want = fitting(size, t->name_count);
 
-    if (t->name_count > size)
-        want = size * 2;
-    else if (size > 1024 && t->name_count < size / 8)
-        want = size / 2;
     if (want == size)
         return;
     struct alias **table = calloc(want, sizeof *table);

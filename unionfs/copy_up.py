@@ -265,6 +265,16 @@ def _sync(fd: int, kind: int) -> None:
         os.fsync(fd)
 
 
+def _copy_data(union: Union, ino: int, fd: int, size: int) -> bool:
+    """Copy that much of a file's data, if there is room; whether none of it has to be synced."""
+    data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
+    try:
+        _native.check_room(data, fd, union.image, size)
+        return _native.copy_data(data, fd, size)
+    finally:
+        os.close(data)
+
+
 def _make_temp(
     union: Union,
     ino: int,
@@ -288,12 +298,7 @@ def _make_temp(
             if metacopy:
                 os.ftruncate(fd, status.st_size)
             elif size:
-                data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
-                try:
-                    _native.check_room(data, fd, union.image, size)
-                    settled = _native.copy_data(data, fd, size)
-                finally:
-                    os.close(data)
+                settled = _copy_data(union, ino, fd, size)
         except BaseException:
             os.close(fd)
             raise
@@ -496,12 +501,7 @@ def _write_data(union: Union, ino: int, path_fd: int, truncate: int | None) -> N
         settled = False
         try:
             if size:
-                data = union.tree.open_node(ino, os.O_RDONLY | os.O_NONBLOCK, True)
-                try:
-                    _native.check_room(data, fd, union.image, size)
-                    settled = _native.copy_data(data, fd, size)
-                finally:
-                    os.close(data)
+                settled = _copy_data(union, ino, fd, size)
         finally:
             # Writing has cleared what writing clears; it was not the user who wrote.
             _restore_privileges(path_fd, mode, caps)
