@@ -240,6 +240,30 @@ def test_signal(union: Unionfs, number: signal.Signals, used: bool) -> None:
     union.mount()
 
 
+def test_a_copy_ends_with_who_asked_for_it(place: Path) -> None:
+    """Ctrl-C or kill -9 is not waited for until a large file is in the upper."""
+    for name in ("lower", "upper", "mnt"):
+        (place / name).mkdir()
+    for number in range(3):
+        with open(place / "lower" / f"large{number}", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 512 << 20)
+    work = place / "upper/.unionfs/work"
+    code = "import sys; open(sys.argv[1], 'r+b')"
+    with Unionfs([place / "lower"], place / "upper", place / "mnt") as union:
+        ended = 0
+        for number, last in enumerate((signal.SIGKILL, signal.SIGTERM, signal.SIGTERM)):
+            path = union.mnt / f"large{number}"
+            asker = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.DEVNULL)
+            wait_until(lambda: any(work.iterdir()))
+            asker.send_signal(last)
+            asker.wait(PATIENCE)
+            assert not any(work.iterdir())
+            ended += not (place / "upper" / path.name).exists()
+            os.truncate(path, 5)
+            assert path.read_bytes() == bytes(5)
+        assert ended > 0  # not all on a machine that looks too late
+
+
 def test_askers_are_killed(union: Unionfs) -> None:
     """Their requests are taken back, and nothing is held for nobody."""
     for number in range(200):
