@@ -182,6 +182,13 @@ int32_t face_closed_locked(struct tree *t, struct file *f)
     return backing;
 }
 
+/* A program may drop O_DIRECT for an end that fills no block (dd does): the kernel tells nobody,
+ * and goes on with O_DIRECT. Who also reads is not known to do so, and is what has to be fast. */
+static bool may_drop_o_direct(int flags)
+{
+    return (flags & O_ACCMODE) == O_WRONLY && flags & O_DIRECT;
+}
+
 static void join_locked(struct tree *t, struct face *face, struct file *f, bool backed,
                         struct fuse_open_out *out, bool *ret_inval)
 {
@@ -199,6 +206,8 @@ static void join_locked(struct tree *t, struct face *face, struct file *f, bool 
     }
     face->backed++;
     out->open_flags = (out->open_flags & ~(uint32_t)FOPEN_KEEP_CACHE) | FOPEN_PASSTHROUGH;
+    if (may_drop_o_direct(f->flags))
+        out->open_flags |= FOPEN_DIRECT_IO; /* written through us, which the mode allows */
     wire_set_backing(out, face->backing);
     atomic_fetch_add(&t->opened_backed, 1);
     if (f->flags & WRITES) {

@@ -8,6 +8,7 @@
 #include <sys/sendfile.h>
 #include <sys/xattr.h>
 
+#include "asker.h"
 #include "sys.h"
 
 enum { SMALL_BYTES = 16 << 10, STEP_BYTES = 64 << 20, BUFFER_BYTES = 1 << 20 };
@@ -62,6 +63,8 @@ static errint_t copy_range(int src, int dst, off_t at, off_t end, enum method *m
         got = copy_step(*method, src, dst, at, n, *buffer);
         if (got > 0) {
             at += got;
+            if (at < end && asker_was_killed())
+                return -EINTR;
             continue;
         }
         if (got < 0 && errno == EINTR)

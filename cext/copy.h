@@ -10,7 +10,8 @@
 
 /* Copies `size` bytes from the start of src, which is `from`, to dst, an empty file, whose size is
  * `size` then. By reflink, else within the kernel, else through a buffer; what is small through a
- * buffer at once; holes stay holes. A source that ends early is -EIO: never a short copy.
+ * buffer at once; holes stay holes. A source that ends early is -EIO: never a short copy. -EINTR:
+ * who asked for it has been killed.
  *
  * `in_order`: keeps_order(dst). Then what is small is shared too where it can be, and settled is
  * told: whatever is done to dst from now on, its name for one, is not on disk without its data. */

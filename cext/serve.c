@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <sys/statvfs.h>
 
+#include "asker.h"
 #include "chute.h"
 #include "face.h"
 #include "plain.h"
@@ -14,6 +15,7 @@
 enum {
     SILENT = -0x10000, /* no answer is due */
     COUNTS = 64,       /* what is less than this part of what is free does not */
+    COPY_STEP_BYTES = 64 << 20,
 };
 
 uint64_t valid_seconds(const struct answer *a)
@@ -332,23 +334,38 @@ static ssize_t on_fallocate(struct answer *a)
     return err;
 }
 
+/* By steps, so that who was killed need not wait for all of it. */
+static ssize_t copy_between(int from, off_t off_in, int to, off_t off_out, uint64_t len)
+{
+    uint64_t done = 0;
+
+    do {
+        size_t step = len - done < COPY_STEP_BYTES ? (size_t)(len - done) : COPY_STEP_BYTES;
+        ssize_t n = copy_file_range(from, &off_in, to, &off_out, step, 0);
+
+        if (n < 0 && done == 0)
+            return errno_or_eio();
+        if (n > 0)
+            done += (uint64_t)n;
+        if (n < (ssize_t)step)
+            break;
+    } while (done < len && !asker_was_killed());
+    return (ssize_t)done;
+}
+
 static ssize_t on_copy_file_range(struct answer *a)
 {
     const struct fuse_copy_file_range_in *in = BODY(a, fuse_copy_file_range_in);
     struct file *from = file_get(a->s->tree, in->fh_in);
     struct file *to = file_get(a->s->tree, in->fh_out);
-    off_t off_in = (off_t)in->off_in, off_out = (off_t)in->off_out;
     bool wide = a->r->head->opcode == WIRE_COPY_FILE_RANGE_64;
     uint64_t most = wide ? INT64_MAX : UINT32_MAX / 2;
     ssize_t n = -EBADF;
 
     /* Across file systems, or where one cannot: the kernel then moves the bytes itself. */
-    if (from && to) {
-        n = copy_file_range(from->fd, &off_in, to->fd, &off_out, in->len < most ? in->len : most,
-                            0);
-        if (n < 0)
-            n = errno_or_eio();
-    }
+    if (from && to)
+        n = copy_between(from->fd, (off_t)in->off_in, to->fd, (off_t)in->off_out,
+                         in->len < most ? in->len : most);
     if (from)
         file_put(a->s->tree, from);
     if (to)
@@ -455,7 +472,7 @@ static ssize_t on_releasedir(struct answer *a)
 
 static ssize_t on_interrupt(struct answer *a)
 {
-    (void)a; /* what has begun is ended: nobody waits for another's work */
+    (void)a; /* what has begun is ended, but for long copies: see asker.h */
     return SILENT;
 }
 
@@ -663,6 +680,7 @@ size_t serve(struct server *s, const struct request *r, char *out)
     uint32_t opcode = in.opcode;
     ssize_t n = -ENOSYS; /* of most requests the kernel then knows not to send them again */
 
+    asker_is(in.pid);
     in.nodeid = face_ino(s->tree, a.id);
     if (!may_ask(s, r->head))
         n = -EACCES;

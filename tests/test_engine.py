@@ -240,6 +240,69 @@ def test_signal(union: Unionfs, number: signal.Signals, used: bool) -> None:
     union.mount()
 
 
+def skip_if_shared(place: Path) -> None:
+    for name in ("one", "other"):
+        (place / name).write_bytes(b"data")
+    with (
+        open(place / "one", "rb") as source,
+        open(place / "other", "r+b") as target,
+        contextlib.suppress(OSError),
+    ):
+        syscalls.clone(target.fileno(), source.fileno())
+        pytest.skip("copies share their data here, and take no time")
+
+
+def test_a_range_is_copied_until_its_asker_is_killed(union: Unionfs) -> None:
+    upper = union.mnt.parent / "upper"
+    skip_if_shared(upper.parent)
+    with open(union.mnt / "large", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 640 * MIB)
+    code = (
+        "import os\n"
+        "source, target = os.open('large', 0), os.open('copy', os.O_RDWR | os.O_CREAT)\n"
+        "os.copy_file_range(source, target, 1 << 30, 0, 0)\n"
+        "input()\n"
+    )
+    sizes = []
+    for _ in range(3):
+        asker = subprocess.Popen([sys.executable, "-c", code], cwd=union.mnt, stdin=subprocess.PIPE)
+        copy = upper / "copy"
+        wait_until(lambda: copy.exists() and copy.stat().st_size > 0)  # noqa: B023
+        asker.kill()
+        asker.communicate(timeout=PATIENCE)
+        assert asker.returncode == -signal.SIGKILL
+        sizes.append(copy.stat().st_size)
+        assert (union.mnt / "copy").stat().st_size == sizes[-1]
+        (union.mnt / "copy").unlink()
+    assert min(sizes) < 640 * MIB  # not all on a machine that looks too late
+
+
+def test_a_copy_ends_with_who_asked_for_it(place: Path) -> None:
+    """Ctrl-C or kill -9 is not waited for until a large file is in the upper."""
+    for name in ("lower", "upper", "mnt"):
+        (place / name).mkdir()
+    skip_if_shared(place)
+    for number in range(2):
+        with open(place / "lower" / f"large{number}", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 512 * MIB)
+    work = place / "upper/.unionfs/work"
+    code = "import sys; open(sys.argv[1], 'r+b'); input()"
+    with Unionfs([place / "lower"], place / "upper", place / "mnt") as union:
+        ended = 0
+        for number, last in enumerate((signal.SIGKILL, signal.SIGTERM)):
+            path = union.mnt / f"large{number}"
+            asker = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE)
+            wait_until(lambda: any(work.iterdir()))
+            asker.send_signal(last)
+            asker.communicate(timeout=PATIENCE)
+            assert asker.returncode == -last
+            assert not any(work.iterdir())
+            ended += not (place / "upper" / path.name).exists()
+            os.truncate(path, 5)
+            assert path.read_bytes() == bytes(5)
+        assert ended > 0  # not all on a machine that looks too late
+
+
 def test_askers_are_killed(union: Unionfs) -> None:
     """Their requests are taken back, and nothing is held for nobody."""
     for number in range(200):

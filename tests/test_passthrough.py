@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import resource
@@ -96,6 +97,28 @@ def test_with_o_direct(spot: Spot) -> None:
         assert os.preadv(fd, [block], 0) == 4096
     assert (spot.mnt / "direct").read_bytes() == b"d" * 4096
     assert bytes_moved(spot.whole) == moved
+
+
+def test_an_end_without_o_direct(spot: Spot) -> None:
+    """dd oflag=direct writes what fills no block so."""
+    path, block = spot.mnt / "direct", mmap.mmap(-1, 4096)
+    block[:] = b"d" * 4096
+    for more in (0, os.O_APPEND):
+        path.write_bytes(b"")
+        with (
+            opened(path, os.O_RDONLY) as reader,
+            opened(path, os.O_WRONLY | os.O_DIRECT | more) as fd,
+        ):
+            assert os.write(fd, block) == 4096
+            fcntl.fcntl(fd, fcntl.F_SETFL, more)
+            assert os.write(fd, b"end") == 3
+            assert os.pread(reader, 5000, 0) == block[:] + b"end"
+        assert path.stat().st_size == 4099
+    path.unlink()
+    with opened(path, os.O_WRONLY | os.O_DIRECT | os.O_CREAT | os.O_EXCL) as fd:
+        fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+        assert os.write(fd, b"alone") == 5
+    assert (spot.upper / "direct").read_bytes() == b"alone"
 
 
 def test_where_there_is_no_o_direct(place: Path) -> None:
