@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from unionfs import _native, acl
 from unionfs.acl import ACCESS
+from unionfs.callers import may_keep_setgid
 from unionfs.copy_up import (
     can_override,
     disk_ids,
@@ -49,7 +50,7 @@ class Change:
 def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | None = None) -> None:
     """Apply a change. `handle_fd`: the writable descriptor it was asked through, if any."""
     union.tree.changeable(ino, False, False)
-    if what.mode is not None and what.mode & stat.S_ISGID:
+    if what.mode is not None and what.mode & stat.S_ISGID and not union.kills_privileges:
         what = _without_foreign_setgid(union, ino, what, ctx)
     if what.size is not None:
         what = _with_set_id_cleared(union, ino, what, ctx)
@@ -94,10 +95,12 @@ def _opened(union: Union, ino: int) -> Iterator[int]:
 
 
 def _without_foreign_setgid(union: Union, ino: int, what: Change, ctx: Caller) -> Change:
-    """Nobody gives set-group-ID to a group that he is not in (chmod(2)); nor does it stay when the
-    kernel, before a write, takes set-user-ID away by a mode of its own making."""
-    gid = union.tree.getattr(ino)[4] if what.gid is None else what.gid
-    if what.mode is None or in_group(gid, ctx):
+    """Set-group-ID does not stay when the kernel, before a write, takes set-user-ID away by a mode
+    of its own making, which it does without FUSE_HANDLE_KILLPRIV_V2. (What nobody may give by
+    chmod(2), it has taken from the mode itself: setattr_prepare of fs/attr.c.)"""
+    attr = union.tree.getattr(ino)
+    gid = attr[4] if what.gid is None else what.gid
+    if what.mode is None or may_keep_setgid(attr[3], gid, ctx):
         return what
     return dataclasses.replace(what, mode=what.mode & ~stat.S_ISGID)
 
@@ -107,7 +110,7 @@ def _with_set_id_cleared(union: Union, ino: int, what: Change, ctx: Caller) -> C
     set-group-ID without group execute (fuse_setattr)."""
     attr = union.tree.getattr(ino)
     mode = attr[1] if what.mode is None else what.mode
-    kept = without_set_id(mode, attr[4], ctx)
+    kept = without_set_id(mode, attr[3], attr[4], ctx)
     return what if kept == mode else dataclasses.replace(what, mode=kept)
 
 
@@ -121,7 +124,7 @@ def _with_privileges_killed(union: Union, ino: int, ctx: Caller) -> Change:
     if not stat.S_ISREG(mode):
         return Change()
     if not _keeps_set_id(ctx):
-        mode = without_set_id(mode, attr[4], ctx)
+        mode = without_set_id(mode, attr[3], attr[4], ctx)
         mine = ctx.uid in (0, attr[3])
         if mode != attr[1] and not mine and not union.tree.is_written(ino):
             # It is no write but a chown, by one who may not change the mode (setattr_prepare).
@@ -148,17 +151,17 @@ def truncate_at_open(union: Union, ino: int, ctx: Caller) -> None:
         change(union, ino, what, ctx)
 
 
-def without_set_id(mode: int, gid: int, ctx: Caller) -> int:
+def without_set_id(mode: int, uid: int, gid: int, ctx: Caller) -> int:
     """What is left of a file's mode when the caller changes its content
     (setattr_should_drop_suidgid of fs/attr.c)."""
-    return mode if _keeps_set_id(ctx) else _with_another_owner(mode, gid, ctx)
+    return mode if _keeps_set_id(ctx) else _with_another_owner(mode, uid, gid, ctx)
 
 
-def _with_another_owner(mode: int, gid: int, ctx: Caller) -> int:
+def _with_another_owner(mode: int, uid: int, gid: int, ctx: Caller) -> int:
     """What is left of the mode of anything but a directory when the caller changes its owner or
-    group, which was `gid` (chown_common of fs/open.c)."""
+    group, which were `uid` and `gid` (chown_common of fs/open.c)."""
     mode &= ~stat.S_ISUID
-    if mode & stat.S_IXGRP or not in_group(gid, ctx):
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not may_keep_setgid(uid, gid, ctx)):
         mode &= ~stat.S_ISGID
     return mode
 
@@ -202,7 +205,7 @@ def _owner_and_mode(union: Union, fd: int, what: Change, ctx: Caller) -> None:
         if what.mode is None and not stat.S_ISDIR(now.st_mode):
             # We may be above what the caller is not.
             mode = _native.mode_of(fd)
-            kept = _with_another_owner(mode, now.st_gid, ctx)
+            kept = _with_another_owner(mode, now.st_uid, now.st_gid, ctx)
             if kept != mode:
                 _native.set_mode(fd, stat.S_IMODE(kept))
     if what.mode is not None:
@@ -226,8 +229,8 @@ def _settle_privileges(fd: int, ctx: Caller) -> None:
         return
     if (
         stat.S_ISREG(status.st_mode)
-        and not mode & stat.S_IXGRP
-        and not in_group(status.st_gid, ctx)
+        and mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
+        and not may_keep_setgid(status.st_uid, status.st_gid, ctx)
     ):
         mode &= ~stat.S_ISGID
     _native.set_mode(fd, mode)
@@ -245,7 +248,7 @@ def _override(union: Union, ino: int, fd: int, what: Change, ctx: Caller) -> Non
     )
     mode = shown[1] if what.mode is None else what.mode
     if what.mode is None and stat.S_ISREG(shown[1]):
-        mode = _with_another_owner(mode, shown[4], ctx)
+        mode = _with_another_owner(mode, shown[3], shown[4], ctx)
     set_override(union, fd, uid, gid, mode, shown[1], shown[5])
     give_owner(union, fd, uid, gid, mode)
     _native.set_mode(fd, override_mode(mode, directory=stat.S_ISDIR(shown[1])))
@@ -291,22 +294,6 @@ def _drop_setgid(fd: int, ctx: Caller) -> None:
     """An ACL set by one who is not in the file's group takes set-group-ID away, as the kernel does
     where it knows who asks (posix_acl_update_mode); here root asked it."""
     mode = _native.mode_of(fd)
-    if mode & stat.S_ISGID and not in_group(os.stat(fd).st_gid, ctx):
+    owner = os.stat(fd)
+    if mode & stat.S_ISGID and not may_keep_setgid(owner.st_uid, owner.st_gid, ctx):
         _native.set_mode(fd, stat.S_IMODE(mode) & ~stat.S_ISGID)
-
-
-def in_group(gid: int, ctx: Caller) -> bool:
-    """Whether the caller is in a group, or above such things."""
-    return ctx.uid == 0 or ctx.gid == gid or gid in groups_of(ctx.pid)
-
-
-def groups_of(pid: int) -> set[int]:
-    """Supplementary groups of a process; none if it cannot be seen."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Groups:"):
-                    return {int(word) for word in line.split()[1:]}
-    except OSError:
-        pass
-    return set()
