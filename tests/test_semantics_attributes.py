@@ -227,6 +227,31 @@ def test_capability_goes_with_a_change(arena: Arena, change: str) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("size", [3, 1 << 20])
+def test_a_capability_that_nobody_can_read(arena: Arena, size: int) -> None:
+    """The kernel lists a malformed one, and does not say what it is: that refuses no change."""
+    if arena.backend == "overlay":
+        pytest.skip("kernel overlayfs refuses every change of such a file")
+    name = "security.capability"
+    (arena.lower / "f").write_bytes(bytes(size))
+    if not arena.plain:
+        os.setxattr(arena.lower / "f", name, b"")
+    with arena.mounted() as mnt:
+        (mnt / "f").chmod(0o700)
+        with open(mnt / "f", "ab") as file:
+            file.write(b"more")
+        os.setxattr(mnt / "f", name, b"")
+        if DRIVER_VARIABLE not in os.environ:  # pyfuse3 looks by itself, and cannot
+            os.setxattr(mnt / "f", name, b"", os.XATTR_REPLACE)
+        assert name in os.listxattr(mnt / "f")
+        os.removexattr(mnt / "f", name)
+        assert name not in os.listxattr(mnt / "f")
+        arena.remount()
+        assert mode(mnt / "f") == 0o700
+        assert (mnt / "f").stat().st_size == size + 4
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("change", ["write", "ftruncate", "truncate", "chown"])
 @pytest.mark.parametrize("capable", [False, True])
 def test_set_id_bits_and_who_changes_the_file(arena: Arena, change: str, capable: bool) -> None:

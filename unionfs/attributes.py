@@ -32,6 +32,9 @@ from unionfs.union import Union
 
 ACL_PREFIX = b"system.posix_acl_"
 CAPABILITY = b"security.capability"
+# Of an attribute that is there: not the caller's to read; a malformed capability; a capability of
+# the root of a user namespace that is unknown here.
+UNREADABLE = frozenset((errno.EACCES, errno.EINVAL, errno.EOVERFLOW))
 JUST_NOW = 10**9  # ns: how long a request may take
 
 
@@ -272,7 +275,7 @@ def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
     """removexattr(2)."""
     stored = _stored(union, name)
     if not name.startswith(ACL_PREFIX):
-        union.tree.getxattr(ino, name)  # ENODATA before anything is copied up for nothing
+        _find_xattr(union, ino, name)
     union.tree.changeable(ino, False, False)
     ensure_upper(union, ino)
     with _opened(union, ino) as fd:
@@ -281,6 +284,15 @@ def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
             _drop_setgid(fd, ctx)  # simple_set_acl of fs/posix_acl.c; others leave it
     if name == CAPABILITY:
         union.capabilities_killed.note(ctx.pid, ino, time.monotonic_ns())
+
+
+def _find_xattr(union: Union, ino: int, name: bytes) -> None:
+    """ENODATA before anything is copied up for nothing."""
+    try:
+        union.tree.getxattr(ino, name)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
 
 
 def _stored(union: Union, name: bytes) -> bytes:
