@@ -62,12 +62,13 @@ def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | N
     resized = what.size is not None and union.tree.getattr(ino)[6] != what.size
     ensure_upper(union, ino, data=what.size is not None, truncate=what.size)
     with _opened(union, ino) as fd:
+        owner = _shown_owner(union, ino)
         if what.size is not None:
             _resize(fd, what.size, handle_fd, resized=resized)
         if union.override is not None and can_override(os.stat(fd).st_mode):
             _override(union, ino, fd, what, ctx)
         else:
-            _owner_and_mode(union, fd, what, ctx)
+            _owner_and_mode(union, fd, what, owner, ctx)
         if what.atime_ns is not None or what.mtime_ns is not None:
             now = os.stat(fd)
             atime = now.st_atime_ns if what.atime_ns is None else what.atime_ns
@@ -192,7 +193,15 @@ def _resize(fd: int, size: int, handle_fd: int | None, *, resized: bool) -> None
             os.close(file)
 
 
-def _owner_and_mode(union: Union, fd: int, what: Change, ctx: Caller) -> None:
+def _shown_owner(union: Union, ino: int) -> tuple[int, int]:
+    """As the caller sees him, which may not be as on disk (uidmapping=, gidmapping=)."""
+    attr = union.tree.getattr(ino)
+    return attr[3], attr[4]
+
+
+def _owner_and_mode(
+    union: Union, fd: int, what: Change, owner: tuple[int, int], ctx: Caller
+) -> None:
     if what.uid is not None or what.gid is not None:
         now = os.stat(fd)
         uid, gid = disk_ids(
@@ -208,16 +217,16 @@ def _owner_and_mode(union: Union, fd: int, what: Change, ctx: Caller) -> None:
         if what.mode is None and not stat.S_ISDIR(now.st_mode):
             # We may be above what the caller is not.
             mode = _native.mode_of(fd)
-            kept = _with_another_owner(mode, now.st_uid, now.st_gid, ctx)
+            kept = _with_another_owner(mode, *owner, ctx)
             if kept != mode:
                 _native.set_mode(fd, stat.S_IMODE(kept))
     if what.mode is not None:
         _native.set_mode(fd, stat.S_IMODE(what.mode))
     if what == Change():
-        _settle_privileges(fd, ctx)
+        _settle_privileges(fd, owner, ctx)
 
 
-def _settle_privileges(fd: int, ctx: Caller) -> None:
+def _settle_privileges(fd: int, owner: tuple[int, int], ctx: Caller) -> None:
     """A change of nothing: the kernel asks it before a write that takes away set-group-ID without
     group execute, or after it has removed capabilities, and for chown(path, -1, -1).
 
@@ -233,7 +242,7 @@ def _settle_privileges(fd: int, ctx: Caller) -> None:
     if (
         stat.S_ISREG(status.st_mode)
         and mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
-        and not may_keep_setgid(status.st_uid, status.st_gid, ctx)
+        and not may_keep_setgid(*owner, ctx)
     ):
         mode &= ~stat.S_ISGID
     _native.set_mode(fd, mode)
@@ -268,7 +277,7 @@ def set_xattr(
         os.setxattr(fd_path(fd), stored, value, flags)
         if name == ACCESS.encode():
             acl.settle(fd)
-            _drop_setgid(fd, ctx)
+            _drop_setgid(union, ino, fd, ctx)
 
 
 def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
@@ -281,7 +290,7 @@ def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
     with _opened(union, ino) as fd:
         os.removexattr(fd_path(fd), stored)
         if name == ACCESS.encode() and filesystem_type(fd_path(fd)) == TMPFS:
-            _drop_setgid(fd, ctx)  # simple_set_acl of fs/posix_acl.c; others leave it
+            _drop_setgid(union, ino, fd, ctx)  # simple_set_acl of fs/posix_acl.c; others leave it
     if name == CAPABILITY:
         union.capabilities_killed.note(ctx.pid, ino, time.monotonic_ns())
 
@@ -302,10 +311,9 @@ def _stored(union: Union, name: bytes) -> bytes:
     return union.tree.xattr_stored(name)
 
 
-def _drop_setgid(fd: int, ctx: Caller) -> None:
+def _drop_setgid(union: Union, ino: int, fd: int, ctx: Caller) -> None:
     """An ACL set by one who is not in the file's group takes set-group-ID away, as the kernel does
     where it knows who asks (posix_acl_update_mode); here root asked it."""
     mode = _native.mode_of(fd)
-    owner = os.stat(fd)
-    if mode & stat.S_ISGID and not may_keep_setgid(owner.st_uid, owner.st_gid, ctx):
+    if mode & stat.S_ISGID and not may_keep_setgid(*_shown_owner(union, ino), ctx):
         _native.set_mode(fd, stat.S_IMODE(mode) & ~stat.S_ISGID)
