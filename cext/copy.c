@@ -187,6 +187,15 @@ static bool tolerated(int e, const char *name)
     return e == EPERM && (strncmp(name, "trusted.", 8) == 0 || strncmp(name, "security.", 9) == 0);
 }
 
+/* Gone meanwhile; or not ours to see, so not the user's either; or a capability that is malformed
+ * or of the root of a user namespace unknown here, with which nobody here gets anything. */
+static bool unseen(errint_t err, const char *name)
+{
+    if (err == -ENODATA || err == -EACCES || err == -EPERM)
+        return true;
+    return (err == -EINVAL || err == -EOVERFLOW) && strcmp(name, "security.capability") == 0;
+}
+
 errint_t copy_xattrs(const char *src, const char *dst, const char *prefix, const char *override)
 {
     cleanup_free char *list = NULL;
@@ -205,8 +214,8 @@ errint_t copy_xattrs(const char *src, const char *dst, const char *prefix, const
         if (left_out(name, prefix, override))
             continue;
         err = read_xattr(src, false, name, &value, &size);
-        if (err == -ENODATA || err == -EACCES || err == -EPERM)
-            continue; /* gone meanwhile; or not ours to see, so not the user's either */
+        if (unseen(err, name))
+            continue;
         if (err < 0)
             return err;
         if (setxattr(dst, name, value, size, 0) < 0 && !tolerated(errno, name))

@@ -68,6 +68,19 @@ def test_mapping_of_what_is_there(place: Path) -> None:
         assert owner(u.mnt / "c") == (65534, 65534)
 
 
+@pytest.mark.parametrize("shown", [True, False], ids=["shown", "on-disk"])
+def test_set_group_id_is_for_the_group_that_is_shown(place: Path, shown: bool) -> None:
+    (place / "lower").mkdir()
+    make(place / "lower" / "f", 1000, 1005, 0o2645)
+    with union(place, "uidmapping=0:2000:60000", "gidmapping=0:2000:60000") as u:
+        u.mnt.chmod(0o777)
+        groups = "3001,3005" if shown else "3001,1005"
+        prefix = ["setpriv", "--reuid=3000", "--regid=3000", f"--groups={groups}", "--"]
+        ground.run(*prefix, "chgrp", "3001", u.mnt / "f")
+        assert owner(u.mnt / "f") == (3000, 3001)
+        assert oct(stat.S_IMODE((u.mnt / "f").stat().st_mode)) == oct(0o2645 if shown else 0o645)
+
+
 def test_mapping_of_changes(place: Path) -> None:
     (place / "lower").mkdir()
     make(place / "lower" / "a", 0, 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rig import layers, snapshot, syscalls
+from tests.rig import layers, namespace, snapshot, syscalls
 from tests.rig.arena import Arena
 from tests.rig.mounted import DRIVER_VARIABLE
 from tests.rig.syscalls import UTIME_NOW, UTIME_OMIT
@@ -227,6 +227,31 @@ def test_capability_goes_with_a_change(arena: Arena, change: str) -> None:
 
 
 @pytest.mark.root
+@pytest.mark.parametrize("size", [3, 1 << 20])
+def test_a_capability_that_nobody_can_read(arena: Arena, size: int) -> None:
+    """The kernel lists a malformed one, and does not say what it is: that refuses no change."""
+    if arena.backend == "overlay":
+        pytest.skip("kernel overlayfs refuses every change of such a file")
+    name = "security.capability"
+    (arena.lower / "f").write_bytes(bytes(size))
+    if not arena.plain:
+        os.setxattr(arena.lower / "f", name, b"")
+    with arena.mounted() as mnt:
+        (mnt / "f").chmod(0o700)
+        with open(mnt / "f", "ab") as file:
+            file.write(b"more")
+        os.setxattr(mnt / "f", name, b"")
+        if DRIVER_VARIABLE not in os.environ:  # pyfuse3 looks by itself, and cannot
+            os.setxattr(mnt / "f", name, b"", os.XATTR_REPLACE)
+        assert name in os.listxattr(mnt / "f")
+        os.removexattr(mnt / "f", name)
+        assert name not in os.listxattr(mnt / "f")
+        arena.remount()
+        assert mode(mnt / "f") == 0o700
+        assert (mnt / "f").stat().st_size == size + 4
+
+
+@pytest.mark.root
 @pytest.mark.parametrize("change", ["write", "ftruncate", "truncate", "chown"])
 @pytest.mark.parametrize("capable", [False, True])
 def test_set_id_bits_and_who_changes_the_file(arena: Arena, change: str, capable: bool) -> None:
@@ -292,6 +317,43 @@ def test_set_id_bits_and_a_root_without_cap_fsetid(arena: Arena, change: str, wh
         assert oct(mode(mnt / "f")) == oct(0o777)
         arena.remount()
         assert oct(mode(mnt / "f")) == oct(0o777)
+
+
+@pytest.mark.root
+def test_set_group_id_and_root_of_a_user_namespace(arena: Arena) -> None:
+    """He is above groups where the namespace knows the file's owner and group, and only there."""
+    given = {"known": 100_005, "foreign": 3000, "kept": 100_005}
+    for name, group in given.items():
+        (arena.lower / name).write_text("program")
+        os.chown(arena.lower / name, 100_000, group)
+    (arena.lower / "kept").chmod(0o2745)
+    with arena.mounted() as mnt:
+        _open_to_all(arena.place, mnt)
+
+        def change() -> None:
+            for name in ("known", "foreign"):
+                (mnt / name).chmod(0o2755)
+            with open(mnt / "kept", "r+") as file:
+                file.write("P")
+
+        namespace.as_root_of(100_000, change)
+        for _ in range(2):
+            left = [oct(mode(mnt / name)) for name in given]
+            assert left == [oct(0o2755), oct(0o755), oct(0o2745)]
+            arena.remount()
+
+
+@pytest.mark.root
+def test_set_group_id_and_a_root_who_is_not_above_groups(arena: Arena) -> None:
+    (arena.lower / "f").write_text("program")
+    os.chown(arena.lower / "f", 1000, 3000)
+    (arena.lower / "f").chmod(0o2745)
+    with arena.mounted() as mnt:
+        less = ["setpriv", "--bounding-set=-fsetid", "--inh-caps=-fsetid", "--clear-groups"]
+        subprocess.run([*less, "sh", "-c", 'printf P >>"$0"', mnt / "f"], check=True)
+        assert oct(mode(mnt / "f")) == oct(0o745)
+        arena.remount()
+        assert oct(mode(mnt / "f")) == oct(0o745)
 
 
 @pytest.mark.root

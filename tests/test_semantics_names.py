@@ -412,6 +412,31 @@ def test_parents_time_is_untouched_by_a_copy_up(arena: Arena) -> None:
         assert (mnt / "e").stat().st_mtime_ns > old + 2
 
 
+def test_files_too_deep_for_a_redirect(place: Path) -> None:
+    """More than 2 047 bytes: a large file is renamed and linked all the same, with its data."""
+    size = 1 << 20
+    deep = Path(*["d" * 200] * 12)
+    for name in ("lower", "upper", "mnt"):
+        (place / name).mkdir()
+    (place / "lower" / deep).mkdir(parents=True)
+    for name in ("moved", "linked", "one"):
+        (place / "lower" / deep / name).write_bytes(bytes(size))
+    os.link(place / "lower" / deep / "one", place / "lower" / deep / "two")
+    union = Unionfs([place / "lower"], place / "upper", place / "mnt")
+    with union:
+        folder = union.mnt / deep
+        for name in ("moved", "two"):
+            (folder / name).chmod(0o600)
+        rename(folder / "moved", folder / "there")
+        rename(folder / "two", union.mnt / "two")
+        os.link(folder / "linked", union.mnt / "linked")
+        union.remount()
+        assert names(folder) == {"there", "linked", "one"}
+        for path in (folder / "there", folder / "one", union.mnt / "two", union.mnt / "linked"):
+            assert path.read_bytes() == bytes(size)
+        assert (union.mnt / "two").stat().st_ino == (folder / "one").stat().st_ino
+
+
 def test_redirect_of_a_former_upper(place: Path) -> None:
     """A metadata-only copy in a lower that was an upper says where its data are as seen from there.
     A copy of it must not say so anew: above there may be another file at that place."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from unionfs import _native, acl
 from unionfs.acl import ACCESS
+from unionfs.callers import may_keep_setgid
 from unionfs.copy_up import (
     can_override,
     disk_ids,
@@ -31,6 +32,9 @@ from unionfs.union import Union
 
 ACL_PREFIX = b"system.posix_acl_"
 CAPABILITY = b"security.capability"
+# Of an attribute that is there: not the caller's to read; a malformed capability; a capability of
+# the root of a user namespace that is unknown here.
+UNREADABLE = frozenset((errno.EACCES, errno.EINVAL, errno.EOVERFLOW))
 JUST_NOW = 10**9  # ns: how long a request may take
 
 
@@ -49,7 +53,7 @@ class Change:
 def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | None = None) -> None:
     """Apply a change. `handle_fd`: the writable descriptor it was asked through, if any."""
     union.tree.changeable(ino, False, False)
-    if what.mode is not None and what.mode & stat.S_ISGID:
+    if what.mode is not None and what.mode & stat.S_ISGID and not union.kills_privileges:
         what = _without_foreign_setgid(union, ino, what, ctx)
     if what.size is not None:
         what = _with_set_id_cleared(union, ino, what, ctx)
@@ -58,12 +62,13 @@ def change(union: Union, ino: int, what: Change, ctx: Caller, handle_fd: int | N
     resized = what.size is not None and union.tree.getattr(ino)[6] != what.size
     ensure_upper(union, ino, data=what.size is not None, truncate=what.size)
     with _opened(union, ino) as fd:
+        owner = _shown_owner(union, ino)
         if what.size is not None:
             _resize(fd, what.size, handle_fd, resized=resized)
         if union.override is not None and can_override(os.stat(fd).st_mode):
             _override(union, ino, fd, what, ctx)
         else:
-            _owner_and_mode(union, fd, what, ctx)
+            _owner_and_mode(union, fd, what, owner, ctx)
         if what.atime_ns is not None or what.mtime_ns is not None:
             now = os.stat(fd)
             atime = now.st_atime_ns if what.atime_ns is None else what.atime_ns
@@ -94,10 +99,12 @@ def _opened(union: Union, ino: int) -> Iterator[int]:
 
 
 def _without_foreign_setgid(union: Union, ino: int, what: Change, ctx: Caller) -> Change:
-    """Nobody gives set-group-ID to a group that he is not in (chmod(2)); nor does it stay when the
-    kernel, before a write, takes set-user-ID away by a mode of its own making."""
-    gid = union.tree.getattr(ino)[4] if what.gid is None else what.gid
-    if what.mode is None or in_group(gid, ctx):
+    """Set-group-ID does not stay when the kernel, before a write, takes set-user-ID away by a mode
+    of its own making, which it does without FUSE_HANDLE_KILLPRIV_V2. (What nobody may give by
+    chmod(2), it has taken from the mode itself: setattr_prepare of fs/attr.c.)"""
+    attr = union.tree.getattr(ino)
+    gid = attr[4] if what.gid is None else what.gid
+    if what.mode is None or may_keep_setgid(attr[3], gid, ctx):
         return what
     return dataclasses.replace(what, mode=what.mode & ~stat.S_ISGID)
 
@@ -107,7 +114,7 @@ def _with_set_id_cleared(union: Union, ino: int, what: Change, ctx: Caller) -> C
     set-group-ID without group execute (fuse_setattr)."""
     attr = union.tree.getattr(ino)
     mode = attr[1] if what.mode is None else what.mode
-    kept = without_set_id(mode, attr[4], ctx)
+    kept = without_set_id(mode, attr[3], attr[4], ctx)
     return what if kept == mode else dataclasses.replace(what, mode=kept)
 
 
@@ -121,7 +128,7 @@ def _with_privileges_killed(union: Union, ino: int, ctx: Caller) -> Change:
     if not stat.S_ISREG(mode):
         return Change()
     if not _keeps_set_id(ctx):
-        mode = without_set_id(mode, attr[4], ctx)
+        mode = without_set_id(mode, attr[3], attr[4], ctx)
         mine = ctx.uid in (0, attr[3])
         if mode != attr[1] and not mine and not union.tree.is_written(ino):
             # It is no write but a chown, by one who may not change the mode (setattr_prepare).
@@ -148,17 +155,17 @@ def truncate_at_open(union: Union, ino: int, ctx: Caller) -> None:
         change(union, ino, what, ctx)
 
 
-def without_set_id(mode: int, gid: int, ctx: Caller) -> int:
+def without_set_id(mode: int, uid: int, gid: int, ctx: Caller) -> int:
     """What is left of a file's mode when the caller changes its content
     (setattr_should_drop_suidgid of fs/attr.c)."""
-    return mode if _keeps_set_id(ctx) else _with_another_owner(mode, gid, ctx)
+    return mode if _keeps_set_id(ctx) else _with_another_owner(mode, uid, gid, ctx)
 
 
-def _with_another_owner(mode: int, gid: int, ctx: Caller) -> int:
+def _with_another_owner(mode: int, uid: int, gid: int, ctx: Caller) -> int:
     """What is left of the mode of anything but a directory when the caller changes its owner or
-    group, which was `gid` (chown_common of fs/open.c)."""
+    group, which were `uid` and `gid` (chown_common of fs/open.c)."""
     mode &= ~stat.S_ISUID
-    if mode & stat.S_IXGRP or not in_group(gid, ctx):
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or not may_keep_setgid(uid, gid, ctx)):
         mode &= ~stat.S_ISGID
     return mode
 
@@ -186,7 +193,15 @@ def _resize(fd: int, size: int, handle_fd: int | None, *, resized: bool) -> None
             os.close(file)
 
 
-def _owner_and_mode(union: Union, fd: int, what: Change, ctx: Caller) -> None:
+def _shown_owner(union: Union, ino: int) -> tuple[int, int]:
+    """As the caller sees him, which may not be as on disk (uidmapping=, gidmapping=)."""
+    attr = union.tree.getattr(ino)
+    return attr[3], attr[4]
+
+
+def _owner_and_mode(
+    union: Union, fd: int, what: Change, owner: tuple[int, int], ctx: Caller
+) -> None:
     if what.uid is not None or what.gid is not None:
         now = os.stat(fd)
         uid, gid = disk_ids(
@@ -202,16 +217,16 @@ def _owner_and_mode(union: Union, fd: int, what: Change, ctx: Caller) -> None:
         if what.mode is None and not stat.S_ISDIR(now.st_mode):
             # We may be above what the caller is not.
             mode = _native.mode_of(fd)
-            kept = _with_another_owner(mode, now.st_gid, ctx)
+            kept = _with_another_owner(mode, *owner, ctx)
             if kept != mode:
                 _native.set_mode(fd, stat.S_IMODE(kept))
     if what.mode is not None:
         _native.set_mode(fd, stat.S_IMODE(what.mode))
     if what == Change():
-        _settle_privileges(fd, ctx)
+        _settle_privileges(fd, owner, ctx)
 
 
-def _settle_privileges(fd: int, ctx: Caller) -> None:
+def _settle_privileges(fd: int, owner: tuple[int, int], ctx: Caller) -> None:
     """A change of nothing: the kernel asks it before a write that takes away set-group-ID without
     group execute, or after it has removed capabilities, and for chown(path, -1, -1).
 
@@ -226,8 +241,8 @@ def _settle_privileges(fd: int, ctx: Caller) -> None:
         return
     if (
         stat.S_ISREG(status.st_mode)
-        and not mode & stat.S_IXGRP
-        and not in_group(status.st_gid, ctx)
+        and mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID
+        and not may_keep_setgid(*owner, ctx)
     ):
         mode &= ~stat.S_ISGID
     _native.set_mode(fd, mode)
@@ -245,7 +260,7 @@ def _override(union: Union, ino: int, fd: int, what: Change, ctx: Caller) -> Non
     )
     mode = shown[1] if what.mode is None else what.mode
     if what.mode is None and stat.S_ISREG(shown[1]):
-        mode = _with_another_owner(mode, shown[4], ctx)
+        mode = _with_another_owner(mode, shown[3], shown[4], ctx)
     set_override(union, fd, uid, gid, mode, shown[1], shown[5])
     give_owner(union, fd, uid, gid, mode)
     _native.set_mode(fd, override_mode(mode, directory=stat.S_ISDIR(shown[1])))
@@ -262,22 +277,31 @@ def set_xattr(
         os.setxattr(fd_path(fd), stored, value, flags)
         if name == ACCESS.encode():
             acl.settle(fd)
-            _drop_setgid(fd, ctx)
+            _drop_setgid(union, ino, fd, ctx)
 
 
 def remove_xattr(union: Union, ino: int, name: bytes, ctx: Caller) -> None:
     """removexattr(2)."""
     stored = _stored(union, name)
     if not name.startswith(ACL_PREFIX):
-        union.tree.getxattr(ino, name)  # ENODATA before anything is copied up for nothing
+        _find_xattr(union, ino, name)
     union.tree.changeable(ino, False, False)
     ensure_upper(union, ino)
     with _opened(union, ino) as fd:
         os.removexattr(fd_path(fd), stored)
         if name == ACCESS.encode() and filesystem_type(fd_path(fd)) == TMPFS:
-            _drop_setgid(fd, ctx)  # simple_set_acl of fs/posix_acl.c; others leave it
+            _drop_setgid(union, ino, fd, ctx)  # simple_set_acl of fs/posix_acl.c; others leave it
     if name == CAPABILITY:
         union.capabilities_killed.note(ctx.pid, ino, time.monotonic_ns())
+
+
+def _find_xattr(union: Union, ino: int, name: bytes) -> None:
+    """ENODATA before anything is copied up for nothing."""
+    try:
+        union.tree.getxattr(ino, name)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
 
 
 def _stored(union: Union, name: bytes) -> bytes:
@@ -287,26 +311,9 @@ def _stored(union: Union, name: bytes) -> bytes:
     return union.tree.xattr_stored(name)
 
 
-def _drop_setgid(fd: int, ctx: Caller) -> None:
+def _drop_setgid(union: Union, ino: int, fd: int, ctx: Caller) -> None:
     """An ACL set by one who is not in the file's group takes set-group-ID away, as the kernel does
     where it knows who asks (posix_acl_update_mode); here root asked it."""
     mode = _native.mode_of(fd)
-    if mode & stat.S_ISGID and not in_group(os.stat(fd).st_gid, ctx):
+    if mode & stat.S_ISGID and not may_keep_setgid(*_shown_owner(union, ino), ctx):
         _native.set_mode(fd, stat.S_IMODE(mode) & ~stat.S_ISGID)
-
-
-def in_group(gid: int, ctx: Caller) -> bool:
-    """Whether the caller is in a group, or above such things."""
-    return ctx.uid == 0 or ctx.gid == gid or gid in groups_of(ctx.pid)
-
-
-def groups_of(pid: int) -> set[int]:
-    """Supplementary groups of a process; none if it cannot be seen."""
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"Groups:"):
-                    return {int(word) for word in line.split()[1:]}
-    except OSError:
-        pass
-    return set()

@@ -228,6 +228,7 @@ def link(union: Union, ino: int, parent: int, name: bytes) -> None:
     ensure_upper(union, parent)
     if union.tree.plain_link(ino, parent, name):
         return
+    ensure_found(union, ino)
     with union.committing(ino):  # not replaced meanwhile by its completed copy
         _link(union, ino, parent, name)
 
@@ -272,10 +273,29 @@ def _link_at(union: Union, fd: int, dirfd: int, name: bytes, entry: Entry) -> No
     union.tree.ask_anew(dirfd, name)
 
 
+def ensure_found(union: Union, ino: int) -> None:
+    """Before a file gets another name: a metadata-only copy gets its data if they lie too deep for
+    a redirect. EXDEV would be a surprise, also within one directory."""
+    info = union.info(ino)
+    if not info.metacopy or _leads(info.redirect):
+        return
+    try:
+        union.tree.redirect_path(ino)
+    except OSError as exc:
+        if exc.errno != errno.ENAMETOOLONG:
+            raise
+        ensure_upper(union, ino, data=True)
+
+
+def _leads(redirect: bytes | None) -> bool:
+    """Whether it says where the data are wherever it stands."""
+    return redirect is not None and redirect.startswith(b"/")
+
+
 def set_data_redirect(union: Union, ino: int, fd: int) -> None:
     """Before a metadata-only copy gets another name: say where its data are (absolute path)."""
     info = union.info(ino)
-    if info.redirect is not None and info.redirect.startswith(b"/"):
+    if _leads(info.redirect):
         return
     path = redirect_path(union, ino)
     union.note_incompat()

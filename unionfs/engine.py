@@ -23,7 +23,7 @@ from typing import Any, Final
 import pyfuse3
 import trio
 
-from unionfs import passthrough, uring
+from unionfs import attributes, passthrough, uring
 from unionfs._native import Engine, Tree
 from unionfs.flags import FSSETXATTR, SETFLAGS
 from unionfs.handshake import InitFlag, Wishes, answer_init
@@ -380,8 +380,8 @@ class Requests:
         try:
             _run(self._operations.getxattr(ino, name, ctx))
         except pyfuse3.FUSEError as exc:
-            if exc.errno == errno.EACCES:
-                return  # who may not read it may set it all the same: setxattr(2) will tell
+            if exc.errno in attributes.UNREADABLE:
+                return  # may be set all the same: setxattr(2) will tell
             if exc.errno != errno.ENODATA or flags & os.XATTR_REPLACE:
                 raise
         else:

@@ -13,7 +13,7 @@ import stat
 from unionfs import numbers
 from unionfs._native import copy_xattrs, renameat2
 from unionfs.copy_up import ensure_name, ensure_upper, temporary, write_nlink
-from unionfs.create import check_name, redirect_path, set_data_redirect
+from unionfs.create import check_name, ensure_found, redirect_path, set_data_redirect
 from unionfs.flags import may_remove
 from unionfs.marks import RENAME_EXCHANGE, RENAME_NOREPLACE, RENAME_WHITEOUT, fd_path, lent, lent_at
 from unionfs.remove import count_link_removed, discard_dir, drop_index, keep_links
@@ -52,8 +52,10 @@ def rename(
     if not flags and union.tree.plain_rename(parent, name, new_parent, new_name):
         return
     ensure_name(union, parent, name, old.ino)
+    ensure_found(union, old.ino)
     if exchange:
         ensure_name(union, new_parent, new_name, new.ino)
+        ensure_found(union, new.ino)
     elif new.ino:
         keep_links(union, new_parent, new_name, new)
     with union.committing(*[ino for ino in (old.ino, new.ino) if ino]):

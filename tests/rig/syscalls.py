@@ -19,6 +19,7 @@ from typing import NamedTuple
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 CLONE_NEWNS = 0x0002_0000
+CLONE_NEWUSER = 0x1000_0000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND = 1, 2, 4, 4096
 MS_REC, MS_PRIVATE = 16384, 1 << 18
 MNT_DETACH = 2
