@@ -82,7 +82,7 @@ def extents(path: Path) -> list[tuple[int, int]]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="/sys/class/bdi is root's to change")
-def test_reads_ahead_as_much_as_a_request_carries(place: Path) -> None:
+def test_reads_ahead_as_much_as_goes_by_splice(place: Path) -> None:
     for name in ("lower", "upper", "mnt"):
         (place / name).mkdir()
     # In the foreground the first answer may be there before: the command's return is the promise.
@@ -95,7 +95,7 @@ def test_reads_ahead_as_much_as_a_request_carries(place: Path) -> None:
     ) as union:
         device = os.stat(union.mnt).st_dev
         number = f"{os.major(device)}:{os.minor(device)}"
-        assert Path(f"/sys/class/bdi/{number}/read_ahead_kb").read_text() == "1024\n"
+        assert Path(f"/sys/class/bdi/{number}/read_ahead_kb").read_text() == "1016\n"
 
 
 def test_holes_are_found(union: Unionfs) -> None:

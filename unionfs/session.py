@@ -35,7 +35,7 @@ DEVICE: Final = "/dev/fuse"
 FUSE_CONF: Final = "/etc/fuse.conf"
 DEFAULT_SOURCE: Final = "unionfs"
 _CAP_SYS_ADMIN: Final = 21
-_READ_AHEAD_KIB: Final = 1024
+_READ_AHEAD_KIB: Final = 1016  # what can be answered by splice(2): cext/chute.c
 _FLAGS: Final = {
     "nodev": MountFlag.NODEV,
     "nosuid": MountFlag.NOSUID,
@@ -286,7 +286,7 @@ def make_way(plan: Plan, path: str) -> bool:
 
 
 def read_ahead(mount: Mount) -> None:
-    """Have the kernel ask for as much at once as one request can carry, where it reads ahead.
+    """Have the kernel ask for as much at once as goes by one splice(2), where it reads ahead.
 
     INIT can only lower its 128 KiB; what stands in /sys/class/bdi is root's to change (see
     Documentation/ABI/testing/sysfs-class-bdi of the kernel). After INIT.
