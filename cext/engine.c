@@ -194,8 +194,6 @@ static void answer(struct worker *w, size_t n)
     /* ENOENT: nobody waits for the answer any more. Other errors read(2) will tell too. */
     if (len > 0 && write(e->server.options.device, w->out, len) < 0 && errno == ENOENT)
         serve_undo(&e->server, &r, w->out);
-    else
-        give_around(&e->server, &r, len, w->out);
 }
 
 static bool requests_wait(const struct engine *e)

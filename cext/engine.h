@@ -68,13 +68,8 @@ struct server {
     _Atomic uint64_t called[WIRE_OPCODES];
     struct hold hold;
     struct freed freed;
-    _Atomic bool giving; /* a thread gives pages around what was read: ahead.c */
 };
 size_t serve(struct server *s, const struct request *r, char *out);
-/* ahead.c: after the answer to a READ, of `len` bytes in all. Of a lower file that is read in small
- * pieces out of order the kernel gets what lies around, if that is in memory, by way of `buffer`.
- */
-void give_around(struct server *s, const struct request *r, size_t len, char *buffer);
 /* The answer found nobody: what it gave to the kernel is taken back. */
 void serve_undo(struct server *s, const struct request *r, const char *out);
 

@@ -37,8 +37,6 @@ enum {
     AHEAD_MOST = 64 * 1024,
     /* Where in the buffer for answers, behind that to the open. */
     AHEAD_AT = 4096,
-    /* The kernel asks for less only where it reads nothing ahead. */
-    AROUND_LESS = 16 * 1024,
 };
 /* ahead.c: after an open that succeeded. What is small is mostly read at once and whole: of a lower
  * file the kernel gets the pages now, before it asks. */

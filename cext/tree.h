@@ -88,7 +88,6 @@ struct node {
     bool unsure;    /* directory: see dir_unsure() */
     uint16_t layer; /* not a directory: layer of its home */
     uint16_t ndirs;
-    uint16_t pieces;     /* that were read of it out of order, as far as that counts: ahead.c */
     uint32_t generation; /* counts changes of place */
     struct rdir **dirs;  /* directory: stack, top-most first */
     struct alias *aliases;

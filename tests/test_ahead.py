@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Pages that the kernel is given before it asks (cext/ahead.c), at the first open of a small lower
-file and around what is read out of order: no READ is needed, and what is read is never older than
-what was written."""
+"""Pages that the kernel is given at the first open of a small lower file (cext/ahead.c): no READ is
+needed, and what is read is never older than what was written."""
 
 from __future__ import annotations
 
 import mmap
 import os
-import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +18,6 @@ from tests.test_engine import requests
 PAGE, MOST = 4096, 64 * 1024
 SIZES = (0, 1, PAGE - 1, PAGE, PAGE + 1, MOST - 1, MOST)
 MANY = 400
-LARGE = 4 * 1024 * 1024 + 100  # bytes of a file that is read out of order
-PAGES = LARGE // PAGE
 
 
 def content(size: int) -> bytes:
@@ -234,173 +230,3 @@ def test_first_open_beside_a_writer(union: Unionfs) -> None:
     assert wrong == []
     for i in range(MANY):
         assert set((union.mnt / f"many{i}").read_bytes()) == {ord("X")}, i
-
-
-def pages(seed: int) -> list[int]:
-    """Where the pages of a large file begin, out of order."""
-    order = [i * PAGE for i in range(PAGES)]
-    random.Random(seed).shuffle(order)
-    return order
-
-
-def large(seed: int) -> bytes:
-    return random.Random(seed).randbytes(LARGE)
-
-
-def opened_at_random(file: Path, flags: int = os.O_RDONLY) -> int:
-    fd = os.open(file, flags)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    return fd
-
-
-def by_read(file: Path, order: list[int]) -> list[bytes]:
-    fd = opened_at_random(file)
-    try:
-        return [os.pread(fd, PAGE, at) for at in order]
-    finally:
-        os.close(fd)
-
-
-def by_mapping(file: Path, order: list[int]) -> list[bytes]:
-    with (
-        open(file, "rb") as opened,
-        mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped,
-    ):
-        mapped.madvise(mmap.MADV_RANDOM)
-        return [mapped[at : at + PAGE] for at in order]
-
-
-@pytest.fixture(params=[True, False], ids=["writable", "read-only"])
-def scattered(place: Path, request: pytest.FixtureRequest) -> Iterator[Unionfs]:
-    """With large files in the lower that the kernel does not read by itself."""
-    for name in ("lower", "upper", "mnt"):
-        (place / name).mkdir()
-    for i in range(3):
-        (place / "lower" / f"large{i}").write_bytes(large(i))
-    options = ["driver=engine", "passthrough=off"]
-    upper = place / "upper" if request.param else None
-    with Unionfs([place / "lower"], upper, place / "mnt", options=options) as union:
-        yield union
-
-
-@pytest.mark.parametrize("read", [by_read, by_mapping])
-def test_what_lies_around_is_not_asked_for(
-    scattered: Unionfs, read: Callable[[Path, list[int]], list[bytes]]
-) -> None:
-    content, order = large(0), pages(5)
-    before = requests(scattered, "read")
-    assert read(scattered.mnt / "large0", order) == [content[at : at + PAGE] for at in order]
-    # A sixteenth is asked for before the rest is given, and then a page of each 64 KiB.
-    assert requests(scattered, "read") - before <= PAGES // 16 + LARGE // MOST + 20
-    assert (scattered.mnt / "large0").read_bytes() == content
-    assert (scattered.mnt / "large0").stat().st_size == LARGE
-
-
-def test_a_few_pages_are_asked_for_alone(scattered: Unionfs) -> None:
-    few = pages(6)[: PAGES // 32]
-    before = requests(scattered, "read")
-    by_read(scattered.mnt / "large0", few)
-    assert requests(scattered, "read") - before == len(few)
-
-
-def test_who_reads_from_end_to_end_gets_no_more(scattered: Unionfs) -> None:
-    before = requests(scattered, "read")
-    assert (scattered.mnt / "large0").read_bytes() == large(0)
-    asked = requests(scattered, "read") - before
-    assert (scattered.mnt / "large1").read_bytes() == large(1)
-    assert requests(scattered, "read") - before == 2 * asked
-
-
-def test_o_direct_asks_for_each(scattered: Unionfs) -> None:
-    content = large(0)
-    before = requests(scattered, "read")
-    fd = os.open(scattered.mnt / "large0", os.O_RDONLY | os.O_DIRECT)
-    try:
-        with mmap.mmap(-1, PAGE) as buffer:
-            for at in pages(7):
-                assert os.preadv(fd, [buffer], at) == PAGE
-                assert buffer[:] == content[at : at + PAGE]
-    finally:
-        os.close(fd)
-    assert requests(scattered, "read") - before == PAGES
-
-
-def test_several_read_the_same_at_random(scattered: Unionfs) -> None:
-    """Each waits for pages that another is being given, and drops what is there again and again."""
-    content = large(0)
-    wrong: list[int] = []
-
-    def read(seed: int) -> None:
-        fd = opened_at_random(scattered.mnt / "large0")
-        try:
-            for turn in range(3):
-                for at in pages(10 * seed + turn):
-                    if os.pread(fd, PAGE, at) != content[at : at + PAGE]:
-                        wrong.append(at)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-@pytest.mark.parametrize("scattered", [True], indirect=True, ids=["writable"])
-@pytest.mark.parametrize("change", ["inside", "truncate", "append"])
-def test_read_at_random_beside_a_writer(scattered: Unionfs, change: str) -> None:
-    """Once somebody has changed the file, what others are given is what he wrote."""
-    old, new = large(0), large(1)
-    file = scattered.mnt / "large0"
-    done = threading.Event()
-    wrong: list[str] = []
-
-    def read(seed: int) -> None:
-        fd = opened_at_random(file)
-        try:
-            for at in pages(seed):
-                os.pread(fd, PAGE, at)
-            done.wait()
-            for at in pages(seed + 100):
-                if os.pread(fd, PAGE, at) != expected[at : at + PAGE]:
-                    wrong.append(f"{at} is old")
-        finally:
-            os.close(fd)
-
-    if change == "inside":
-        expected = new
-    else:
-        expected = old[:PAGE] if change == "truncate" else old + new[:PAGE]
-    readers = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
-    for reader in readers:
-        reader.start()
-    with open(file, "r+b", buffering=0) as writer:
-        if change == "inside":
-            for at in pages(50):
-                os.pwrite(writer.fileno(), new[at : at + PAGE], at)
-            os.pwrite(writer.fileno(), new[PAGES * PAGE :], PAGES * PAGE)
-        elif change == "truncate":
-            writer.truncate(PAGE)
-        else:
-            writer.seek(0, os.SEEK_END)
-            writer.write(new[:PAGE])
-    done.set()
-    for reader in readers:
-        reader.join()
-    assert wrong == []
-    assert file.read_bytes() == expected
-    assert (scattered.lowers[0] / "large0").read_bytes() == old
-
-
-def test_beyond_the_end_there_is_nothing(scattered: Unionfs) -> None:
-    """The last page that is given is not full."""
-    by_read(scattered.mnt / "large0", pages(8))
-    with (
-        open(scattered.mnt / "large0", "rb") as file,
-        mmap.mmap(file.fileno(), LARGE, prot=mmap.PROT_READ) as mapped,
-    ):
-        assert mapped[:] == large(0)
-        assert file.seek(0, os.SEEK_END) == LARGE
