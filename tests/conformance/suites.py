@@ -130,11 +130,12 @@ def unionmount(base: Ground, checkout: Path, backend: Backend, setting: str, log
         text = text.replace(f'"/{name}"', f'"{path}"')
     settings.write_text(text)
     kind = ["--ov", "--fuse=unionfs"] if backend == "unionfs" else ["--ov"]
-    words = [sys.executable, "run", *kind, *filter(None, [setting]), "--verify"]
+    # -S: it has a package `tests`, too, and an editable install puts ours on the path.
+    words = [sys.executable, "-S", "run", *kind, *filter(None, [setting]), "--verify"]
     with helpers_in_sbin(base), open(log, "w") as file:
         done = subprocess.run(words, cwd=copy, stdout=file, stderr=file, check=False)
         subprocess.run(
-            [sys.executable, "run", "-c"], cwd=copy, stdout=file, stderr=file, check=False
+            [sys.executable, "-S", "run", "-c"], cwd=copy, stdout=file, stderr=file, check=False
         )
         for point in reversed(ground.mounts_below(base.base)):
             if point != str(base.base / "sbin"):
