@@ -6,6 +6,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* How much is copied between two looks whether he is still there. */
+enum { COPY_STEP_BYTES = 64 << 20 };
+
 /* From now on; 0: nobody that we can see. */
 void asker_is(uint32_t thread);
 

@@ -11,7 +11,7 @@
 #include "asker.h"
 #include "sys.h"
 
-enum { SMALL_BYTES = 16 << 10, STEP_BYTES = 64 << 20, BUFFER_BYTES = 1 << 20 };
+enum { SMALL_BYTES = 16 << 10, BUFFER_BYTES = 1 << 20 };
 
 enum method { BY_RANGE, BY_SENDFILE, BY_BUFFER };
 
@@ -55,7 +55,7 @@ static errint_t copy_range(int src, int dst, off_t at, off_t end, enum method *m
 {
     while (at < end) {
         off_t left = end - at;
-        size_t n = left > STEP_BYTES ? STEP_BYTES : (size_t)left;
+        size_t n = left > COPY_STEP_BYTES ? COPY_STEP_BYTES : (size_t)left;
         ssize_t got;
 
         if (*method == BY_BUFFER && !*buffer && !(*buffer = malloc(BUFFER_BYTES)))

@@ -45,6 +45,6 @@ void give_ahead(struct answer *a);
 handler on_setattr, on_symlink, on_mknod, on_mkdir, on_create, on_link, on_unlink, on_rmdir;
 handler on_rename, on_rename2, on_fsync;
 /* serve_files.c */
-handler on_statx, on_ioctl, on_syncfs;
+handler on_statx, on_ioctl, on_syncfs, on_lseek, on_fallocate, on_copy_file_range;
 
 #endif

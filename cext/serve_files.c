@@ -2,6 +2,7 @@
 /* Answers to what is asked of files seldom. */
 #include <fcntl.h>
 
+#include "asker.h"
 #include "flags.h"
 #include "serve.h"
 
@@ -155,4 +156,82 @@ ssize_t on_syncfs(struct answer *a)
     if (fd < 0)
         return fd;
     return syncfs(fd) < 0 ? errno_or_eio() : 0;
+}
+
+ssize_t on_lseek(struct answer *a)
+{
+    const struct fuse_lseek_in *in = BODY(a, fuse_lseek_in);
+    struct file *f;
+    off_t at;
+    errint_t err = file_of(a->s->tree, a->r->head->nodeid, in->fh, &f);
+
+    if (err < 0)
+        return err;
+    at = lseek(f->fd, (off_t)in->offset, (int)in->whence);
+    err = at < 0 ? errno_or_eio() : 0;
+    file_put(a->s->tree, f);
+    if (err < 0)
+        return err;
+    *REPLY(a, fuse_lseek_out) = (struct fuse_lseek_out){.offset = (uint64_t)at};
+    return sizeof(struct fuse_lseek_out);
+}
+
+ssize_t on_fallocate(struct answer *a)
+{
+    const struct fuse_fallocate_in *in = BODY(a, fuse_fallocate_in);
+    struct file *f = file_get(a->s->tree, in->fh);
+    errint_t err = 0;
+
+    if (!f)
+        return -EBADF;
+    if (fallocate(f->fd, (int)in->mode, (off_t)in->offset, (off_t)in->length) < 0)
+        err = errno_or_eio();
+    file_put(a->s->tree, f);
+    return err;
+}
+
+/* By steps, so that who was killed need not wait for all of it. */
+static ssize_t copy_between(int from, off_t off_in, int to, off_t off_out, uint64_t len)
+{
+    uint64_t done = 0;
+
+    do {
+        size_t step = len - done < COPY_STEP_BYTES ? (size_t)(len - done) : COPY_STEP_BYTES;
+        ssize_t n = copy_file_range(from, &off_in, to, &off_out, step, 0);
+
+        if (n < 0 && done == 0)
+            return errno_or_eio();
+        if (n > 0)
+            done += (uint64_t)n;
+        if (n < (ssize_t)step)
+            break;
+    } while (done < len && !asker_was_killed());
+    return (ssize_t)done;
+}
+
+ssize_t on_copy_file_range(struct answer *a)
+{
+    const struct fuse_copy_file_range_in *in = BODY(a, fuse_copy_file_range_in);
+    struct file *from = file_get(a->s->tree, in->fh_in);
+    struct file *to = file_get(a->s->tree, in->fh_out);
+    bool wide = a->r->head->opcode == WIRE_COPY_FILE_RANGE_64;
+    uint64_t most = wide ? INT64_MAX : UINT32_MAX / 2;
+    ssize_t n = -EBADF;
+
+    /* Across file systems, or where one cannot: the kernel then moves the bytes itself. */
+    if (from && to)
+        n = copy_between(from->fd, (off_t)in->off_in, to->fd, (off_t)in->off_out,
+                         in->len < most ? in->len : most);
+    if (from)
+        file_put(a->s->tree, from);
+    if (to)
+        file_put(a->s->tree, to);
+    if (n < 0)
+        return n;
+    if (wide) {
+        *REPLY(a, wire_copy_file_range_out) = (struct wire_copy_file_range_out){(uint64_t)n};
+        return sizeof(struct wire_copy_file_range_out);
+    }
+    *REPLY(a, fuse_write_out) = (struct fuse_write_out){.size = (uint32_t)n};
+    return sizeof(struct fuse_write_out);
 }
